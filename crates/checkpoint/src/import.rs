@@ -1,0 +1,325 @@
+//! Writes a checkpoint in Tangram's own layout and reads its manifest back.
+//!
+//! One data file holds the tensors in execution order; a tensor that is already on this disk is referenced instead.
+//! Nothing is published here: the caller renames the directory and commits its catalogue.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::file::read_limited;
+use crate::manifest::{CHUNK_BYTES, ContentId, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry};
+use crate::{CheckpointError, Source, SourceTensor, layout};
+
+/// Name of the file that holds the tensors' bytes.
+pub const DATA_FILE: &str = "data.bin";
+/// Name of the manifest.
+pub const MANIFEST_FILE: &str = "manifest.json";
+/// Name of the tokenizer, if there is one.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// Tensors of at least this many bytes start at a multiple of [`PAGE`], so that direct reads need no bounce buffer.
+const LARGE_TENSOR: u64 = 64 << 10;
+/// Alignment of large tensors and of the file's end, in bytes.
+const PAGE: u64 = 4096;
+/// Largest manifest in bytes: a model of a terabyte needs about 40 MB of chunk hashes.
+const MAX_MANIFEST_BYTES: u64 = 256 << 20;
+
+/// A tensor that is already on this disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KnownTensor {
+    /// The checkpoint whose data file holds it.
+    pub checkpoint: String,
+    /// Offset in that data file, in bytes.
+    pub offset: u64,
+    /// BLAKE3 of each [`CHUNK_BYTES`] chunk.
+    pub chunks: Vec<Hash>,
+}
+
+/// How far an import is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImportProgress {
+    /// Bytes of tensors read and hashed.
+    pub bytes_done: u64,
+    /// Bytes of all tensors.
+    pub bytes_total: u64,
+    /// Bytes of `bytes_done` that were on this disk already and need no room.
+    pub bytes_reused: u64,
+}
+
+/// Imports `source` into `dir`, an existing empty directory: writes the data file, the manifest and the tokenizer,
+/// and flushes them and the directory to disk. Returns the manifest that it wrote.
+///
+/// `known` is asked for every distinct tensor; one that it knows is referenced, not written. `progress` is called
+/// about every 2 MiB and may stop the import. After an error the directory is for the caller to remove.
+///
+/// Memory use is bounded whatever the size of the model: one chunk, and the manifest.
+pub fn import(
+    source: &Source,
+    dir: &Path,
+    checkpoint_id: &str,
+    known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
+    progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+) -> Result<Manifest, CheckpointError> {
+    if !is_plain_name(checkpoint_id) {
+        return Err(CheckpointError::invalid(
+            dir,
+            format!("{checkpoint_id:?} cannot be the name of a checkpoint"),
+        ));
+    }
+    let mut writer = DataWriter::create(&dir.join(DATA_FILE))?;
+    let mut written: HashMap<ContentId, KnownTensor> = HashMap::new();
+    let mut state = ImportProgress {
+        bytes_total: source.weight_bytes(),
+        ..Default::default()
+    };
+    let mut report = |state: ImportProgress| match progress(state) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(CheckpointError::Cancelled),
+    };
+    report(state)?;
+    let mut buffer = Vec::new();
+    let mut tensors = Vec::with_capacity(source.tensors().len());
+    for tensor in source.tensors() {
+        let offset = writer.next_offset(tensor.bytes);
+        let (id, chunks) = copy_tensor(source, tensor, &writer, offset, &mut buffer, &mut |bytes| {
+            state.bytes_done += bytes;
+            report(state)
+        })?;
+        let place = match written.get(&id).cloned().or_else(|| known(&id)) {
+            Some(place) => {
+                state.bytes_reused += tensor.bytes;
+                report(state)?;
+                place
+            }
+            None => {
+                writer.keep(offset, tensor.bytes)?;
+                KnownTensor {
+                    checkpoint: checkpoint_id.to_owned(),
+                    offset,
+                    chunks,
+                }
+            }
+        };
+        written.entry(id).or_insert_with(|| place.clone());
+        tensors.push(TensorEntry {
+            role: tensor.role,
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            id,
+            bytes: tensor.bytes,
+            stage: source.spec().stage(tensor.role) as u32,
+            checkpoint: place.checkpoint,
+            offset: place.offset,
+            chunks: place.chunks,
+        });
+    }
+    let data_bytes = writer.finish()?;
+    let manifest = Manifest {
+        version: Manifest::VERSION,
+        checkpoint: checkpoint_id.to_owned(),
+        spec: source.spec().clone(),
+        tensors,
+        data_bytes,
+        generation: source.generation().clone(),
+        chat_template: source.chat_template().map(str::to_owned),
+        special_tokens: source.special_tokens().clone(),
+        has_tokenizer: source.tokenizer_json().is_some(),
+    };
+    let manifest_path = dir.join(MANIFEST_FILE);
+    // What `known` gave is checked by the same rules as a manifest read back.
+    check_manifest(&manifest).map_err(|message| CheckpointError::invalid(&manifest_path, message))?;
+    if let Some(json) = source.tokenizer_json() {
+        write_synced(&dir.join(TOKENIZER_FILE), json)?;
+    }
+    let json = serde_json::to_vec(&manifest)
+        .map_err(|error| CheckpointError::invalid(&manifest_path, format!("cannot be written: {error}")))?;
+    write_synced(&manifest_path, &json)?;
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|error| CheckpointError::io(dir, error))?;
+    Ok(manifest)
+}
+
+/// Copies a tensor to `offset` of the data file and hashes it on the way.
+fn copy_tensor(
+    source: &Source,
+    tensor: &SourceTensor,
+    writer: &DataWriter,
+    offset: u64,
+    buffer: &mut Vec<u8>,
+    done: &mut dyn FnMut(u64) -> Result<(), CheckpointError>,
+) -> Result<(ContentId, Vec<Hash>), CheckpointError> {
+    let mut id = ContentId::hasher(tensor.dtype, &tensor.shape);
+    let mut chunks = Vec::with_capacity(tensor.bytes.div_ceil(CHUNK_BYTES) as usize);
+    let mut at = 0;
+    while at < tensor.bytes {
+        buffer.resize((tensor.bytes - at).min(CHUNK_BYTES) as usize, 0);
+        source.read_at(tensor, at, buffer)?;
+        id.update(buffer);
+        chunks.push(Hash::of(buffer));
+        writer.write(offset + at, buffer)?;
+        at += buffer.len() as u64;
+        done(buffer.len() as u64)?;
+    }
+    Ok((Hash(*id.finalize().as_bytes()), chunks))
+}
+
+/// The data file while it is written. A tensor is written first and kept only if its identity, known afterwards, is
+/// new: one pass over the source, and at most one tensor of room beyond the result.
+struct DataWriter {
+    path: PathBuf,
+    file: File,
+    /// End of the last tensor that was kept.
+    end: u64,
+}
+
+impl DataWriter {
+    fn create(path: &Path) -> Result<Self, CheckpointError> {
+        let file = File::create_new(path).map_err(|error| CheckpointError::io(path, error))?;
+        Ok(DataWriter {
+            path: path.to_path_buf(),
+            file,
+            end: 0,
+        })
+    }
+
+    /// Where a tensor of `bytes` would start if it were kept next.
+    fn next_offset(&self, bytes: u64) -> u64 {
+        self.end.next_multiple_of(if bytes >= LARGE_TENSOR {
+            PAGE
+        } else {
+            TENSOR_ALIGNMENT
+        })
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|error| CheckpointError::io(&self.path, error))
+    }
+
+    /// Makes the tensor at `offset` part of the file. The gap before it may hold a piece of one that was not kept.
+    fn keep(&mut self, offset: u64, bytes: u64) -> Result<(), CheckpointError> {
+        const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+        let gap = (offset - self.end) as usize;
+        self.write(self.end, ZEROS.get(..gap).unwrap_or(&ZEROS))?;
+        self.end = offset + bytes;
+        Ok(())
+    }
+
+    /// Cuts off what was not kept, pads to whole pages, flushes to disk; returns the length in bytes.
+    fn finish(self) -> Result<u64, CheckpointError> {
+        let length = self.end.next_multiple_of(PAGE);
+        self.file
+            .set_len(self.end)
+            .and_then(|()| self.file.set_len(length))
+            .and_then(|()| self.file.sync_all())
+            .map_err(|error| CheckpointError::io(&self.path, error))?;
+        Ok(length)
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    File::create_new(path)
+        .and_then(|file| file.write_all_at(bytes, 0).and_then(|()| file.sync_all()))
+        .map_err(|error| CheckpointError::io(path, error))
+}
+
+/// The part of a manifest that every version has.
+#[derive(serde::Deserialize)]
+struct Version {
+    version: u32,
+}
+
+/// Reads and checks the manifest in `dir`, the directory of an imported checkpoint.
+///
+/// A manifest that is accepted is consistent in itself: its sizes follow from its spec and its own tensors lie in
+/// the data file. Whether the data file holds what the hashes say is found when its chunks are read.
+pub fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
+    let path = dir.join(MANIFEST_FILE);
+    let bytes = read_limited(&path, MAX_MANIFEST_BYTES)?;
+    let corrupted = |error| {
+        CheckpointError::invalid(
+            &path,
+            format!("is not a manifest: {error}; deploy the model again"),
+        )
+    };
+    let Version { version } = serde_json::from_slice(&bytes).map_err(corrupted)?;
+    if version != Manifest::VERSION {
+        return Err(CheckpointError::unsupported(
+            &path,
+            format!(
+                "has layout version {version}, this build reads {}; deploy the model again",
+                Manifest::VERSION
+            ),
+        ));
+    }
+    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(corrupted)?;
+    check_manifest(&manifest)
+        .map_err(|message| CheckpointError::invalid(&path, format!("{message}; deploy the model again")))?;
+    Ok(manifest)
+}
+
+fn check_manifest(manifest: &Manifest) -> Result<(), String> {
+    if !is_plain_name(&manifest.checkpoint) {
+        return Err(format!(
+            "{:?} cannot be the name of a checkpoint",
+            manifest.checkpoint
+        ));
+    }
+    let spec = &manifest.spec;
+    layout::check_spec(spec)?;
+    let names: Vec<String> = manifest
+        .tensors
+        .iter()
+        .map(|entry| format!("{:?}", entry.role))
+        .collect();
+    let described = manifest.tensors.iter().zip(&names).map(|(entry, name)| {
+        (
+            entry.role,
+            entry.dtype,
+            entry.shape.as_slice(),
+            entry.bytes,
+            name.as_str(),
+        )
+    });
+    layout::check_tensors(spec, described)?;
+    let mut last_stage = 0;
+    for (entry, name) in manifest.tensors.iter().zip(&names) {
+        if !is_plain_name(&entry.checkpoint) {
+            return Err(format!(
+                "tensor {name} lies in {:?}, which cannot be the name of a checkpoint",
+                entry.checkpoint
+            ));
+        }
+        if entry.stage as usize != spec.stage(entry.role) || entry.stage < last_stage {
+            return Err(format!("tensor {name} is not in execution order"));
+        }
+        last_stage = entry.stage;
+        if entry.chunks.len() as u64 != entry.bytes.div_ceil(CHUNK_BYTES) {
+            return Err(format!(
+                "tensor {name} of {} bytes has {} chunk hashes",
+                entry.bytes,
+                entry.chunks.len()
+            ));
+        }
+        let end = entry.offset.checked_add(entry.bytes);
+        let inside =
+            end.is_some_and(|end| entry.checkpoint != manifest.checkpoint || end <= manifest.data_bytes);
+        if !entry.offset.is_multiple_of(TENSOR_ALIGNMENT) || !inside {
+            return Err(format!(
+                "tensor {name} cannot start at byte {} of a data file of {}",
+                entry.offset, manifest.data_bytes
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name from outside can be used as the name of a directory beside others.
+fn is_plain_name(name: &str) -> bool {
+    Path::new(name).file_name() == Some(name.as_ref()) && !name.contains(['/', '\0'])
+}

@@ -1,0 +1,32 @@
+//! Reads safetensors and GGUF checkpoints, describes the model in them, writes Tangram's own layout.
+//!
+//! Depends on no runtime. Everything read from outside is untrusted: every function here returns an error that
+//! names the file, the tensor and what to do, and never panics.
+
+mod config;
+pub mod dtype;
+mod error;
+mod file;
+mod gguf_model;
+mod hugging_face;
+pub mod import;
+mod layout;
+pub mod manifest;
+mod names;
+mod safetensors;
+pub mod source;
+pub mod spec;
+mod tokenizer;
+
+pub use dtype::DType;
+pub use error::CheckpointError;
+pub use import::{
+    DATA_FILE, ImportProgress, KnownTensor, MANIFEST_FILE, TOKENIZER_FILE, import, read_manifest,
+};
+pub use manifest::{
+    CHUNK_BYTES, ContentId, GenerationDefaults, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry,
+};
+pub use source::{Source, SourceTensor, open};
+pub use spec::{
+    Attention, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Pooling, Role, Rope, RopeScaling,
+};

@@ -1,0 +1,147 @@
+//! The manifest of an imported checkpoint: what its tensors are, where their bytes lie, and how to verify them.
+//!
+//! A manifest is written once, before the import is committed, and never changed.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DType, ModelSpec, Role};
+
+/// Bytes covered by one chunk hash. Chunks start at the tensor's first byte; the last one may be shorter.
+pub const CHUNK_BYTES: u64 = 2 << 20;
+
+/// Every tensor starts at a multiple of this in its data file.
+pub const TENSOR_ALIGNMENT: u64 = 256;
+
+/// A BLAKE3 hash, written as 64 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Hash(pub [u8; 32]);
+
+impl Hash {
+    /// BLAKE3 of some bytes: what a chunk's bytes are compared with.
+    pub fn of(bytes: &[u8]) -> Hash {
+        Hash(*blake3::hash(bytes).as_bytes())
+    }
+
+    /// Starts the identity of a tensor ([`ContentId`]); its bytes follow. In front of them stand the length of the
+    /// dtype's name, the name, the rank and the dimensions, all numbers u64 little-endian.
+    pub(crate) fn hasher(dtype: DType, shape: &[u64]) -> blake3::Hasher {
+        let mut hasher = blake3::Hasher::new();
+        hasher
+            .update(&(dtype.name().len() as u64).to_le_bytes())
+            .update(dtype.name().as_bytes());
+        hasher.update(&(shape.len() as u64).to_le_bytes());
+        for dim in shape {
+            hasher.update(&dim.to_le_bytes());
+        }
+        hasher
+    }
+
+    /// The identity of a whole tensor: its shape (outermost dimension first) and its bytes as stored.
+    pub fn of_tensor(dtype: DType, shape: &[u64], bytes: &[u8]) -> ContentId {
+        Hash(*Hash::hasher(dtype, shape).update(bytes).finalize().as_bytes())
+    }
+
+    /// 64 lower-case hexadecimal digits.
+    pub fn to_hex(self) -> String {
+        blake3::Hash::from_bytes(self.0).to_hex().to_string()
+    }
+}
+
+impl std::fmt::Debug for Hash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.to_hex())
+    }
+}
+
+impl Serialize for Hash {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.to_hex())
+    }
+}
+
+impl<'de> Deserialize<'de> for Hash {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let hash = blake3::Hash::from_hex(&text).map_err(serde::de::Error::custom)?;
+        Ok(Hash(*hash.as_bytes()))
+    }
+}
+
+/// The identity of a tensor: BLAKE3 over dtype, shape and bytes, so equal content has equal identity whichever
+/// model brought it.
+pub type ContentId = Hash;
+
+/// One tensor of an imported checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorEntry {
+    /// What it is for.
+    pub role: Role,
+    /// Element type.
+    pub dtype: DType,
+    /// Outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Content identity.
+    pub id: ContentId,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Which stage of the forward pass needs it first ([`ModelSpec::stage`]).
+    pub stage: u32,
+    /// The checkpoint whose data file holds the bytes; another one's when the content was already on this disk.
+    pub checkpoint: String,
+    /// Offset in that data file, a multiple of [`TENSOR_ALIGNMENT`].
+    pub offset: u64,
+    /// BLAKE3 of each [`CHUNK_BYTES`] chunk, in order.
+    pub chunks: Vec<Hash>,
+}
+
+/// Defaults for sampling that the checkpoint's author recommends (`generation_config.json`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GenerationDefaults {
+    /// Token ids that end a sequence.
+    pub eos: Vec<u32>,
+    /// Token put in front of a prompt when the tokenizer is told to add special tokens; informative.
+    pub bos: Option<u32>,
+    /// Sampling temperature.
+    pub temperature: Option<f32>,
+    /// Nucleus sampling threshold.
+    pub top_p: Option<f32>,
+    /// Candidates kept.
+    pub top_k: Option<u32>,
+    /// Minimum probability relative to the best candidate.
+    pub min_p: Option<f32>,
+    /// Multiplicative repetition penalty.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// An imported checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this layout; readers refuse what they do not know.
+    pub version: u32,
+    /// This checkpoint's id, also the name of its directory.
+    pub checkpoint: String,
+    /// What the model is.
+    pub spec: ModelSpec,
+    /// Tensors in execution order. No two have the same role.
+    pub tensors: Vec<TensorEntry>,
+    /// Bytes of this checkpoint's own data file.
+    pub data_bytes: u64,
+    /// Sampling defaults and end tokens.
+    pub generation: GenerationDefaults,
+    /// Jinja chat template, if the checkpoint has one.
+    pub chat_template: Option<String>,
+    /// Text of special tokens that templates refer to, e.g. `bos_token` -> `<s>`.
+    pub special_tokens: std::collections::BTreeMap<String, String>,
+    /// Whether `tokenizer.json` lies beside the manifest.
+    pub has_tokenizer: bool,
+}
+
+impl Manifest {
+    /// The layout version that this build writes.
+    pub const VERSION: u32 = 1;
+
+    /// Bytes of all tensors, wherever they lie.
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+}

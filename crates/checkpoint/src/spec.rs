@@ -1,0 +1,343 @@
+//! The declarative model description: one `ModelSpec` says everything the executor needs to know about a family.
+//!
+//! A new family should be a new combination of these fields, not a new file of code. The spec never names a
+//! tensor of a foreign format; `names.rs` maps foreign names to [`Role`]s.
+
+use serde::{Deserialize, Serialize};
+
+/// What a model is, independent of where its weights came from. All sizes are element counts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelSpec {
+    /// The family as its config names it ("llama", "qwen2", "qwen3", "bert"); for people, not for decisions.
+    pub family: String,
+    /// Rows of the token embedding.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside the feed-forward block.
+    pub intermediate: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Longest sequence (prompt plus output) in tokens.
+    pub context: usize,
+    /// The normalisation used throughout.
+    pub norm: Norm,
+    /// Where the layer's norms sit.
+    pub norm_placement: NormPlacement,
+    /// Whether query and key heads are RMS-normalised before the rotation (Qwen3).
+    pub qk_norm: bool,
+    /// Rotary positions; `None` for models with learned positions.
+    pub rope: Option<Rope>,
+    /// Rows of the learned position embedding, if there is one (BERT).
+    pub learned_positions: Option<usize>,
+    /// Rows of the token-type embedding, if there is one (BERT); type 0 is always used.
+    pub token_types: Option<usize>,
+    /// The feed-forward block.
+    pub mlp: Mlp,
+    /// Which positions a token may look at.
+    pub attention: Attention,
+    /// What the model gives.
+    pub output: Output,
+}
+
+/// Normalisation with its epsilon.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Norm {
+    /// x / rms(x) · weight.
+    Rms {
+        /// Added to the mean square.
+        epsilon: f32,
+    },
+    /// (x − mean) / std · weight + bias.
+    Layer {
+        /// Added to the variance.
+        epsilon: f32,
+    },
+}
+
+/// Where the norms of a layer sit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormPlacement {
+    /// Before attention and before the feed-forward block, with a final norm after the last layer (Llama, Qwen).
+    Pre,
+    /// After each residual addition, with a norm on the embeddings and none at the end (BERT).
+    Post,
+}
+
+/// Rotary position embedding. Pairs are (i, i + dims/2), the Hugging Face order; Meta's interleaved order is
+/// converted at import.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rope {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Elements of a head that are rotated (from the start of the head).
+    pub dims: usize,
+    /// Stretching beyond the trained length.
+    pub scaling: RopeScaling,
+}
+
+/// Changes to the rotary frequencies for longer contexts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum RopeScaling {
+    /// Frequencies as they are.
+    None,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// How many times longer the context is.
+        factor: f64,
+    },
+    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, smooth in between.
+    Llama3 {
+        /// How many times longer the context is.
+        factor: f64,
+        /// Wavelengths above `original_context / low_freq_factor` are scaled fully.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_context / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Context length in tokens before stretching.
+        original_context: f64,
+    },
+    /// Frequency `i` divided by `factors[i]` (GGUF's `rope_freqs.weight`).
+    Factors {
+        /// One divisor per rotated pair.
+        factors: Vec<f32>,
+    },
+}
+
+/// The feed-forward block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mlp {
+    /// down(silu(gate(x)) · up(x)).
+    GatedSilu,
+    /// down(gelu(up(x))) with the exact (erf) GELU.
+    Gelu,
+}
+
+/// Which positions a token may look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Attention {
+    /// Itself and everything before; keys and values are cached in KV blocks.
+    Causal,
+    /// The whole sequence; nothing is cached.
+    Bidirectional,
+}
+
+/// What a forward pass gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Output {
+    /// Next-token logits over the vocabulary.
+    Logits {
+        /// The output matrix is the token embedding.
+        tied: bool,
+    },
+    /// One vector per sequence.
+    Embedding {
+        /// How token states become one vector.
+        pooling: Pooling,
+        /// Scale the vector to length one.
+        normalise: bool,
+    },
+}
+
+/// How token states become one vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// Mean over the tokens.
+    Mean,
+    /// The first token's state.
+    Cls,
+}
+
+/// What a tensor is for. Matrices are `[out_features, in_features]`, row-major; vectors are `[features]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// `[vocab, hidden]`.
+    TokenEmbedding,
+    /// `[learned_positions, hidden]`.
+    PositionEmbedding,
+    /// `[token_types, hidden]`.
+    TypeEmbedding,
+    /// `[hidden]`, only with [`NormPlacement::Post`].
+    EmbeddingNorm,
+    /// `[hidden]`.
+    EmbeddingNormBias,
+    /// A tensor of layer `.0`.
+    Layer(u32, LayerRole),
+    /// `[hidden]`, only with [`NormPlacement::Pre`].
+    FinalNorm,
+    /// `[hidden]`.
+    FinalNormBias,
+    /// `[vocab, hidden]`; absent when tied.
+    Output,
+}
+
+/// What a tensor inside a layer is for, in the order in which the forward pass asks for it (pre-norm families).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayerRole {
+    /// `[hidden]`; with [`NormPlacement::Post`] applied after the attention residual.
+    AttnNorm,
+    /// `[hidden]`.
+    AttnNormBias,
+    /// `[heads · head_dim, hidden]`.
+    Query,
+    /// `[heads · head_dim]`.
+    QueryBias,
+    /// `[kv_heads · head_dim, hidden]`.
+    Key,
+    /// `[kv_heads · head_dim]`.
+    KeyBias,
+    /// `[kv_heads · head_dim, hidden]`.
+    Value,
+    /// `[kv_heads · head_dim]`.
+    ValueBias,
+    /// `[head_dim]`.
+    QueryNorm,
+    /// `[head_dim]`.
+    KeyNorm,
+    /// `[hidden, heads · head_dim]`.
+    AttnOut,
+    /// `[hidden]`.
+    AttnOutBias,
+    /// `[hidden]`; with [`NormPlacement::Post`] applied after the feed-forward residual.
+    MlpNorm,
+    /// `[hidden]`.
+    MlpNormBias,
+    /// `[intermediate, hidden]`, only gated.
+    Gate,
+    /// `[intermediate]`.
+    GateBias,
+    /// `[intermediate, hidden]`.
+    Up,
+    /// `[intermediate]`.
+    UpBias,
+    /// `[hidden, intermediate]`.
+    Down,
+    /// `[hidden]`.
+    DownBias,
+}
+
+impl ModelSpec {
+    /// Stages of a forward pass: 0 is the embedding, 1..=layers the layers, layers + 1 the head. The executor needs
+    /// the tensors of stage `s` only when it gets there; loading follows the same order.
+    pub fn stages(&self) -> usize {
+        self.layers + 2
+    }
+
+    /// The stage that first needs a tensor.
+    pub fn stage(&self, role: Role) -> usize {
+        match role {
+            Role::TokenEmbedding
+            | Role::PositionEmbedding
+            | Role::TypeEmbedding
+            | Role::EmbeddingNorm
+            | Role::EmbeddingNormBias => 0,
+            Role::Layer(layer, _) => 1 + layer as usize,
+            Role::FinalNorm | Role::FinalNormBias | Role::Output => self.layers + 1,
+        }
+    }
+
+    /// Whether the model generates text (as opposed to giving embeddings).
+    pub fn generates(&self) -> bool {
+        matches!(self.output, Output::Logits { .. })
+    }
+
+    /// The shape that a tensor of this role must have, outermost dimension first.
+    pub fn shape(&self, role: Role) -> Vec<u64> {
+        let hidden = self.hidden as u64;
+        let intermediate = self.intermediate as u64;
+        let queries = (self.heads * self.head_dim) as u64;
+        let keys = (self.kv_heads * self.head_dim) as u64;
+        match role {
+            Role::TokenEmbedding | Role::Output => vec![self.vocab as u64, hidden],
+            Role::PositionEmbedding => vec![self.learned_positions.unwrap_or(0) as u64, hidden],
+            Role::TypeEmbedding => vec![self.token_types.unwrap_or(0) as u64, hidden],
+            Role::EmbeddingNorm | Role::EmbeddingNormBias | Role::FinalNorm | Role::FinalNormBias => {
+                vec![hidden]
+            }
+            Role::Layer(_, layer_role) => match layer_role {
+                LayerRole::AttnNorm
+                | LayerRole::AttnNormBias
+                | LayerRole::AttnOutBias
+                | LayerRole::MlpNorm
+                | LayerRole::MlpNormBias
+                | LayerRole::DownBias => vec![hidden],
+                LayerRole::Query => vec![queries, hidden],
+                LayerRole::QueryBias => vec![queries],
+                LayerRole::Key | LayerRole::Value => vec![keys, hidden],
+                LayerRole::KeyBias | LayerRole::ValueBias => vec![keys],
+                LayerRole::QueryNorm | LayerRole::KeyNorm => vec![self.head_dim as u64],
+                LayerRole::AttnOut => vec![hidden, queries],
+                LayerRole::Gate | LayerRole::Up => vec![intermediate, hidden],
+                LayerRole::GateBias | LayerRole::UpBias => vec![intermediate],
+                LayerRole::Down => vec![hidden, intermediate],
+            },
+        }
+    }
+
+    /// Roles without which the model cannot run, in execution order.
+    pub fn required_roles(&self) -> Vec<Role> {
+        let mut roles = vec![Role::TokenEmbedding];
+        if self.learned_positions.is_some() {
+            roles.push(Role::PositionEmbedding);
+        }
+        if self.token_types.is_some() {
+            roles.push(Role::TypeEmbedding);
+        }
+        let layer_norm = matches!(self.norm, Norm::Layer { .. });
+        if self.norm_placement == NormPlacement::Post {
+            roles.push(Role::EmbeddingNorm);
+            if layer_norm {
+                roles.push(Role::EmbeddingNormBias);
+            }
+        }
+        for layer in 0..self.layers as u32 {
+            let mut push = |role| roles.push(Role::Layer(layer, role));
+            push(LayerRole::AttnNorm);
+            if layer_norm {
+                push(LayerRole::AttnNormBias);
+            }
+            push(LayerRole::Query);
+            push(LayerRole::Key);
+            push(LayerRole::Value);
+            if self.qk_norm {
+                push(LayerRole::QueryNorm);
+                push(LayerRole::KeyNorm);
+            }
+            push(LayerRole::AttnOut);
+            push(LayerRole::MlpNorm);
+            if layer_norm {
+                push(LayerRole::MlpNormBias);
+            }
+            if self.mlp == Mlp::GatedSilu {
+                push(LayerRole::Gate);
+            }
+            push(LayerRole::Up);
+            push(LayerRole::Down);
+        }
+        if self.norm_placement == NormPlacement::Pre {
+            roles.push(Role::FinalNorm);
+            if layer_norm {
+                roles.push(Role::FinalNormBias);
+            }
+        }
+        if self.output == (Output::Logits { tied: false }) {
+            roles.push(Role::Output);
+        }
+        roles
+    }
+}

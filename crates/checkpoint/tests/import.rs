@@ -1,0 +1,382 @@
+//! Imports whole checkpoints and checks what lies on disk afterwards.
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use tangram_checkpoint::{
+    CHUNK_BYTES, CheckpointError, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, MANIFEST_FILE,
+    Manifest, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, import, open, read_manifest,
+};
+use tangram_testkit::{
+    Family, Float, GgmlType, GgufOptions, RandomModel, mutate_layer, write_gguf, write_hf_model,
+};
+
+const FAMILIES: [Family; 4] = [Family::Llama, Family::Qwen2, Family::Qwen3, Family::Bert];
+
+fn import_alone(source: &Source, dir: &Path, id: &str) -> Manifest {
+    fs::create_dir_all(dir).unwrap();
+    import(source, dir, id, &|_| None, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+fn read_tensor(source: &Source, role: Role) -> Vec<u8> {
+    let tensor = source
+        .tensors()
+        .iter()
+        .find(|tensor| tensor.role == role)
+        .unwrap();
+    let mut bytes = vec![0; tensor.bytes as usize];
+    source.read_at(tensor, 0, &mut bytes).unwrap();
+    bytes
+}
+
+fn ids(manifest: &Manifest) -> HashMap<Role, ContentId> {
+    manifest
+        .tensors
+        .iter()
+        .map(|entry| (entry.role, entry.id))
+        .collect()
+}
+
+fn known(manifest: &Manifest) -> impl Fn(&ContentId) -> Option<KnownTensor> + use<> {
+    let places: HashMap<ContentId, KnownTensor> = manifest
+        .tensors
+        .iter()
+        .map(|entry| {
+            let (checkpoint, offset, chunks) = (entry.checkpoint.clone(), entry.offset, entry.chunks.clone());
+            (
+                entry.id,
+                KnownTensor {
+                    checkpoint,
+                    offset,
+                    chunks,
+                },
+            )
+        })
+        .collect();
+    move |id| places.get(id).cloned()
+}
+
+#[test]
+fn every_family_is_written_in_order_aligned_and_verifiable() {
+    let temp = tempfile::tempdir().unwrap();
+    for family in FAMILIES {
+        for dtype in [Float::F32, Float::BF16, Float::F16] {
+            let name = format!("{}-{dtype:?}", family.name());
+            let (model, target) = (
+                temp.path().join(&name),
+                temp.path().join(format!("{name}-imported")),
+            );
+            let shards = if dtype == Float::F16 { 3 } else { 1 };
+            let random = RandomModel {
+                dtype,
+                shards,
+                new_config_keys: dtype == Float::BF16,
+                ..RandomModel::tiny(family)
+            };
+            write_hf_model(&model, &random);
+            let source = open(&model).unwrap();
+            let manifest = import_alone(&source, &target, &name);
+            assert_eq!(read_manifest(&target).unwrap(), manifest);
+            assert_eq!(manifest.weight_bytes(), source.weight_bytes());
+            let data = fs::read(target.join(DATA_FILE)).unwrap();
+            assert_eq!(data.len() as u64, manifest.data_bytes);
+            assert_eq!(data.len() % 4096, 0);
+            let mut end = 0;
+            for entry in &manifest.tensors {
+                let alignment = if entry.bytes >= 65536 {
+                    4096
+                } else {
+                    TENSOR_ALIGNMENT
+                };
+                assert!(entry.offset % alignment == 0 && entry.offset >= end);
+                assert!(
+                    data[end as usize..entry.offset as usize]
+                        .iter()
+                        .all(|&byte| byte == 0)
+                );
+                end = entry.offset + entry.bytes;
+                let bytes = &data[entry.offset as usize..end as usize];
+                assert_eq!(bytes, read_tensor(&source, entry.role));
+                let hashes: Vec<Hash> = bytes.chunks(CHUNK_BYTES as usize).map(Hash::of).collect();
+                assert_eq!(entry.chunks, hashes);
+            }
+            assert!(manifest.has_tokenizer && target.join(TOKENIZER_FILE).exists());
+        }
+    }
+}
+
+#[test]
+fn identity_depends_on_dtype_shape_and_bytes() {
+    let id = |dtype, shape: &[u64], bytes: &[u8]| ContentId::of_tensor(dtype, shape, bytes);
+    use tangram_checkpoint::DType::{BF16, F16};
+    let one = id(F16, &[2, 4], &[1; 16]);
+    assert_eq!(one, id(F16, &[2, 4], &[1; 16]));
+    assert_ne!(one, id(BF16, &[2, 4], &[1; 16]));
+    assert_ne!(one, id(F16, &[4, 2], &[1; 16]));
+    assert_ne!(one, id(F16, &[8], &[1; 16]));
+    assert_ne!(one, id(F16, &[2, 4], &[2; 16]));
+}
+
+#[test]
+fn a_copy_with_one_changed_layer_brings_only_that_layer() {
+    let temp = tempfile::tempdir().unwrap();
+    let [base, copy, first, second] = ["base", "copy", "first", "second"].map(|name| temp.path().join(name));
+    write_hf_model(&base, &RandomModel::tiny(Family::Llama));
+    mutate_layer(&base, &copy, 1);
+    let original = import_alone(&open(&base).unwrap(), &first, "first");
+    fs::create_dir(&second).unwrap();
+    let mut last = ImportProgress::default();
+    let changed = import(
+        &open(&copy).unwrap(),
+        &second,
+        "second",
+        &known(&original),
+        &mut |progress| {
+            last = progress;
+            ControlFlow::Continue(())
+        },
+    )
+    .unwrap();
+    let mut new_bytes = 0;
+    for (old, new) in original.tensors.iter().zip(&changed.tensors) {
+        let in_layer = matches!(new.role, Role::Layer(1, _));
+        assert_eq!(old.id != new.id, in_layer, "{:?}", new.role);
+        assert_eq!(new.checkpoint, if in_layer { "second" } else { "first" });
+        if in_layer {
+            new_bytes += new.bytes;
+        } else {
+            assert_eq!((new.offset, &new.chunks), (old.offset, &old.chunks));
+        }
+    }
+    assert_eq!(last.bytes_done, changed.weight_bytes());
+    assert_eq!(last.bytes_done, last.bytes_total);
+    assert_eq!(last.bytes_reused, changed.weight_bytes() - new_bytes);
+    assert!(changed.data_bytes >= new_bytes && changed.data_bytes < new_bytes + 8192);
+    assert_eq!(read_manifest(&second).unwrap(), changed);
+    // The gaps hold no pieces of tensors that were not kept.
+    let data = fs::read(second.join(DATA_FILE)).unwrap();
+    let mut end = 0;
+    for entry in changed
+        .tensors
+        .iter()
+        .filter(|entry| entry.checkpoint == "second")
+    {
+        assert!(
+            data[end as usize..entry.offset as usize]
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+        end = entry.offset + entry.bytes;
+    }
+    assert!(data[end as usize..].iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn an_exact_copy_needs_no_room_and_equal_tensors_lie_once() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = temp.path().join("model");
+    write_hf_model(&model, &RandomModel::tiny(Family::Qwen2));
+    let source = open(&model).unwrap();
+    let first = import_alone(&source, &temp.path().join("first"), "first");
+    let second = temp.path().join("second");
+    fs::create_dir(&second).unwrap();
+    let manifest = import(&source, &second, "second", &known(&first), &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(manifest.data_bytes, 0);
+    assert_eq!(fs::metadata(second.join(DATA_FILE)).unwrap().len(), 0);
+
+    // Tensor bytes set to one value everywhere: equal shapes become equal tensors.
+    let file = model.join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[start..].fill(0);
+    fs::write(&file, bytes).unwrap();
+    let zeros = import_alone(&open(&model).unwrap(), &temp.path().join("zeros"), "zeros");
+    let mut distinct: HashMap<ContentId, u64> = HashMap::new();
+    for entry in &zeros.tensors {
+        distinct.insert(entry.id, entry.bytes);
+    }
+    assert!(distinct.len() < zeros.tensors.len() / 3);
+    assert!(zeros.data_bytes < distinct.values().sum::<u64>() + 8192 * distinct.len() as u64);
+    assert_eq!(read_manifest(&temp.path().join("zeros")).unwrap(), zeros);
+}
+
+#[test]
+fn the_same_model_in_both_formats_has_the_same_tensors() {
+    let temp = tempfile::tempdir().unwrap();
+    for family in [Family::Llama, Family::Qwen2, Family::Qwen3] {
+        for version in [1, 2, 3] {
+            let random = RandomModel::tiny(family);
+            let name = format!("{}-{version}", family.name());
+            let (model, file) = (temp.path().join(&name), temp.path().join(format!("{name}.gguf")));
+            write_hf_model(&model, &random);
+            write_gguf(
+                &file,
+                &random,
+                GgufOptions {
+                    version,
+                    dtype: GgmlType::F32,
+                },
+            );
+            let (directory, gguf) = (open(&model).unwrap(), open(&file).unwrap());
+            assert_eq!(directory.spec(), gguf.spec());
+            let one = import_alone(&directory, &temp.path().join(format!("{name}-a")), "a");
+            let two = import_alone(&gguf, &temp.path().join(format!("{name}-b")), "b");
+            assert_eq!(ids(&one), ids(&two));
+            assert_eq!(one.generation.eos, two.generation.eos);
+            assert_eq!(one.chat_template, two.chat_template);
+        }
+    }
+}
+
+#[test]
+fn reading_in_pieces_gives_the_same_bytes() {
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("model.gguf");
+    write_gguf(
+        &file,
+        &RandomModel::tiny(Family::Llama),
+        GgufOptions {
+            version: 3,
+            dtype: GgmlType::Q8_0,
+        },
+    );
+    let source = open(&file).unwrap();
+    for tensor in source.tensors() {
+        let whole = read_tensor(&source, tensor.role);
+        let mut pieces = Vec::new();
+        for piece in whole.chunks(101) {
+            let mut bytes = vec![0; piece.len()];
+            source.read_at(tensor, pieces.len() as u64, &mut bytes).unwrap();
+            pieces.extend(bytes);
+        }
+        assert!(whole == pieces, "{:?}", tensor.role);
+        assert!(source.read_at(tensor, 1, &mut vec![0; whole.len()]).is_err());
+        assert!(source.read_at(tensor, u64::MAX, &mut [0; 2]).is_err());
+    }
+}
+
+#[test]
+fn cancelling_stops_the_import() {
+    let temp = tempfile::tempdir().unwrap();
+    let (model, target) = (temp.path().join("model"), temp.path().join("target"));
+    write_hf_model(&model, &RandomModel::tiny(Family::Llama));
+    fs::create_dir(&target).unwrap();
+    let mut calls = 0;
+    let result = import(&open(&model).unwrap(), &target, "target", &|_| None, &mut |_| {
+        calls += 1;
+        if calls == 3 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    });
+    assert!(matches!(result, Err(CheckpointError::Cancelled)));
+    assert_eq!(calls, 3);
+    assert!(!target.join(MANIFEST_FILE).exists());
+}
+
+#[test]
+fn a_source_cut_short_after_opening_is_an_error() {
+    let temp = tempfile::tempdir().unwrap();
+    let (model, target) = (temp.path().join("model"), temp.path().join("target"));
+    write_hf_model(&model, &RandomModel::tiny(Family::Llama));
+    let source = open(&model).unwrap();
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(model.join("model.safetensors"))
+        .unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    fs::create_dir(&target).unwrap();
+    let error = import(&source, &target, "t", &|_| None, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap_err()
+    .to_string();
+    assert!(
+        error.contains("model.safetensors") && error.contains("cut short"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_full_disk_is_an_io_error_that_names_the_file() {
+    let full = PathBuf::from("/dev/full");
+    if !full.exists() {
+        println!("skipped: no /dev/full on this system");
+        return;
+    }
+    // A directory whose data file cannot be created stands for every failing write: same error, same path.
+    let temp = tempfile::tempdir().unwrap();
+    let model = temp.path().join("model");
+    write_hf_model(&model, &RandomModel::tiny(Family::Llama));
+    let missing = temp.path().join("missing");
+    let result = import(&open(&model).unwrap(), &missing, "t", &|_| None, &mut |_| {
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(result, Err(CheckpointError::Io { path, .. }) if path == missing.join(DATA_FILE)));
+}
+
+#[test]
+fn names_that_lead_elsewhere_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = temp.path().join("model");
+    write_hf_model(&model, &RandomModel::tiny(Family::Llama));
+    let source = open(&model).unwrap();
+    for name in ["", ".", "..", "a/b", "/a", "../a", "a/"] {
+        let result = import(&source, temp.path(), name, &|_| None, &mut |_| {
+            ControlFlow::Continue(())
+        });
+        assert!(matches!(result, Err(CheckpointError::Invalid { .. })), "{name:?}");
+    }
+}
+
+#[test]
+fn changed_manifests_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let (model, target) = (temp.path().join("model"), temp.path().join("target"));
+    write_hf_model(&model, &RandomModel::tiny(Family::Llama));
+    let good = import_alone(&open(&model).unwrap(), &target, "target");
+    let refused = |what: &str, change: &dyn Fn(&mut Manifest)| {
+        let mut manifest = good.clone();
+        change(&mut manifest);
+        fs::write(target.join(MANIFEST_FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        let error = read_manifest(&target).expect_err(what).to_string();
+        assert!(
+            error.contains(MANIFEST_FILE) && error.contains("deploy"),
+            "{what}: {error}"
+        );
+    };
+    refused("version", &|manifest| manifest.version = 2);
+    refused("name", &|manifest| manifest.checkpoint = "../other".into());
+    refused("zero size", &|manifest| manifest.spec.hidden = 0);
+    refused("huge size", &|manifest| manifest.spec.vocab = usize::MAX);
+    refused("missing tensor", &|manifest| drop(manifest.tensors.pop()));
+    refused("tensor twice", &|manifest| {
+        manifest.tensors.push(manifest.tensors[0].clone())
+    });
+    refused("order", &|manifest| manifest.tensors.reverse());
+    refused("shape", &|manifest| manifest.tensors[1].shape = vec![1]);
+    refused("bytes", &|manifest| manifest.tensors[1].bytes += 1);
+    refused("chunks", &|manifest| drop(manifest.tensors[1].chunks.pop()));
+    refused("alignment", &|manifest| manifest.tensors[1].offset += 1);
+    refused("offset", &|manifest| {
+        manifest.tensors[1].offset = manifest.data_bytes
+    });
+    refused("wrapping offset", &|manifest| {
+        manifest.tensors[1].offset = u64::MAX - 255
+    });
+    refused("stage", &|manifest| manifest.tensors[1].stage = 3);
+    refused("other place", &|manifest| {
+        manifest.tensors[1].checkpoint = "/etc".into()
+    });
+    refused("data size", &|manifest| manifest.data_bytes = 0);
+    fs::write(target.join(MANIFEST_FILE), b"{\"version\": 1").unwrap();
+    assert!(read_manifest(&target).is_err());
+    fs::remove_file(target.join(MANIFEST_FILE)).unwrap();
+    assert!(matches!(read_manifest(&target), Err(CheckpointError::Io { .. })));
+}

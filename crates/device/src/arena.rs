@@ -1,0 +1,549 @@
+//! Arenas, extents and the device's memory: who owns which bytes, and which pages are therefore mapped.
+//!
+//! Neighbouring extents share the page that their border falls into, so nothing is rounded up to a page on its own.
+//! Here is the one place that maps, unmaps and scrubs.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::pages::FreePages;
+use crate::{Device, DeviceError, Mapping, Stream};
+
+/// A device with its free physical pages.
+pub struct Memory {
+    device: Box<dyn Device>,
+    free: Mutex<FreePages>,
+}
+
+impl Memory {
+    /// All pages of `device` are free.
+    pub fn new(device: Box<dyn Device>) -> Arc<Memory> {
+        let free = Mutex::new(FreePages::new(device.page_count() as u32));
+        Arc::new(Memory { device, free })
+    }
+
+    /// The device's name for people.
+    pub fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// Bytes per physical page.
+    pub fn page_bytes(&self) -> usize {
+        self.device.page_bytes()
+    }
+
+    /// Physical pages, free or not.
+    pub fn page_count(&self) -> usize {
+        self.device.page_count()
+    }
+
+    /// Physical pages that no extent uses.
+    pub fn free_pages(&self) -> usize {
+        lock(&self.free).free()
+    }
+
+    /// The device's copy streams.
+    pub fn streams(&self) -> &[Stream] {
+        self.device.streams()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The state behind these locks is consistent at every point where a panic could leave them.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the new owner of an extent finds in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// Zeros.
+    Zeroed,
+    /// Whatever the pages held: the owner promises to overwrite every byte before anybody may read one.
+    Overwritten,
+}
+
+/// A wish for an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Offset in the arena, bytes.
+    pub offset: usize,
+    /// Length, bytes.
+    pub len: usize,
+}
+
+#[derive(Default)]
+struct ArenaState {
+    /// Live extents: offset -> length.
+    claims: BTreeMap<usize, usize>,
+    /// Mapped pages of the arena: page index -> (physical page, extents over it).
+    mapped: BTreeMap<usize, (u32, u32)>,
+}
+
+/// A stable virtual range on one device.
+pub struct Arena {
+    memory: Arc<Memory>,
+    address: usize,
+    bytes: usize,
+    state: Mutex<ArenaState>,
+}
+
+impl Arena {
+    /// Reserves a range of at least `bytes` bytes; takes no physical memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::System`] when the address space is exhausted.
+    pub fn reserve(memory: Arc<Memory>, bytes: usize) -> Result<Arc<Arena>, DeviceError> {
+        let bytes = bytes.max(1).next_multiple_of(memory.page_bytes());
+        let address = memory.device.reserve(bytes)?;
+        Ok(Arc::new(Arena { memory, address, bytes, state: Mutex::default() }))
+    }
+
+    /// Size of the range in bytes, a multiple of the page size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn pages_under(&self, claim: Claim) -> Range<usize> {
+        let page_bytes = self.memory.page_bytes();
+        claim.offset / page_bytes..(claim.offset + claim.len).div_ceil(page_bytes)
+    }
+
+    /// How many physical pages these claims would take now.
+    pub fn pages_needed(&self, claims: &[Claim]) -> usize {
+        let state = lock(&self.state);
+        self.unmapped_pages(&state, claims).len()
+    }
+
+    /// Sorted, without doubles.
+    fn unmapped_pages(&self, state: &ArenaState, claims: &[Claim]) -> Vec<usize> {
+        let mut pages: Vec<usize> = claims
+            .iter()
+            .flat_map(|&claim| self.pages_under(claim))
+            .filter(|page| !state.mapped.contains_key(page))
+            .collect();
+        pages.sort_unstable();
+        pages.dedup();
+        pages
+    }
+
+    /// One extent with zeros in it.
+    ///
+    /// # Errors
+    /// As [`Arena::claim_all`].
+    pub fn claim(self: &Arc<Self>, offset: usize, len: usize) -> Result<Extent, DeviceError> {
+        let mut extents = self.claim_all(&[Claim { offset, len }], Contents::Zeroed)?;
+        extents.pop().ok_or(DeviceError::BadClaim { offset, len, arena_bytes: self.bytes, problem: "lost" })
+    }
+
+    /// Takes all of these extents or none: maps the pages under them that are not mapped yet, in as few runs as the
+    /// free pages allow, and scrubs every byte of a fresh page that the claims do not promise to overwrite.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfPages`] when there are not enough free pages; [`DeviceError::BadClaim`] for a claim that is
+    /// empty, out of range or overlaps a live one; [`DeviceError::System`] when the system refuses to map.
+    pub fn claim_all(
+        self: &Arc<Self>,
+        claims: &[Claim],
+        contents: Contents,
+    ) -> Result<Vec<Extent>, DeviceError> {
+        let mut state = lock(&self.state);
+        for (done, &claim) in claims.iter().enumerate() {
+            if let Err(problem) = self.insert(&mut state, claim) {
+                for claim in &claims[..done] {
+                    state.claims.remove(&claim.offset);
+                }
+                return Err(DeviceError::BadClaim {
+                    offset: claim.offset,
+                    len: claim.len,
+                    arena_bytes: self.bytes,
+                    problem,
+                });
+            }
+        }
+        let fresh = self.unmapped_pages(&state, claims);
+        if let Err(error) = self.map_fresh(&mut state, &fresh) {
+            for claim in claims {
+                state.claims.remove(&claim.offset);
+            }
+            return Err(error);
+        }
+        for &claim in claims {
+            for page in self.pages_under(claim) {
+                if let Some((_, users)) = state.mapped.get_mut(&page) {
+                    *users += 1;
+                }
+            }
+        }
+        self.scrub(&fresh, claims, contents);
+        Ok(claims.iter().map(|&claim| Extent { arena: self.clone(), offset: claim.offset, len: claim.len }).collect())
+    }
+
+    fn insert(&self, state: &mut ArenaState, claim: Claim) -> Result<(), &'static str> {
+        let end = claim.offset.checked_add(claim.len).ok_or("out of range")?;
+        if claim.len == 0 {
+            return Err("empty");
+        }
+        if end > self.bytes {
+            return Err("out of range");
+        }
+        if state.claims.range(..end).next_back().is_some_and(|(&offset, &len)| offset + len > claim.offset) {
+            return Err("already taken");
+        }
+        state.claims.insert(claim.offset, claim.len);
+        Ok(())
+    }
+
+    fn map_fresh(&self, state: &mut ArenaState, fresh: &[usize]) -> Result<(), DeviceError> {
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let page_bytes = self.memory.page_bytes();
+        let mut free = lock(&self.memory.free);
+        let runs = free.take(fresh.len()).ok_or(DeviceError::OutOfPages {
+            needed: fresh.len(),
+            free: free.free(),
+            page_bytes,
+        })?;
+        drop(free);
+        let physical: Vec<u32> = runs.iter().flat_map(|&(start, length)| start..start + length).collect();
+        let mut batch: Vec<Mapping> = Vec::new();
+        for (&page, &physical) in fresh.iter().zip(&physical) {
+            let address = self.address + page * page_bytes;
+            match batch.last_mut() {
+                Some(last)
+                    if last.address + last.pages as usize * page_bytes == address
+                        && last.first_page + last.pages == physical =>
+                {
+                    last.pages += 1;
+                }
+                _ => batch.push(Mapping { address, first_page: physical, pages: 1 }),
+            }
+        }
+        // SAFETY: the addresses are pages of this arena's own reservation that are not in `mapped`; the physical
+        // pages were free until now, so they are mapped nowhere.
+        if let Err(error) = unsafe { self.memory.device.map(&batch) } {
+            let mut free = lock(&self.memory.free);
+            for (start, length) in runs {
+                free.give(start, length);
+            }
+            return Err(error);
+        }
+        state.mapped.extend(fresh.iter().copied().zip(physical.into_iter().map(|page| (page, 0))));
+        Ok(())
+    }
+
+    /// Zeroes what an earlier owner may have left: the claims themselves if they ask for zeros, and the bytes of
+    /// fresh pages outside the claims always.
+    fn scrub(&self, fresh: &[usize], claims: &[Claim], contents: Contents) {
+        let page_bytes = self.memory.page_bytes();
+        let zero = |range: Range<usize>| {
+            if !range.is_empty() {
+                // SAFETY: the range is inside a page mapped for the first time by this call or inside a claim that
+                // this call has just made exclusive, so nobody else can access it.
+                unsafe { self.memory.device.zero(self.address + range.start, range.len()) };
+            }
+        };
+        let mut sorted: Vec<Claim> = claims.to_vec();
+        sorted.sort_unstable_by_key(|claim| claim.offset);
+        let mut run_start = 0;
+        while run_start < fresh.len() {
+            let mut run_end = run_start + 1;
+            while run_end < fresh.len() && fresh[run_end] == fresh[run_end - 1] + 1 {
+                run_end += 1;
+            }
+            let (first, last) = (fresh[run_start] * page_bytes, (fresh[run_end - 1] + 1) * page_bytes);
+            let mut at = first;
+            let from = sorted.partition_point(|claim| claim.offset + claim.len <= first);
+            for claim in sorted[from..].iter().take_while(|claim| claim.offset < last) {
+                zero(at..claim.offset.max(at));
+                at = at.max((claim.offset + claim.len).min(last));
+            }
+            zero(at..last);
+            run_start = run_end;
+        }
+        if contents == Contents::Zeroed {
+            for claim in claims {
+                zero(claim.offset..claim.offset + claim.len);
+            }
+        }
+    }
+
+    /// Ends the claims at these offsets and frees the pages that nobody uses any more.
+    fn release(&self, offsets: &[usize]) {
+        let page_bytes = self.memory.page_bytes();
+        let mut state = lock(&self.state);
+        let mut emptied: Vec<(usize, u32)> = Vec::new();
+        for &offset in offsets {
+            let Some(len) = state.claims.remove(&offset) else { continue };
+            for page in self.pages_under(Claim { offset, len }) {
+                if let Some((physical, users)) = state.mapped.get_mut(&page) {
+                    *users -= 1;
+                    if *users == 0 {
+                        emptied.push((page, *physical));
+                        state.mapped.remove(&page);
+                    }
+                }
+            }
+        }
+        emptied.sort_unstable();
+        let mut ranges: Vec<(usize, usize)> = Vec::new();
+        for &(page, _) in &emptied {
+            let address = self.address + page * page_bytes;
+            match ranges.last_mut() {
+                Some((start, bytes)) if *start + *bytes == address => *bytes += page_bytes,
+                _ => ranges.push((address, page_bytes)),
+            }
+        }
+        if ranges.is_empty() {
+            return;
+        }
+        // SAFETY: no live extent covers these pages, so nobody holds references into them.
+        if unsafe { self.memory.device.unmap(&ranges) }.is_ok() {
+            let mut free = lock(&self.memory.free);
+            for (_, physical) in emptied {
+                free.give(physical, 1);
+            }
+        }
+        // If the system refused to unmap, the pages stay out of circulation rather than being mapped twice.
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // Every extent holds its arena, so nothing is mapped any more.
+        // SAFETY: the reservation was made by `reserve` with this size and no extent is left.
+        unsafe { self.memory.device.unreserve(self.address, self.bytes) };
+    }
+}
+
+/// Exclusive ownership of a byte range of an arena; its pages stay mapped as long as it lives.
+pub struct Extent {
+    arena: Arc<Arena>,
+    offset: usize,
+    len: usize,
+}
+
+impl std::fmt::Debug for Extent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Extent({:#x}+{})", self.address(), self.len)
+    }
+}
+
+impl Extent {
+    /// Length in bytes, never 0.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Offset in the arena, bytes.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// The device address of the first byte; the same every time this part of the arena is claimed.
+    pub fn address(&self) -> usize {
+        self.arena.address + self.offset
+    }
+
+    /// The bytes, if the host can address this device's memory.
+    pub fn host_bytes(&self) -> Option<&[u8]> {
+        // SAFETY: the range is mapped while `self` lives, initialised (pages come zeroed or written), and writes need
+        // `&mut self`, of which there is one per range.
+        self.host().then(|| unsafe { std::slice::from_raw_parts(self.address() as *const u8, self.len) })
+    }
+
+    /// The bytes for writing, if the host can address this device's memory.
+    pub fn host_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        // SAFETY: as `host_bytes`, and `&mut self` is the only access.
+        self.host().then(|| unsafe { std::slice::from_raw_parts_mut(self.address() as *mut u8, self.len) })
+    }
+
+    fn host(&self) -> bool {
+        self.arena.memory.device.host_accessible()
+    }
+
+    /// Splits the extent in two at `at` bytes from its start (0 < at < len).
+    pub fn split_off(&mut self, at: usize) -> Extent {
+        assert!(at > 0 && at < self.len, "split point must lie inside the extent");
+        let arena = self.arena.clone();
+        let mut state = lock(&arena.state);
+        let boundary = self.offset + at;
+        let tail = self.len - at;
+        state.claims.insert(self.offset, at);
+        state.claims.insert(boundary, tail);
+        // A page that the cut goes through now has one extent more over it.
+        if !boundary.is_multiple_of(arena.memory.page_bytes())
+            && let Some((_, users)) = state.mapped.get_mut(&(boundary / arena.memory.page_bytes()))
+        {
+            *users += 1;
+        }
+        drop(state);
+        self.len = at;
+        Extent { arena, offset: boundary, len: tail }
+    }
+
+    /// Undoes [`Extent::split_off`]: appends the extent that starts where this one ends.
+    pub fn join(&mut self, next: Extent) {
+        assert!(
+            Arc::ptr_eq(&self.arena, &next.arena) && self.offset + self.len == next.offset,
+            "only neighbours can be joined"
+        );
+        let mut state = lock(&self.arena.state);
+        state.claims.remove(&next.offset);
+        state.claims.insert(self.offset, self.len + next.len);
+        let page_bytes = self.arena.memory.page_bytes();
+        if !next.offset.is_multiple_of(page_bytes)
+            && let Some((_, users)) = state.mapped.get_mut(&(next.offset / page_bytes))
+        {
+            *users -= 1;
+        }
+        drop(state);
+        self.len += next.len;
+        next.forget();
+    }
+
+    /// Ends the extent without releasing its range; gives its arena.
+    fn forget(self) -> Arc<Arena> {
+        let extent = std::mem::ManuallyDrop::new(self);
+        // SAFETY: `extent` is never used again and its Drop does not run, so the Arc is moved exactly once.
+        unsafe { std::ptr::read(&extent.arena) }
+    }
+
+    /// Drops many extents at once, unmapping neighbouring pages together.
+    pub fn release_all(extents: Vec<Extent>) {
+        let mut by_arena: BTreeMap<usize, (Arc<Arena>, Vec<usize>)> = BTreeMap::new();
+        for extent in extents {
+            let offset = extent.offset;
+            // `release` below does what Drop would.
+            let arena = extent.forget();
+            by_arena.entry(Arc::as_ptr(&arena) as usize).or_insert_with(|| (arena, Vec::new())).1.push(offset);
+        }
+        for (arena, offsets) in by_arena.into_values() {
+            arena.release(&offsets);
+        }
+    }
+}
+
+impl Drop for Extent {
+    fn drop(&mut self) {
+        self.arena.release(&[self.offset]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::CpuDevice;
+    use proptest::prelude::*;
+
+    const PAGE: usize = 4096;
+
+    fn memory(pages: usize) -> Arc<Memory> {
+        CpuDevice::open(pages * PAGE, PAGE).unwrap()
+    }
+
+    #[test]
+    fn neighbours_share_the_page_on_their_border() {
+        let memory = memory(4);
+        let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
+        let first = arena.claim(0, PAGE + 100).unwrap();
+        assert_eq!(memory.free_pages(), 2);
+        let second = arena.claim(PAGE + 100, 50).unwrap();
+        assert_eq!(memory.free_pages(), 2, "the second extent lies on a page that is already there");
+        drop(first);
+        assert_eq!(memory.free_pages(), 3, "the shared page stays for the second extent");
+        drop(second);
+        assert_eq!(memory.free_pages(), 4);
+    }
+
+    #[test]
+    fn overlap_overrun_and_empty_claims_are_refused_and_change_nothing() {
+        let memory = memory(4);
+        let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
+        let _held = arena.claim(100, 100).unwrap();
+        for (offset, len) in [(150, 10), (0, 101), (199, 1), (0, 0), (4 * PAGE, 1), (usize::MAX, 2)] {
+            assert!(matches!(arena.claim(offset, len), Err(DeviceError::BadClaim { .. })), "{offset}+{len}");
+        }
+        let both = [Claim { offset: 300, len: 10 }, Claim { offset: 305, len: 10 }];
+        assert!(arena.claim_all(&both, Contents::Zeroed).is_err());
+        assert!(arena.claim(300, 10).is_ok(), "a failed batch leaves no claim behind");
+        assert!(arena.claim(200, 1).is_ok());
+    }
+
+    #[test]
+    fn too_much_is_refused_whole() {
+        let memory = memory(2);
+        let arena = Arena::reserve(memory.clone(), 8 * PAGE).unwrap();
+        let _one = arena.claim(0, PAGE).unwrap();
+        let error = arena.claim(2 * PAGE, 2 * PAGE).unwrap_err();
+        assert!(matches!(error, DeviceError::OutOfPages { needed: 2, free: 1, .. }));
+        assert_eq!(memory.free_pages(), 1);
+    }
+
+    #[test]
+    fn an_address_survives_eviction_and_leftovers_are_scrubbed() {
+        let memory = memory(1);
+        let arena = Arena::reserve(memory.clone(), PAGE).unwrap();
+        let other = Arena::reserve(memory.clone(), PAGE).unwrap();
+        let mut secret = arena.claim(0, PAGE).unwrap();
+        let address = secret.address();
+        secret.host_bytes_mut().unwrap().fill(0x5e);
+        drop(secret);
+        // The same physical page, for a tensor of another tenant that covers only a part of it.
+        let claim = Claim { offset: 1000, len: 1000 };
+        let loaded = other.claim_all(&[claim], Contents::Overwritten).unwrap();
+        let rest: Vec<_> = [other.claim(0, 1000).unwrap(), other.claim(2000, PAGE - 2000).unwrap()].into();
+        assert!(rest.iter().all(|extent| extent.host_bytes().unwrap().iter().all(|&byte| byte == 0)));
+        drop((loaded, rest));
+        assert_eq!(arena.claim(0, PAGE).unwrap().address(), address);
+    }
+
+    #[test]
+    fn a_split_extent_frees_its_parts_separately() {
+        let memory = memory(4);
+        let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
+        let mut head = arena.claim(0, 3 * PAGE).unwrap();
+        let mut tail = head.split_off(PAGE + 10);
+        let last = tail.split_off(PAGE);
+        tail.join(last);
+        drop(head);
+        assert_eq!(memory.free_pages(), 2);
+        drop(tail);
+        assert_eq!(memory.free_pages(), 4);
+    }
+
+    proptest! {
+        /// Random claims and releases over two arenas against a plain model: contents stay, fresh bytes are zero,
+        /// the page count is what the live extents cover.
+        #[test]
+        fn arenas_agree_with_a_model(
+            steps in proptest::collection::vec((0usize..2, 0usize..16 * PAGE, 1usize..3 * PAGE, any::<u8>()), 1..60)
+        ) {
+            let memory = memory(12);
+            let arenas = [0, 1].map(|_| Arena::reserve(memory.clone(), 16 * PAGE).unwrap());
+            let mut live: Vec<(usize, Extent, u8)> = Vec::new();
+            for (arena, offset, len, value) in steps {
+                if value % 3 == 0 && !live.is_empty() {
+                    let at = offset % live.len();
+                    if value % 2 == 0 { drop(live.swap_remove(at)); } else {
+                        let many = live.split_off(at).into_iter().map(|(_, extent, _)| extent).collect();
+                        Extent::release_all(many);
+                    }
+                } else if let Ok(mut extent) = arenas[arena].claim(offset, len) {
+                    prop_assert!(extent.host_bytes().unwrap().iter().all(|&byte| byte == 0));
+                    extent.host_bytes_mut().unwrap().fill(value | 1);
+                    live.push((arena, extent, value | 1));
+                }
+                let mut pages = std::collections::BTreeSet::new();
+                for (arena, extent, value) in &live {
+                    prop_assert!(extent.host_bytes().unwrap().iter().all(|byte| byte == value));
+                    let span = extent.offset() / PAGE..(extent.offset() + extent.len()).div_ceil(PAGE);
+                    pages.extend(span.map(|page| (*arena, page)));
+                }
+                prop_assert_eq!(memory.free_pages(), 12 - pages.len());
+            }
+        }
+    }
+}

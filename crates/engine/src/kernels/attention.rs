@@ -1,0 +1,386 @@
+//! Grouped-query attention over cached or freshly computed keys and values.
+//!
+//! For every query row the order of operations is fixed: scores by dot products with one chain per lane, softmax with
+//! the sum in eight lanes by position, and the weighted sum of values in the order of positions. Tiles, tasks and
+//! the other rows of a task do not change it.
+#![allow(unsafe_code)]
+
+use super::buffer::Disjoint;
+use super::elementwise::{NormWeights, prepare_heads};
+use super::kv::{BLOCK_TOKENS, KvView, widen_rows_f32};
+use super::simd::{LANES, Simd, exp, load_partial, store_partial};
+use super::{Isa, Kernel};
+use crate::pool::Pool;
+
+/// Tokens that share a pass over the keys and values.
+const MAX_TOKENS: usize = 16;
+/// The scores of a task should take no more than this many bytes of the second-level cache.
+const SCORE_BYTES: usize = 192 << 10;
+
+/// Consecutive tokens of one sequence, in a batch of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Which sequence of the batch.
+    pub chunk: usize,
+    /// The first token's row in the batch.
+    pub row: usize,
+    /// How many.
+    pub tokens: usize,
+    /// The first token's position in its sequence.
+    pub position: usize,
+    /// Positions that the first token looks at, itself included.
+    pub visible: usize,
+    /// By how much that grows with each further token: 1 in causal attention, 0 in bidirectional.
+    pub growth: usize,
+}
+
+impl Span {
+    fn limit(&self, token: usize) -> usize {
+        self.visible + token * self.growth
+    }
+
+    fn last_limit(&self) -> usize {
+        self.limit(self.tokens - 1)
+    }
+
+    /// Cuts `self` into the pieces that tasks work on, the most expensive (last) first.
+    pub fn pieces(self, group: usize) -> impl Iterator<Item = Span> {
+        let per_piece = (SCORE_BYTES / (4 * group * self.last_limit().max(1))).clamp(1, MAX_TOKENS);
+        (0..self.tokens).step_by(per_piece).rev().map(move |first| Span {
+            row: self.row + first,
+            tokens: per_piece.min(self.tokens - first),
+            position: self.position + first,
+            visible: self.limit(first),
+            ..self
+        })
+    }
+}
+
+/// The sizes of attention heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+}
+
+/// Where keys and values are.
+#[derive(Clone, Copy)]
+pub enum Keys<'a> {
+    /// In the blocks of the sequences, in this layer.
+    Cached(&'a KvView<'a>, usize),
+    /// In the rows of this batch: keys and values, `[rows, kv_heads · head_dim]`, every sequence whole.
+    Fresh(&'a [f32], &'a [f32]),
+}
+
+/// What happens to the projected heads before attention.
+#[derive(Clone, Copy)]
+pub struct Preparation<'a> {
+    /// RMS norm of each query head.
+    pub query_norm: Option<NormWeights<'a>>,
+    /// RMS norm of each key head.
+    pub key_norm: Option<NormWeights<'a>>,
+    /// Per row: cosines, then sines of the rotation angles (`half` each).
+    pub angles: &'a [f32],
+    /// Rotated pairs per head; 0 without rotation.
+    pub half: usize,
+}
+
+/// Normalises and rotates query and key heads in place, then stores keys and values of every row in the blocks.
+#[expect(clippy::too_many_arguments, reason = "a kernel's operands")]
+pub fn prepare(
+    isa: Isa,
+    pool: &Pool,
+    shape: Heads,
+    preparation: Preparation<'_>,
+    spans: &[Span],
+    keys: Option<(&KvView<'_>, usize)>,
+    queries: &mut [f32],
+    key_rows: &mut [f32],
+    value_rows: &[f32],
+) {
+    let (query_width, key_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let rows: usize = spans.iter().map(|span| span.tokens).sum();
+    assert!(queries.len() == rows * query_width && key_rows.len() == rows * key_width);
+    assert!(value_rows.len() == rows * key_width && preparation.angles.len() == rows * preparation.half * 2);
+    let work = rows * (query_width + 3 * key_width) / 2;
+    let (queries, key_rows) = (Disjoint::new(queries), Disjoint::new(key_rows));
+    pool.run(spans.len(), 0, work, &|task, _| {
+        let span = spans[task];
+        for token in 0..span.tokens {
+            let row = span.row + token;
+            let angles = &preparation.angles[row * preparation.half * 2..(row + 1) * preparation.half * 2];
+            let (cos, sin) = angles.split_at(preparation.half);
+            // SAFETY: spans are disjoint sets of rows.
+            let (query, key) =
+                unsafe { (queries.part(row * query_width, query_width), key_rows.part(row * key_width, key_width)) };
+            prepare_heads(isa, query, shape.head_dim, preparation.query_norm, cos, sin);
+            prepare_heads(isa, key, shape.head_dim, preparation.key_norm, cos, sin);
+            if let Some((view, layer)) = keys {
+                let value = &value_rows[row * key_width..(row + 1) * key_width];
+                // SAFETY: every token is stored by one task; nobody reads before all are done.
+                unsafe {
+                    view.store(isa, span.chunk, span.position + token, layer, false, key);
+                    view.store(isa, span.chunk, span.position + token, layer, true, value);
+                }
+            }
+        }
+    });
+}
+
+/// Attends: `out` and `queries` are `[rows, heads · head_dim]`, the spans together cover all rows.
+pub fn attend(
+    isa: Isa,
+    pool: &Pool,
+    shape: Heads,
+    spans: &[Span],
+    keys: Keys<'_>,
+    queries: &[f32],
+    out: &mut [f32],
+) {
+    let width = shape.heads * shape.head_dim;
+    let group = shape.heads / shape.kv_heads;
+    let rows: usize = spans.iter().map(|span| span.tokens).sum();
+    assert!(queries.len() == rows * width && out.len() == rows * width);
+    if let Keys::Fresh(keys, values) = keys {
+        assert!(keys.len() == rows * shape.kv_heads * shape.head_dim && values.len() == keys.len());
+    }
+    let stride = shape.head_dim.next_multiple_of(LANES);
+    let memory = |span: &Span| Memory::new(span.tokens * group, stride, span.last_limit());
+    let scratch = spans.iter().map(|span| memory(span).total()).max().unwrap_or(0);
+    let work = spans.iter().map(|span| span.tokens * span.last_limit() * group * stride / 2).sum();
+    let out = Disjoint::new(out);
+    pool.run(spans.len() * shape.kv_heads, scratch, work, &|task, scratch| {
+        let span = spans[task / shape.kv_heads];
+        let memory = memory(&span);
+        let head = task % shape.kv_heads;
+        isa.dispatch(Attend { shape, span, head, keys, queries, out: &out, memory, scratch });
+    });
+}
+
+/// How a task divides its scratch memory.
+#[derive(Clone, Copy)]
+struct Memory {
+    /// Query rows (tokens × heads of the group), elements each.
+    rows: usize,
+    stride: usize,
+    /// Positions, rounded up to whole tiles.
+    positions: usize,
+}
+
+impl Memory {
+    fn new(rows: usize, stride: usize, positions: usize) -> Memory {
+        Memory { rows, stride, positions: positions.next_multiple_of(BLOCK_TOKENS) }
+    }
+
+    fn total(&self) -> usize {
+        self.rows * self.stride * 2 + BLOCK_TOKENS * self.stride + self.rows * self.positions
+    }
+}
+
+/// One key/value head of one span.
+struct Attend<'a> {
+    shape: Heads,
+    span: Span,
+    head: usize,
+    keys: Keys<'a>,
+    queries: &'a [f32],
+    out: &'a Disjoint<'a>,
+    memory: Memory,
+    scratch: &'a mut [f32],
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Attend { shape: Heads { heads, kv_heads, head_dim }, span, head, keys, queries, out, memory, scratch } =
+            self;
+        let group = heads / kv_heads;
+        let Memory { rows, stride, positions } = memory;
+        let limit = |row: usize| span.limit(row / group);
+        let place = |row: usize| ((span.row + row / group) * heads + head * group + row % group) * head_dim;
+        let scale = s.splat(1.0 / (head_dim as f32).sqrt());
+
+        let (query, scratch) = scratch.split_at_mut(rows * stride);
+        let (sums, scratch) = scratch.split_at_mut(rows * stride);
+        let (tile, scratch) = scratch.split_at_mut(BLOCK_TOKENS * stride);
+        let scores = &mut scratch[..rows * positions];
+        sums.fill(0.0);
+        tile.fill(0.0);
+        for row in 0..rows {
+            let from = &queries[place(row)..place(row) + head_dim];
+            query[row * stride..row * stride + head_dim].copy_from_slice(from);
+            query[row * stride + head_dim..(row + 1) * stride].fill(0.0);
+        }
+
+        for start in (0..span.last_limit()).step_by(BLOCK_TOKENS) {
+            load_tile(s, keys, span, start, false, head, kv_heads, head_dim, tile);
+            for row in (0..rows).filter(|&row| start < limit(row)) {
+                let query = &query[row * stride..(row + 1) * stride];
+                let scores = &mut scores[row * positions + start..row * positions + start + BLOCK_TOKENS];
+                for half in 0..BLOCK_TOKENS / LANES {
+                    let dots = dots(s, query, &tile[half * LANES * stride..(half + 1) * LANES * stride]);
+                    // SAFETY: a tile of scores has two vectors.
+                    unsafe { s.store(scores.as_mut_ptr().add(half * LANES), s.mul(dots, scale)) };
+                }
+            }
+        }
+        for row in 0..rows {
+            let scores = &mut scores[row * positions..row * positions + limit(row)];
+            // The weights stay unnormalised; their sum is divided out of the result at the end.
+            query[row * stride] = softmax(s, scores);
+        }
+        for start in (0..span.last_limit()).step_by(BLOCK_TOKENS) {
+            load_tile(s, keys, span, start, true, head, kv_heads, head_dim, tile);
+            for row in (0..rows).filter(|&row| start < limit(row)) {
+                let count = BLOCK_TOKENS.min(limit(row) - start);
+                let weights = &scores[row * positions + start..row * positions + start + count];
+                add_values(s, weights, tile, &mut sums[row * stride..(row + 1) * stride]);
+            }
+        }
+        for row in 0..rows {
+            // SAFETY: a task alone writes the heads of its group in the rows of its span.
+            let out = unsafe { out.part(place(row), head_dim) };
+            let total = s.splat(query[row * stride]);
+            let sums = sums[row * stride..(row + 1) * stride].as_ptr();
+            let (whole, tail) = (head_dim / LANES, head_dim % LANES);
+            // SAFETY: `sums` is `out` padded to whole vectors.
+            unsafe {
+                for i in (0..whole).map(|i| i * LANES) {
+                    s.store(out.as_mut_ptr().add(i), s.div(s.load(sums.add(i)), total));
+                }
+                if tail > 0 {
+                    let value = s.div(load_partial(s, sums.add(whole * LANES), tail), total);
+                    store_partial(s, out.as_mut_ptr().add(whole * LANES), value, tail);
+                }
+            }
+        }
+    }
+}
+
+/// Brings the keys or values of positions `start..start + 16` (as far as they are visible) into `tile`.
+#[expect(clippy::too_many_arguments, reason = "the address of a tile has many parts")]
+#[inline(always)]
+fn load_tile<S: Simd>(
+    s: S,
+    keys: Keys<'_>,
+    span: Span,
+    start: usize,
+    value: bool,
+    head: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    tile: &mut [f32],
+) {
+    let count = BLOCK_TOKENS.min(span.last_limit() - start);
+    match keys {
+        // SAFETY: keys and values are written in `prepare`, which is over.
+        Keys::Cached(view, layer) => unsafe {
+            view.load_tile(s, span.chunk, start, layer, value, head, count, tile);
+        },
+        Keys::Fresh(keys, values) => {
+            let rows = if value { values } else { keys };
+            // The sequence starts `position` rows before the span.
+            let first = (span.row - span.position + start) * kv_heads * head_dim + head * head_dim;
+            assert!(first + (count - 1) * kv_heads * head_dim + head_dim <= rows.len());
+            // SAFETY: the last row ends inside the slice (asserted).
+            unsafe { widen_rows_f32(s, rows.as_ptr().add(first), kv_heads * head_dim, head_dim, count, tile) };
+        }
+    }
+}
+
+/// The dot products of a query with eight keys.
+#[inline(always)]
+fn dots<S: Simd>(s: S, query: &[f32], keys: &[f32]) -> S::V {
+    let stride = query.len();
+    assert_eq!(keys.len(), stride * LANES);
+    let mut acc = [s.splat(0.0); LANES];
+    for i in (0..stride).step_by(LANES) {
+        // SAFETY: `stride` is a multiple of the lanes, and all rows have `stride` elements.
+        unsafe {
+            let q = s.load(query.as_ptr().add(i));
+            for (key, acc) in acc.iter_mut().enumerate() {
+                *acc = s.fma(q, s.load(keys.as_ptr().add(key * stride + i)), *acc);
+            }
+        }
+    }
+    s.sums(acc)
+}
+
+/// Replaces scores by `e^(score − max)` and gives their sum.
+#[inline(always)]
+fn softmax<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
+    let (whole, tail) = (scores.len() / LANES, scores.len() % LANES);
+    let p = scores.as_mut_ptr();
+    let mut highest = f32::NEG_INFINITY;
+    let mut max = s.splat(f32::NEG_INFINITY);
+    let mut sum = s.splat(0.0);
+    // SAFETY: all offsets are below the length.
+    unsafe {
+        for i in (0..whole).map(|i| i * LANES) {
+            max = s.max(max, s.load(p.add(i)));
+        }
+        let mut lanes = [0.0f32; LANES];
+        s.store(lanes.as_mut_ptr(), max);
+        for &score in lanes.iter().chain(&scores[whole * LANES..]) {
+            // Not `f32::max`: a NaN must stay.
+            if !(score <= highest) {
+                highest = score;
+            }
+        }
+        let highest = s.splat(highest);
+        let p = scores.as_mut_ptr();
+        for i in (0..whole).map(|i| i * LANES) {
+            let weight = exp(s, s.sub(s.load(p.add(i)), highest));
+            s.store(p.add(i), weight);
+            sum = s.add(sum, weight);
+        }
+        if tail > 0 {
+            let rest = p.add(whole * LANES);
+            let weight = exp(s, s.sub(load_partial(s, rest, tail), highest));
+            store_partial(s, rest, weight, tail);
+            // The padding lanes are not part of the sum.
+            sum = s.add(sum, load_partial(s, rest, tail));
+        }
+    }
+    s.sum(sum)
+}
+
+/// `sums += Σ weight[p] · values[p]`, position by position.
+#[inline(always)]
+fn add_values<S: Simd>(s: S, weights: &[f32], values: &[f32], sums: &mut [f32]) {
+    const WIDE: usize = 4;
+    let stride = sums.len();
+    assert!(values.len() >= weights.len() * stride);
+    let (values, sums) = (values.as_ptr(), sums.as_mut_ptr());
+    let mut i = 0;
+    // SAFETY: `stride` is a multiple of the lanes; row `p` of `values` has `stride` elements (asserted).
+    unsafe {
+        while i + WIDE * LANES <= stride {
+            let mut acc: [S::V; WIDE] = std::array::from_fn(|u| s.load(sums.add(i + u * LANES)));
+            for (p, &weight) in weights.iter().enumerate() {
+                let weight = s.splat(weight);
+                for (u, acc) in acc.iter_mut().enumerate() {
+                    *acc = s.fma(weight, s.load(values.add(p * stride + i + u * LANES)), *acc);
+                }
+            }
+            for (u, &acc) in acc.iter().enumerate() {
+                s.store(sums.add(i + u * LANES), acc);
+            }
+            i += WIDE * LANES;
+        }
+        while i < stride {
+            let mut acc = s.load(sums.add(i));
+            for (p, &weight) in weights.iter().enumerate() {
+                acc = s.fma(s.splat(weight), s.load(values.add(p * stride + i)), acc);
+            }
+            s.store(sums.add(i), acc);
+            i += LANES;
+        }
+    }
+}

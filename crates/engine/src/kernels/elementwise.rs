@@ -1,0 +1,289 @@
+//! Norms, activations, head preparation (head norm and rotation), and sums of rows.
+//!
+//! Every function gives an element the same value wherever it sits: the last, incomplete vector of a row goes through
+//! the same vector code, padded. Sums over a row have the order of additions of [`super::matmul`].
+#![allow(unsafe_code)]
+
+use tangram_checkpoint::Norm;
+
+use super::buffer::Disjoint;
+use super::format::GROUP;
+use super::simd::{LANES, Simd, exp, load_partial, store_partial};
+use super::{Isa, Kernel};
+use crate::pool::Pool;
+
+/// Elements of a task of an element-wise function.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// A normalisation with its parameters at hand.
+#[derive(Clone, Copy)]
+pub struct NormWeights<'a> {
+    /// Kind and epsilon.
+    pub norm: Norm,
+    /// `[width]`.
+    pub weight: &'a [f32],
+    /// `[width]`; only used by layer norm.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// Normalises the rows of `x` (`[rows, width]`, the width of the weights) into `out`.
+pub fn normalise(isa: Isa, pool: &Pool, norm: NormWeights<'_>, x: &[f32], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len());
+    let width = norm.weight.len();
+    for_rows(pool, out, width, |first, out| {
+        for (index, out) in out.chunks_exact_mut(width).enumerate() {
+            let start = (first + index) * width;
+            out.copy_from_slice(&x[start..start + width]);
+            isa.dispatch(NormRow { norm, x: out });
+        }
+    });
+}
+
+/// Normalises the rows of `x` (`[rows, width]`) in place.
+pub fn normalise_in_place(isa: Isa, pool: &Pool, norm: NormWeights<'_>, x: &mut [f32]) {
+    let width = norm.weight.len();
+    for_rows(pool, x, width, |_, rows| {
+        rows.chunks_exact_mut(width).for_each(|x| isa.dispatch(NormRow { norm, x }));
+    });
+}
+
+/// Shares out the rows of `data`: `body(first row, rows)`.
+fn for_rows(pool: &Pool, data: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    assert_eq!(data.len() % width, 0);
+    let rows = data.len() / width;
+    let per_task = (TASK_ELEMENTS / width).max(1);
+    let work = data.len() / 2;
+    let data = Disjoint::new(data);
+    pool.run(rows.div_ceil(per_task), 0, work, &|task, _| {
+        let first = task * per_task;
+        let count = per_task.min(rows - first);
+        // SAFETY: tasks take disjoint rows.
+        body(first, unsafe { data.part(first * width, count * width) });
+    });
+}
+
+/// The sum of `f(x)` in the crate's order of additions; `f` must map 0 to 0 or `x` be whole groups.
+#[inline(always)]
+fn sum_by<S: Simd, F: Fn(S::V) -> S::V>(s: S, x: &[f32], f: F) -> f32 {
+    let mut parts = [s.splat(0.0); GROUP / LANES];
+    let (groups, tail) = x.as_chunks::<GROUP>();
+    let mut add = |group: *const f32| {
+        for (u, part) in parts.iter_mut().enumerate() {
+            // SAFETY: `group` points to 32 elements.
+            *part = s.add(*part, f(unsafe { s.load(group.add(u * LANES)) }));
+        }
+    };
+    groups.iter().for_each(|group| add(group.as_ptr()));
+    if !tail.is_empty() {
+        let mut padded = [0.0; GROUP];
+        padded[..tail.len()].copy_from_slice(tail);
+        add(padded.as_ptr());
+    }
+    s.sum(s.add(s.add(parts[0], parts[1]), s.add(parts[2], parts[3])))
+}
+
+/// Applies `f` to every vector of `x` with the vector at the same place in `y` (as long as `x`).
+#[inline(always)]
+fn update<S: Simd, F: Fn(S::V, S::V) -> S::V>(s: S, x: &mut [f32], y: &[f32], f: F) {
+    assert_eq!(x.len(), y.len());
+    let (whole, tail) = (x.len() / LANES, x.len() % LANES);
+    let (x, y) = (x.as_mut_ptr(), y.as_ptr());
+    // SAFETY: all offsets are below the common length.
+    unsafe {
+        for i in 0..whole {
+            s.store(x.add(i * LANES), f(s.load(x.add(i * LANES)), s.load(y.add(i * LANES))));
+        }
+        if tail > 0 {
+            let (x, y) = (x.add(whole * LANES), y.add(whole * LANES));
+            let value = f(load_partial(s, x, tail), load_partial(s, y, tail));
+            store_partial(s, x, value, tail);
+        }
+    }
+}
+
+struct NormRow<'a> {
+    norm: NormWeights<'a>,
+    x: &'a mut [f32],
+}
+
+impl Kernel for NormRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let NormRow { norm: NormWeights { norm, weight, bias }, x } = self;
+        let width = x.len() as f32;
+        let epsilon = match norm {
+            Norm::Rms { epsilon } => epsilon,
+            Norm::Layer { epsilon } => {
+                let mean = sum_by(s, x, |v| v) / width;
+                x.iter_mut().for_each(|x| *x -= mean);
+                epsilon
+            }
+        };
+        let mean_square = sum_by(s, x, |v| s.mul(v, v)) / width;
+        let scale = s.splat(1.0 / (mean_square + epsilon).sqrt());
+        update(s, x, weight, |x, weight| s.mul(s.mul(x, scale), weight));
+        if let (Norm::Layer { .. }, Some(bias)) = (norm, bias) {
+            update(s, x, bias, |x, bias| s.add(x, bias));
+        }
+    }
+}
+
+/// `gate = silu(gate) · up`, element by element.
+pub fn silu_mul(isa: Isa, pool: &Pool, gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len());
+    for_elements(pool, gate, |start, gate| {
+        isa.dispatch(SiluMul { up: &up[start..start + gate.len()], gate });
+    });
+}
+
+/// The exact GELU, `x/2 · (1 + erf(x/√2))`, in place.
+pub fn gelu(isa: Isa, pool: &Pool, x: &mut [f32]) {
+    for_elements(pool, x, |_, x| isa.dispatch(Gelu { x }));
+}
+
+/// Shares out the elements of `data`: `body(first element, elements)`.
+fn for_elements(pool: &Pool, data: &mut [f32], body: impl Fn(usize, &mut [f32]) + Sync) {
+    let len = data.len();
+    let data = Disjoint::new(data);
+    pool.run(len.div_ceil(TASK_ELEMENTS / 4), 0, len * 4, &|task, _| {
+        let start = task * (TASK_ELEMENTS / 4);
+        // SAFETY: tasks take disjoint elements.
+        body(start, unsafe { data.part(start, (TASK_ELEMENTS / 4).min(len - start)) });
+    });
+}
+
+struct SiluMul<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Kernel for SiluMul<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (zero, one) = (s.splat(0.0), s.splat(1.0));
+        update(s, self.gate, self.up, |gate, up| {
+            let silu = s.div(gate, s.add(one, exp(s, s.sub(zero, gate))));
+            s.mul(silu, up)
+        });
+    }
+}
+
+struct Gelu<'a> {
+    x: &'a mut [f32],
+}
+
+impl Kernel for Gelu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let x = self.x;
+        let (whole, tail) = (x.len() / LANES, x.len() % LANES);
+        let x = x.as_mut_ptr();
+        // SAFETY: all offsets are below the length.
+        unsafe {
+            for i in 0..whole {
+                s.store(x.add(i * LANES), gelu_vector(s, s.load(x.add(i * LANES))));
+            }
+            if tail > 0 {
+                let x = x.add(whole * LANES);
+                store_partial(s, x, gelu_vector(s, load_partial(s, x, tail)), tail);
+            }
+        }
+    }
+}
+
+/// GELU with erf by Abramowitz and Stegun, formula 7.1.26 (absolute error of erf below 1.5e-7).
+#[inline(always)]
+fn gelu_vector<S: Simd>(s: S, x: S::V) -> S::V {
+    let one = s.splat(1.0);
+    let z = s.mul(s.abs(x), s.splat(std::f32::consts::FRAC_1_SQRT_2));
+    let t = s.div(one, s.fma(s.splat(0.327_591_1), z, one));
+    let mut p = s.splat(1.061_405_4);
+    for c in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+        p = s.fma(p, t, s.splat(c));
+    }
+    let complement = s.mul(s.mul(p, t), exp(s, s.sub(s.splat(0.0), s.mul(z, z))));
+    let erf = s.copysign(s.sub(one, complement), x);
+    s.mul(s.mul(s.splat(0.5), x), s.add(one, erf))
+}
+
+/// Prepares the heads of one token in place: RMS norm of each head if `norm` is given, then rotation of the first
+/// `2 · cos.len()` elements of each head by the angles with these cosines and sines (pairs are `i`, `i + cos.len()`).
+pub(crate) fn prepare_heads(
+    isa: Isa,
+    heads: &mut [f32],
+    head_dim: usize,
+    norm: Option<NormWeights<'_>>,
+    cos: &[f32],
+    sin: &[f32],
+) {
+    isa.dispatch(PrepareHeads { heads, head_dim, norm, cos, sin });
+}
+
+struct PrepareHeads<'a> {
+    heads: &'a mut [f32],
+    head_dim: usize,
+    norm: Option<NormWeights<'a>>,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Kernel for PrepareHeads<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let half = self.cos.len();
+        assert!(self.sin.len() == half && 2 * half <= self.head_dim);
+        let (whole, tail) = (half / LANES, half % LANES);
+        for head in self.heads.chunks_exact_mut(self.head_dim) {
+            if let Some(norm) = self.norm {
+                NormRow { norm, x: head }.run(s);
+            }
+            let (a, b) = (head.as_mut_ptr(), head.as_mut_ptr().wrapping_add(half));
+            let (cos, sin) = (self.cos.as_ptr(), self.sin.as_ptr());
+            let rotate = |a: S::V, b: S::V, cos: S::V, sin: S::V| {
+                (s.sub(s.mul(a, cos), s.mul(b, sin)), s.add(s.mul(b, cos), s.mul(a, sin)))
+            };
+            // SAFETY: pairs are inside the head, angles inside the tables (asserted).
+            unsafe {
+                for i in (0..whole).map(|i| i * LANES) {
+                    let (x, y) =
+                        rotate(s.load(a.add(i)), s.load(b.add(i)), s.load(cos.add(i)), s.load(sin.add(i)));
+                    s.store(a.add(i), x);
+                    s.store(b.add(i), y);
+                }
+                if tail > 0 {
+                    let i = whole * LANES;
+                    let part = |p: *const f32| load_partial(s, p, tail);
+                    let (x, y) = rotate(part(a.add(i)), part(b.add(i)), part(cos.add(i)), part(sin.add(i)));
+                    store_partial(s, a.add(i), x, tail);
+                    store_partial(s, b.add(i), y, tail);
+                }
+            }
+        }
+    }
+}
+
+/// The Euclidean length of `x`.
+pub fn length(isa: Isa, x: &[f32]) -> f32 {
+    isa.dispatch(SumOfSquares { x }).sqrt()
+}
+
+struct SumOfSquares<'a> {
+    x: &'a [f32],
+}
+
+impl Kernel for SumOfSquares<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        sum_by(s, self.x, |v| s.mul(v, v))
+    }
+}

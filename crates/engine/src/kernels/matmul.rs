@@ -1,0 +1,474 @@
+//! Matrix products: `out[t][n] (+)= Σ_k weight[n][k] · x[t][k] + bias[n]` with the weights as stored.
+//!
+//! **The order of additions of every output element** is the same in both paths below: element `k` goes, in
+//! ascending order, into partial sum `k mod 32` (four vectors of eight lanes, the row padded with zeros to whole
+//! groups of 32), and the 32 partial sums are combined by one fixed tree (`combine`, then [`Simd::sum`]). So a
+//! token's result does not depend on the number of tokens or on the blocking.
+//!
+//! * One token: memory-bound. Weights are widened in registers, one row at a time with prefetch: a single linear
+//!   stream is what this kind of processor reads fastest.
+//! * More tokens: compute-bound. Four rows are widened into a panel in the first-level cache and multiplied with three
+//!   tokens at a time. Each of the four partial vectors takes its own pass over `k`, so that its 4 × 3 accumulators
+//!   fit the 16 registers of AVX2; panel and tokens are laid out in the order in which the passes read them.
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use tangram_checkpoint::DType;
+
+use super::buffer::{Buffer, Disjoint};
+use super::format::{Bf16, F16, F32, Format, GROUP, Q4_0, Q4_1, Q8_0, load_tail};
+use super::simd::{LANES, Simd};
+use super::{Isa, Kernel};
+use crate::pool::Pool;
+
+/// Weight rows in a panel.
+const PANEL_ROWS: usize = 4;
+/// Tokens that share a pass over a panel.
+const MAX_GROUP: usize = 3;
+/// Partial vectors per output element.
+const PARTS: usize = GROUP / LANES;
+/// How far ahead of the reading position the single-token path prefetches, in bytes.
+const PREFETCH: usize = 2048;
+/// The tokens of a block should take no more than this many bytes of the second-level cache.
+const TOKEN_BLOCK_BYTES: usize = 512 << 10;
+/// A block has at least this many tokens, so that widening the weights stays cheap against using them.
+const MIN_TOKEN_BLOCK: usize = 24;
+/// Weights that make a task worth handing to another thread.
+const TASK_WEIGHTS: usize = 1 << 15;
+
+/// One product over the tokens of a [`matmul`].
+pub struct Linear<'a> {
+    /// The stored bytes of the `[rows, columns]` matrix.
+    pub weight: &'a [u8],
+    /// Their element type.
+    pub dtype: DType,
+    /// Rows of the matrix: features of the output.
+    pub rows: usize,
+    /// `[rows]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[tokens, rows]`.
+    pub out: &'a mut [f32],
+    /// Whether the product is added to `out` (a residual) instead of replacing it.
+    pub accumulate: bool,
+}
+
+/// A [`Linear`] as the tasks see it, with its tasks' place in the numbering.
+struct Product<'a> {
+    weight: &'a [u8],
+    dtype: DType,
+    rows: usize,
+    row_bytes: usize,
+    bias: Option<&'a [f32]>,
+    out: Disjoint<'a>,
+    accumulate: bool,
+    rows_per_task: usize,
+    row_tasks: usize,
+}
+
+/// Multiplies `tokens` rows of `x` (`[tokens, columns]`) with several matrices. `packed` is memory for a rearranged copy
+/// of `x`. Panics if a slice does not have the length that the shapes demand.
+pub fn matmul<const N: usize>(
+    isa: Isa,
+    pool: &Pool,
+    packed: &mut Buffer,
+    x: &[f32],
+    columns: usize,
+    tokens: usize,
+    linears: [Linear<'_>; N],
+) {
+    assert_eq!(x.len(), tokens * columns);
+    if tokens == 0 {
+        return;
+    }
+    let products = linears.map(|linear| {
+        let bytes = linear.dtype.tensor_bytes(&[linear.rows as u64, columns as u64]);
+        assert_eq!(bytes, Some(linear.weight.len() as u64), "bytes of a {} matrix", linear.dtype);
+        assert_eq!(linear.out.len(), tokens * linear.rows);
+        assert!(linear.bias.is_none_or(|bias| bias.len() == linear.rows));
+        let rows_per_task = rows_per_task(linear.rows, columns, pool.threads());
+        Product {
+            weight: linear.weight,
+            dtype: linear.dtype,
+            rows: linear.rows,
+            row_bytes: linear.weight.len() / linear.rows.max(1),
+            bias: linear.bias,
+            out: Disjoint::new(linear.out),
+            accumulate: linear.accumulate,
+            rows_per_task,
+            row_tasks: linear.rows.div_ceil(rows_per_task),
+        }
+    });
+    let row_tasks: usize = products.iter().map(|product| product.row_tasks).sum();
+    let find = |mut task: usize| {
+        for product in &products {
+            if task < product.row_tasks {
+                let first = task * product.rows_per_task;
+                return Some((product, first..product.rows.min(first + product.rows_per_task)));
+            }
+            task -= product.row_tasks;
+        }
+        None
+    };
+    let work = products.iter().map(|product| product.rows * columns * tokens / LANES).sum();
+    if tokens == 1 {
+        pool.run(row_tasks, 0, work, &|task, _| {
+            if let Some((product, rows)) = find(task) {
+                product.one_token(isa, x, rows);
+            }
+        });
+        return;
+    }
+
+    let padded = columns.next_multiple_of(GROUP);
+    let groups = Groups { tokens, count: tokens.div_ceil(MAX_GROUP) };
+    let packed = packed.get_mut(tokens * padded);
+    pack(isa, pool, x, columns, &groups, packed);
+    let packed = &*packed;
+    let block_tokens = (TOKEN_BLOCK_BYTES / (padded * 4)).max(MIN_TOKEN_BLOCK);
+    let blocks = groups.count.div_ceil(block_tokens / MAX_GROUP);
+    pool.run(blocks * row_tasks, PANEL_ROWS * padded, work, &|task, panel| {
+        if let Some((product, rows)) = find(task % row_tasks) {
+            let block = task / row_tasks;
+            let range = block * groups.count / blocks..(block + 1) * groups.count / blocks;
+            product.many_tokens(isa, packed, columns, &groups, range, rows, &mut panel[..PANEL_ROWS * padded]);
+        }
+    });
+}
+
+/// Rows of a task: whole panels, enough work to be worth it, and some tasks per thread to level out.
+fn rows_per_task(rows: usize, columns: usize, threads: usize) -> usize {
+    let worth = TASK_WEIGHTS.div_ceil(columns.max(1));
+    let level = rows.div_ceil(threads * 4);
+    let most = (TASK_WEIGHTS * 8).div_ceil(columns.max(1));
+    level.clamp(worth, most).max(1).next_multiple_of(PANEL_ROWS)
+}
+
+/// How tokens are divided into groups of two or three (one only where there is a single token).
+struct Groups {
+    tokens: usize,
+    count: usize,
+}
+
+impl Groups {
+    fn tokens(&self, group: usize) -> Range<usize> {
+        group * self.tokens / self.count..(group + 1) * self.tokens / self.count
+    }
+}
+
+impl Product<'_> {
+    fn one_token(&self, isa: Isa, x: &[f32], rows: Range<usize>) {
+        // SAFETY: tasks take disjoint ranges of rows.
+        let out = unsafe { self.out.part(rows.start, rows.len()) };
+        macro_rules! run {
+            ($format:ty) => {
+                isa.dispatch(OneToken::<$format> { product: self, x, first: rows.start, out, format: PhantomData })
+            };
+        }
+        match self.dtype {
+            DType::F32 => run!(F32),
+            DType::F16 => run!(F16),
+            DType::BF16 => run!(Bf16),
+            DType::Q8_0 => run!(Q8_0),
+            DType::Q4_0 => run!(Q4_0),
+            DType::Q4_1 => run!(Q4_1),
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a kernel's operands")]
+    fn many_tokens(
+        &self,
+        isa: Isa,
+        packed: &[f32],
+        columns: usize,
+        groups: &Groups,
+        range: Range<usize>,
+        rows: Range<usize>,
+        panel: &mut [f32],
+    ) {
+        for first in rows.clone().step_by(PANEL_ROWS) {
+            let count = PANEL_ROWS.min(rows.end - first);
+            macro_rules! widen {
+                ($format:ty) => {
+                    isa.dispatch(Widen::<$format> {
+                        rows: &self.weight[first * self.row_bytes..(first + count) * self.row_bytes],
+                        row_bytes: self.row_bytes,
+                        count,
+                        columns,
+                        panel,
+                        format: PhantomData,
+                    })
+                };
+            }
+            match self.dtype {
+                DType::F32 => widen!(F32),
+                DType::F16 => widen!(F16),
+                DType::BF16 => widen!(Bf16),
+                DType::Q8_0 => widen!(Q8_0),
+                DType::Q4_0 => widen!(Q4_0),
+                DType::Q4_1 => widen!(Q4_1),
+            }
+            isa.dispatch(ManyTokens { product: self, packed, groups, range: range.clone(), first, count, panel });
+        }
+    }
+
+    /// What happens to a finished sum.
+    #[inline(always)]
+    fn finish(&self, row: usize, sum: f32, out: &mut f32) {
+        let value = match self.bias {
+            Some(bias) => sum + bias[row],
+            None => sum,
+        };
+        *out = if self.accumulate { *out + value } else { value };
+    }
+}
+
+/// The first level of the tree that combines partial sums.
+#[inline(always)]
+fn combine<S: Simd>(s: S, parts: [S::V; PARTS]) -> S::V {
+    s.add(s.add(parts[0], parts[1]), s.add(parts[2], parts[3]))
+}
+
+struct OneToken<'a, F> {
+    product: &'a Product<'a>,
+    x: &'a [f32],
+    first: usize,
+    out: &'a mut [f32],
+    format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for OneToken<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let columns = self.x.len();
+        let (groups, tail) = (columns / GROUP, columns % GROUP);
+        let mut x_tail = [0.0; GROUP];
+        x_tail[..tail].copy_from_slice(&self.x[columns - tail..]);
+        for (index, out) in self.out.iter_mut().enumerate() {
+            let row = self.first + index;
+            let bytes = &self.product.weight[row * self.product.row_bytes..(row + 1) * self.product.row_bytes];
+            let mut weights = bytes.as_ptr();
+            let mut x = self.x.as_ptr();
+            let mut parts = [s.splat(0.0); PARTS];
+            // SAFETY: `bytes` holds `columns` elements (checked by `matmul`): `groups` whole groups and a tail; `x`
+            // holds as many.
+            unsafe {
+                for _ in 0..groups {
+                    s.prefetch(weights.wrapping_add(PREFETCH));
+                    let w = F::load32(s, weights);
+                    for u in 0..PARTS {
+                        parts[u] = s.fma(w[u], s.load(x.add(u * LANES)), parts[u]);
+                    }
+                    weights = weights.add(F::GROUP_BYTES);
+                    x = x.add(GROUP);
+                }
+                if tail > 0 {
+                    let w = load_tail::<S, F>(s, weights, tail);
+                    for u in 0..PARTS {
+                        parts[u] = s.fma(w[u], s.load(x_tail.as_ptr().add(u * LANES)), parts[u]);
+                    }
+                }
+            }
+            self.product.finish(row, s.sum(combine(s, parts)), out);
+        }
+    }
+}
+
+/// Widens up to four rows into a panel laid out as `[part][group][row][lane]`.
+struct Widen<'a, F> {
+    rows: &'a [u8],
+    row_bytes: usize,
+    count: usize,
+    columns: usize,
+    panel: &'a mut [f32],
+    format: PhantomData<F>,
+}
+
+impl<F: Format> Kernel for Widen<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (whole, tail) = (self.columns / GROUP, self.columns % GROUP);
+        let groups = self.columns.div_ceil(GROUP);
+        assert_eq!(self.panel.len(), groups * GROUP * PANEL_ROWS);
+        assert_eq!(self.rows.len(), self.count * self.row_bytes);
+        let part_stride = groups * PANEL_ROWS * LANES;
+        for row in 0..self.count {
+            // SAFETY: `rows` holds `count` rows of `columns` elements; the panel has room for four rows of `groups`
+            // groups (both asserted).
+            unsafe {
+                let mut weights = self.rows.as_ptr().add(row * self.row_bytes);
+                let mut to = self.panel.as_mut_ptr().add(row * LANES);
+                for _ in 0..whole {
+                    s.prefetch(weights.wrapping_add(PREFETCH));
+                    let w = F::load32(s, weights);
+                    for (u, &w) in w.iter().enumerate() {
+                        s.store(to.add(u * part_stride), w);
+                    }
+                    weights = weights.add(F::GROUP_BYTES);
+                    to = to.add(PANEL_ROWS * LANES);
+                }
+                if tail > 0 {
+                    let w = load_tail::<S, F>(s, weights, tail);
+                    for (u, &w) in w.iter().enumerate() {
+                        s.store(to.add(u * part_stride), w);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Multiplies a panel with the token groups of `range`.
+struct ManyTokens<'a> {
+    product: &'a Product<'a>,
+    packed: &'a [f32],
+    groups: &'a Groups,
+    range: Range<usize>,
+    first: usize,
+    count: usize,
+    panel: &'a [f32],
+}
+
+impl Kernel for ManyTokens<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let padded = self.panel.len() / PANEL_ROWS;
+        for group in self.range.clone() {
+            let tokens = self.groups.tokens(group);
+            let x = &self.packed[tokens.start * padded..tokens.end * padded];
+            let mut sums = [0.0; PANEL_ROWS * (MAX_GROUP + 1)];
+            match tokens.len() {
+                3 => panel_times_tokens::<S, 3>(s, self.panel, x, &mut sums),
+                2 => panel_times_tokens::<S, 2>(s, self.panel, x, &mut sums),
+                _ => panel_times_tokens::<S, 1>(s, self.panel, x, &mut sums),
+            }
+            for (token, sums) in tokens.zip(sums.chunks_exact(PANEL_ROWS)) {
+                // SAFETY: this task alone writes these rows of these tokens.
+                let out = unsafe { self.product.out.part(token * self.product.rows + self.first, self.count) };
+                for (index, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
+                    self.product.finish(self.first + index, sum, out);
+                }
+            }
+        }
+    }
+}
+
+/// `sums[token][row]` for the four rows of a panel and `T` tokens.
+#[inline(always)]
+fn panel_times_tokens<S: Simd, const T: usize>(
+    s: S,
+    panel: &[f32],
+    x: &[f32],
+    sums: &mut [f32; PANEL_ROWS * (MAX_GROUP + 1)],
+) {
+    let groups = panel.len() / (GROUP * PANEL_ROWS);
+    assert_eq!(panel.len(), groups * GROUP * PANEL_ROWS);
+    assert_eq!(x.len(), groups * GROUP * T);
+    let zero = s.splat(0.0);
+    // After the passes: [token][row], padded to four tokens.
+    let mut total = [zero; PANEL_ROWS * (MAX_GROUP + 1)];
+    let mut third = [zero; PANEL_ROWS * MAX_GROUP];
+    let mut w = panel.as_ptr();
+    let mut x = x.as_ptr();
+    for part in 0..PARTS {
+        let mut acc = [[zero; PANEL_ROWS]; T];
+        for _ in 0..groups {
+            // SAFETY: over the four passes, `w` advances by PARTS · groups · PANEL_ROWS · LANES and `x` by
+            // PARTS · groups · T · LANES elements, the asserted lengths.
+            unsafe {
+                let mut token = [zero; T];
+                for (t, token) in token.iter_mut().enumerate() {
+                    *token = s.load(x.add(t * LANES));
+                }
+                for r in 0..PANEL_ROWS {
+                    let weight = s.load(w.add(r * LANES));
+                    for t in 0..T {
+                        acc[t][r] = s.fma(weight, token[t], acc[t][r]);
+                    }
+                }
+                w = w.add(PANEL_ROWS * LANES);
+                x = x.add(T * LANES);
+            }
+        }
+        // The tree of `combine`, as the parts come in.
+        for t in 0..T {
+            for r in 0..PANEL_ROWS {
+                let i = t * PANEL_ROWS + r;
+                match part {
+                    0 => total[i] = acc[t][r],
+                    1 => total[i] = s.add(total[i], acc[t][r]),
+                    2 => third[i] = acc[t][r],
+                    _ => total[i] = s.add(total[i], s.add(third[i], acc[t][r])),
+                }
+            }
+        }
+    }
+    for (half, out) in sums.chunks_exact_mut(LANES).enumerate().take((T * PANEL_ROWS).div_ceil(LANES)) {
+        let eight = std::array::from_fn(|i| total[half * LANES + i]);
+        // SAFETY: `out` has eight elements.
+        unsafe { s.store(out.as_mut_ptr(), s.sums(eight)) };
+    }
+}
+
+/// Rearranges tokens into their groups, each laid out as `[part][group of 32][token][lane]` and padded with zeros.
+fn pack(isa: Isa, pool: &Pool, x: &[f32], columns: usize, groups: &Groups, packed: &mut [f32]) {
+    let padded = columns.next_multiple_of(GROUP);
+    assert_eq!(packed.len(), groups.tokens * padded);
+    let packed_vectors = packed.len() / LANES;
+    let packed = Disjoint::new(packed);
+    let per_task = (TASK_WEIGHTS / (padded * MAX_GROUP)).max(1);
+    pool.run(groups.count.div_ceil(per_task), 0, packed_vectors, &|task, _| {
+        for group in task * per_task..groups.count.min((task + 1) * per_task) {
+            let tokens = groups.tokens(group);
+            // SAFETY: groups are disjoint ranges of tokens.
+            let out = unsafe { packed.part(tokens.start * padded, tokens.len() * padded) };
+            isa.dispatch(Pack { x: &x[tokens.start * columns..tokens.end * columns], columns, out });
+        }
+    });
+}
+
+struct Pack<'a> {
+    x: &'a [f32],
+    columns: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let tokens = self.x.len() / self.columns;
+        let (whole, tail) = (self.columns / GROUP, self.columns % GROUP);
+        let groups = self.columns.div_ceil(GROUP);
+        assert_eq!(self.out.len(), groups * GROUP * tokens);
+        let part_stride = groups * tokens * LANES;
+        for (token, x) in self.x.chunks_exact(self.columns).enumerate() {
+            // SAFETY: `x` has `whole` groups and a tail; `out` has room for `groups` groups of every token (asserted).
+            unsafe {
+                let mut to = self.out.as_mut_ptr().add(token * LANES);
+                for group in 0..whole {
+                    let from = x.as_ptr().add(group * GROUP);
+                    for u in 0..PARTS {
+                        s.store(to.add(u * part_stride), s.load(from.add(u * LANES)));
+                    }
+                    to = to.add(tokens * LANES);
+                }
+                if tail > 0 {
+                    let mut padded = [0.0; GROUP];
+                    padded[..tail].copy_from_slice(&x[whole * GROUP..]);
+                    for u in 0..PARTS {
+                        s.store(to.add(u * part_stride), s.load(padded.as_ptr().add(u * LANES)));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The vector operations that every kernel is written in: eight f32 lanes, and a portable implementation.
+//!
+//! A kernel is generic over [`Simd`] and is compiled once per instruction set by [`super::Isa::dispatch`]. The order
+//! of additions is part of the contract of each operation: all implementations add in the same order, so results of
+//! two instruction sets differ at most in whether a multiply-add rounds once or twice.
+#![allow(unsafe_code)]
+
+use half::{bf16, f16};
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 8;
+
+/// Eight f32 lanes. Implementations are tokens whose existence proves that the processor has the instructions.
+/// Pointers need no alignment.
+pub(crate) trait Simd: Copy {
+    /// Eight f32.
+    type V: Copy;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::V;
+
+    /// Eight f32 from memory.
+    ///
+    /// # Safety
+    /// `p` is readable for 32 bytes.
+    unsafe fn load(self, p: *const f32) -> Self::V;
+
+    /// Eight f32 to memory.
+    ///
+    /// # Safety
+    /// `p` is writable for 32 bytes.
+    unsafe fn store(self, p: *mut f32, v: Self::V);
+
+    /// Eight binary16, widened.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 bytes.
+    unsafe fn load_f16(self, p: *const u8) -> Self::V;
+
+    /// Narrows to binary16, to nearest even.
+    ///
+    /// # Safety
+    /// `p` is writable for 16 bytes.
+    unsafe fn store_f16(self, p: *mut u8, v: Self::V);
+
+    /// Eight bfloat16, widened.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 bytes.
+    unsafe fn load_bf16(self, p: *const u8) -> Self::V;
+
+    /// Eight signed bytes as numbers.
+    ///
+    /// # Safety
+    /// `p` is readable for 8 bytes.
+    unsafe fn load_i8(self, p: *const u8) -> Self::V;
+
+    /// Sixteen bytes as 32 nibbles: first the low nibble of every byte, then the high ones, as numbers 0..=15.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 bytes.
+    unsafe fn load_nibbles(self, p: *const u8) -> [Self::V; 4];
+
+    /// Asks for the cache line at `p`, which may be any address.
+    fn prefetch(self, p: *const u8);
+
+    /// a + b.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a − b.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a · b.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a / b.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a · b + c, rounded once where the hardware can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger of `a` and `b`; `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of `a` and `b`; `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The nearest integers, ties to even.
+    fn round(self, v: Self::V) -> Self::V;
+    /// Two to the power of integral lanes in −126..=127.
+    fn pow2(self, v: Self::V) -> Self::V;
+    /// `v` with the sign of `sign`.
+    fn copysign(self, v: Self::V, sign: Self::V) -> Self::V;
+    /// Without the sign.
+    fn abs(self, v: Self::V) -> Self::V;
+    /// `v` where `x >= bound` or `x` is NaN, else 0.
+    fn keep_from(self, x: Self::V, bound: Self::V, v: Self::V) -> Self::V;
+
+    /// ((l0+l4)+(l2+l6)) + ((l1+l5)+(l3+l7)).
+    fn sum(self, v: Self::V) -> f32;
+
+    /// [`Simd::sum`] of eight vectors, in lanes.
+    fn sums(self, v: [Self::V; 8]) -> Self::V;
+}
+
+/// The portable implementation. It fuses no multiply-adds: without hardware that would be a slow library call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scalar;
+
+#[inline(always)]
+fn map2(a: [f32; 8], b: [f32; 8], f: impl Fn(f32, f32) -> f32) -> [f32; 8] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Scalar {
+    type V = [f32; 8];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; 8]
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> Self::V {
+        // SAFETY: 32 readable bytes by contract; every bit pattern is an f32.
+        unsafe { p.cast::<[f32; 8]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: Self::V) {
+        // SAFETY: 32 writable bytes by contract.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(v) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u8) -> Self::V {
+        // SAFETY: 16 readable bytes by contract.
+        let bits = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
+        bits.map(|b| f16::from_bits(b).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u8, v: Self::V) {
+        // SAFETY: 16 writable bytes by contract.
+        unsafe { p.cast::<[u16; 8]>().write_unaligned(v.map(|x| f16::from_f32(x).to_bits())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u8) -> Self::V {
+        // SAFETY: 16 readable bytes by contract.
+        let bits = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
+        bits.map(|b| bf16::from_bits(b).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const u8) -> Self::V {
+        // SAFETY: 8 readable bytes by contract.
+        let bytes = unsafe { p.cast::<[i8; 8]>().read_unaligned() };
+        bytes.map(f32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8) -> [Self::V; 4] {
+        // SAFETY: 16 readable bytes by contract.
+        let bytes = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
+        let low = |from: usize| std::array::from_fn(|i| f32::from(bytes[from + i] & 15));
+        let high = |from: usize| std::array::from_fn(|i| f32::from(bytes[from + i] >> 4));
+        [low(0), low(8), high(0), high(8)]
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _p: *const u8) {}
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| a / b)
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| if a < b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn round(self, v: Self::V) -> Self::V {
+        v.map(f32::round_ties_even)
+    }
+
+    #[inline(always)]
+    fn pow2(self, v: Self::V) -> Self::V {
+        v.map(|x| f32::from_bits(((x as i32).wrapping_add(127) as u32) << 23))
+    }
+
+    #[inline(always)]
+    fn copysign(self, v: Self::V, sign: Self::V) -> Self::V {
+        map2(v, sign, f32::copysign)
+    }
+
+    #[inline(always)]
+    fn abs(self, v: Self::V) -> Self::V {
+        v.map(f32::abs)
+    }
+
+    #[inline(always)]
+    fn keep_from(self, x: Self::V, bound: Self::V, v: Self::V) -> Self::V {
+        std::array::from_fn(|i| if x[i] < bound[i] { 0.0 } else { v[i] })
+    }
+
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
+    }
+
+    #[inline(always)]
+    fn sums(self, v: [Self::V; 8]) -> Self::V {
+        v.map(|v| self.sum(v))
+    }
+}
+
+/// The first `n < 8` lanes from memory, the others 0.
+///
+/// # Safety
+/// `p` is readable for `n` elements.
+#[inline(always)]
+pub(crate) unsafe fn load_partial<S: Simd>(s: S, p: *const f32, n: usize) -> S::V {
+    let mut lanes = [0.0f32; LANES];
+    // SAFETY: `n` readable elements by contract, fewer than there are lanes.
+    unsafe {
+        std::ptr::copy_nonoverlapping(p, lanes.as_mut_ptr(), n);
+        s.load(lanes.as_ptr())
+    }
+}
+
+/// The first `n < 8` lanes to memory.
+///
+/// # Safety
+/// `p` is writable for `n` elements.
+#[inline(always)]
+pub(crate) unsafe fn store_partial<S: Simd>(s: S, p: *mut f32, v: S::V, n: usize) {
+    let mut lanes = [0.0f32; LANES];
+    // SAFETY: `n` writable elements by contract, fewer than there are lanes.
+    unsafe {
+        s.store(lanes.as_mut_ptr(), v);
+        std::ptr::copy_nonoverlapping(lanes.as_ptr(), p, n);
+    }
+}
+
+/// `e^x` to about 2 units in the last place (Cephes' `expf`: reduction by ln 2 in two parts, degree-5 polynomial).
+/// 0 below −87.3, saturated at `e^88`, NaN for NaN.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    const LOWEST: f32 = -87.3;
+    let clamped = s.min(s.splat(88.0), s.max(s.splat(LOWEST), x));
+    let n = s.round(s.mul(clamped, s.splat(std::f32::consts::LOG2_E)));
+    let r = s.fma(n, s.splat(-0.693_359_4), clamped);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    let mut p = s.splat(1.987_569_2e-4);
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5.000_000_1e-1] {
+        p = s.fma(p, r, s.splat(c));
+    }
+    let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
+    s.keep_from(x, s.splat(LOWEST), s.mul(p, s.pow2(n)))
+}

@@ -1,0 +1,1 @@
+//! Executes models from pooled memory: kernels, paged attention, batching, sampling.

@@ -1,0 +1,189 @@
+//! Turns tokens into text one at a time. Never splits a character and never shows U+FFFD for one that is incomplete.
+//!
+//! The scheme is the usual one of a prefix offset and a read offset (text-generation-inference, vLLM): decode a short
+//! window of tokens and show what comes after the part that was shown before. The window begins with tokens that were
+//! shown already, so that decoders which treat the first token specially (SentencePiece strips its leading space)
+//! give the text as it is in the middle of a sequence.
+
+use std::sync::Arc;
+
+use super::tokenizer::TextTokenizer;
+
+/// Tokens of the prompt that the first window begins with (vLLM uses as many).
+const PROMPT_TOKENS: usize = 5;
+
+/// A character takes at most four bytes, so at most three replacement characters can stand for the beginning of one.
+const MAX_INCOMPLETE: usize = 3;
+
+/// Tokens in a window before it is cut, however its text ends; bounds the work per token.
+const MAX_WINDOW: usize = 48;
+
+/// Decodes one sequence.
+#[derive(Debug)]
+pub(crate) struct Detokenizer {
+    tokenizer: Arc<TextTokenizer>,
+    skip_special_tokens: bool,
+    window: Vec<u32>,
+    /// Tokens at the start of the window that belong to an earlier window, too.
+    read: usize,
+    /// Bytes of the window's text that were shown.
+    shown: usize,
+}
+
+impl Detokenizer {
+    /// Begins after `prompt`, whose text is not shown.
+    pub(crate) fn new(tokenizer: Arc<TextTokenizer>, prompt: &[u32], skip_special_tokens: bool) -> Self {
+        let window = prompt[prompt.len().saturating_sub(PROMPT_TOKENS)..].to_vec();
+        let mut detokenizer =
+            Detokenizer { tokenizer, skip_special_tokens, read: window.len(), window, shown: 0 };
+        let text = detokenizer.decode();
+        // A character that the prompt leaves incomplete is shown once the output completes it.
+        detokenizer.shown = complete(&text);
+        detokenizer
+    }
+
+    /// Takes the next token; the text that it completes, which may be empty.
+    pub(crate) fn push(&mut self, token: u32) -> String {
+        self.window.push(token);
+        let text = self.decode();
+        let end = complete(&text);
+        let delta = text.get(self.shown..end).unwrap_or_default().to_owned();
+        if end == text.len() && !delta.is_empty() {
+            self.window.drain(..self.read);
+            self.restart();
+        } else if self.window.len() > MAX_WINDOW {
+            let delta = delta + text.get(end.max(self.shown)..).unwrap_or_default();
+            self.window.drain(..self.window.len() - PROMPT_TOKENS);
+            self.restart();
+            return delta;
+        } else {
+            self.shown = self.shown.max(end);
+        }
+        delta
+    }
+
+    /// The rest at the end of the sequence: what `tokenizer.decode` gives for it, replacement characters included.
+    pub(crate) fn finish(&mut self) -> String {
+        let text = self.decode();
+        let delta = text.get(self.shown..).unwrap_or_default().to_owned();
+        self.shown = text.len();
+        delta
+    }
+
+    /// Makes the window's tokens the context of those to come.
+    fn restart(&mut self) {
+        self.read = self.window.len();
+        self.shown = self.decode().len();
+    }
+
+    fn decode(&self) -> String {
+        self.tokenizer.decode(&self.window, self.skip_special_tokens)
+    }
+}
+
+/// Bytes of `text` without replacement characters at its end that may stand for an incomplete character.
+fn complete(text: &str) -> usize {
+    let mut rest = text;
+    for _ in 0..MAX_INCOMPLETE {
+        match rest.strip_suffix('\u{FFFD}') {
+            Some(shorter) => rest = shorter,
+            None => break,
+        }
+    }
+    rest.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::tests::{byte_level, sentence_piece};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn stream(tokenizer: &Arc<TextTokenizer>, prompt: &[u32], tokens: &[u32]) -> (Vec<String>, String) {
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), prompt, true);
+        let pieces: Vec<String> = tokens.iter().map(|&token| detokenizer.push(token)).collect();
+        let rest = detokenizer.finish();
+        (pieces, rest)
+    }
+
+    #[test]
+    fn holds_an_incomplete_character_back() {
+        let tokenizer = byte_level();
+        let tokens = tokenizer.encode("a€b", false).unwrap();
+        assert_eq!(tokens.len(), 5, "one token per byte");
+        let (pieces, rest) = stream(&tokenizer, &[], &tokens);
+        assert_eq!(pieces, ["a", "", "", "€", "b"]);
+        assert_eq!(rest, "");
+        let (pieces, rest) = stream(&tokenizer, &[], &tokens[..3]);
+        assert_eq!(pieces.concat(), "a");
+        assert_eq!(rest, "\u{FFFD}");
+    }
+
+    #[test]
+    fn a_character_begun_by_the_prompt_is_completed() {
+        let tokenizer = byte_level();
+        let tokens = tokenizer.encode("x€y", false).unwrap();
+        let (pieces, rest) = stream(&tokenizer, &tokens[..2], &tokens[2..]);
+        assert_eq!(pieces.concat() + &rest, "€y");
+    }
+
+    #[test]
+    fn spaces_of_sentence_piece_survive() {
+        let tokenizer = sentence_piece();
+        let tokens = tokenizer.encode("hello hello €", false).unwrap();
+        let (pieces, rest) = stream(&tokenizer, &[], &tokens);
+        assert_eq!(pieces.concat() + &rest, "hello hello €");
+        let (pieces, rest) = stream(&tokenizer, &tokens[..1], &tokens[1..]);
+        assert_eq!(pieces.concat() + &rest, " hello €", "the space after the prompt belongs to the output");
+    }
+
+    #[test]
+    fn special_tokens_are_skipped_or_shown() {
+        let tokenizer = byte_level();
+        let end = tokenizer.token_id("<|end|>").unwrap();
+        let letter = tokenizer.encode("a", false).unwrap()[0];
+        assert_eq!(stream(&tokenizer, &[], &[letter, end, letter]).0.concat(), "aa");
+        let mut detokenizer = Detokenizer::new(tokenizer, &[], false);
+        assert_eq!(detokenizer.push(letter) + &detokenizer.push(end), "a<|end|>");
+    }
+
+    #[test]
+    fn endless_invalid_bytes_are_shown_in_bounded_time() {
+        let tokenizer = byte_level();
+        let invalid = tokenizer.token_id("Ģ").unwrap(); // byte 0x80
+        let (pieces, rest) = stream(&tokenizer, &[], &vec![invalid; 500]);
+        assert_eq!((pieces.concat() + &rest).chars().count(), 500);
+    }
+
+    proptest! {
+        #[test]
+        fn byte_level_pieces_make_up_the_text(text in any::<String>(), split in 0usize..20) {
+            let tokenizer = byte_level();
+            let tokens = tokenizer.encode(&text, false).unwrap();
+            let (pieces, rest) = stream(&tokenizer, &[], &tokens);
+            prop_assert!(text.contains('\u{FFFD}') || pieces.iter().all(|piece| !piece.contains('\u{FFFD}')));
+            prop_assert_eq!(pieces.concat() + &rest, text.as_str());
+            // Cut anywhere, the shown pieces are a prefix of the text.
+            let (pieces, _) = stream(&tokenizer, &[], &tokens[..split.min(tokens.len())]);
+            prop_assert!(text.starts_with(&pieces.concat()));
+        }
+
+        #[test]
+        fn sentence_piece_pieces_make_up_the_text(text in "[a-z€é😀 ]{0,30}") {
+            let tokenizer = sentence_piece();
+            let tokens = tokenizer.encode(&text, false).unwrap();
+            let (pieces, rest) = stream(&tokenizer, &[], &tokens);
+            prop_assert_eq!(pieces.concat() + &rest, tokenizer.decode(&tokens, true));
+        }
+
+        /// Arbitrary token ids, also ones that are no valid text: never a panic, never a lost byte at the end.
+        #[test]
+        fn any_tokens(tokens in prop::collection::vec(0u32..300, 0..80)) {
+            for tokenizer in [byte_level(), sentence_piece()] {
+                let (pieces, rest) = stream(&tokenizer, &[], &tokens);
+                let text = pieces.concat() + &rest;
+                prop_assert!(tokens.is_empty() || text.len() <= 4 * 12 * tokens.len());
+            }
+        }
+    }
+}

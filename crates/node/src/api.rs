@@ -1,0 +1,258 @@
+//! What a node offers to the layers above: deployed models, generation, embeddings, status. No HTTP, no text.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tangram_checkpoint::{GenerationDefaults, ModelSpec};
+pub use tangram_engine::{SamplingParams, TokenLogprob};
+
+/// A deployed model as the layers above see it. Immutable; a re-deployment under the same name makes a new one.
+#[derive(Debug)]
+pub struct DeployedModel {
+    /// The name that requests use.
+    pub name: String,
+    /// What the model is.
+    pub spec: ModelSpec,
+    /// Directory of the imported checkpoint; `tokenizer.json` lies in it if `tokenizer` is set.
+    pub directory: PathBuf,
+    /// BLAKE3 of `tokenizer.json` in hexadecimal, if the model has one; equal for models that share it.
+    pub tokenizer: Option<String>,
+    /// Jinja chat template.
+    pub chat_template: Option<String>,
+    /// Text of special tokens that templates refer to (`bos_token`, `eos_token`, ...).
+    pub special_tokens: std::collections::BTreeMap<String, String>,
+    /// End tokens and sampling defaults.
+    pub generation: GenerationDefaults,
+    /// Longest sequence in tokens that this node can run: the model's own limit or what the pool can hold beside
+    /// the weights, whichever is less.
+    pub context: usize,
+    /// Bytes of all weights.
+    pub weight_bytes: u64,
+    /// KV bytes per token (0 for embedding models).
+    pub kv_bytes_per_token: u64,
+    /// Unix seconds of the deployment.
+    pub created: u64,
+    /// Key of the model inside the node.
+    pub(crate) index: usize,
+}
+
+/// A request for tokens.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    /// Which model.
+    pub model: std::sync::Arc<DeployedModel>,
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// How to choose tokens; already validated by [`SamplingParams::validate`].
+    pub sampling: SamplingParams,
+    /// Most tokens to generate; `None` means up to the context limit.
+    pub max_tokens: Option<usize>,
+    /// Do not stop at the model's end tokens.
+    pub ignore_eos: bool,
+    /// Further tokens that end the sequence.
+    pub stop_token_ids: Vec<u32>,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end token; it is reported as the last token event.
+    Stop,
+    /// `max_tokens` or the context limit.
+    Length,
+}
+
+/// Where a request's time went and which bytes it cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    /// Waiting for admission.
+    pub queue: Duration,
+    /// From admission until all weights were leased and, where bytes were missing, until the last of them arrived.
+    /// Prefill runs during the same time, so the phases may overlap; for a fully resident model this is the
+    /// activation itself.
+    pub load: Duration,
+    /// From admission until the prompt was processed, less the time the forward pass stood waiting for weights.
+    pub prefill: Duration,
+    /// From the first token to the last.
+    pub decode: Duration,
+    /// From submission to the first token (or the embedding).
+    pub first_token: Duration,
+    /// Weight bytes that this request brought in.
+    pub bytes_loaded: u64,
+    /// Weight bytes that were resident, or already on their way for another request.
+    pub bytes_reused: u64,
+}
+
+/// One generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GeneratedToken {
+    /// Token id.
+    pub id: u32,
+    /// Present when asked for.
+    pub logprob: Option<TokenLogprob>,
+}
+
+/// What happens to a generation, in this order: `Started`, `Token`s, then `Finished`; or `Failed` at any point.
+#[derive(Clone, Debug)]
+pub enum GenerateEvent {
+    /// The first token is about to follow; everything but `decode` is final.
+    Started(Timing),
+    /// The next token.
+    Token(GeneratedToken),
+    /// The end.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Final figures.
+        timing: Timing,
+    },
+    /// The end by an error.
+    Failed(RequestError),
+}
+
+/// A finished embedding request.
+#[derive(Clone, Debug)]
+pub struct Embeddings {
+    /// One vector per input, in order.
+    pub vectors: Vec<Vec<f32>>,
+    /// Figures for the whole request.
+    pub timing: Timing,
+}
+
+/// Why a request was refused or ended early. The text is for the user.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// The request itself cannot be served (HTTP 400).
+    #[error("{0}")]
+    Invalid(String),
+    /// The model is not deployed, or no longer (HTTP 404).
+    #[error("model '{0}' is not deployed; `tangram ls` shows what is")]
+    UnknownModel(String),
+    /// Too many requests are waiting (HTTP 429).
+    #[error("{waiting} requests are waiting already, which is this server's limit; try again later")]
+    QueueFull {
+        /// Requests waiting.
+        waiting: usize,
+    },
+    /// The weights could not be loaded (HTTP 500).
+    #[error("model '{model}' could not be loaded: {reason}")]
+    LoadFailed {
+        /// Deployed name.
+        model: String,
+        /// What failed and what to do.
+        reason: String,
+    },
+    /// The node is going down (HTTP 503).
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// A fault of ours (HTTP 500).
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// How far a deployment is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeployProgress {
+    /// Weight bytes examined and, where new, written.
+    pub bytes_done: u64,
+    /// Weight bytes in the source.
+    pub bytes_total: u64,
+    /// Of `bytes_done`, bytes that were already on this disk and were referenced.
+    pub bytes_reused: u64,
+}
+
+/// Why a deployment or removal failed. The text is for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] tangram_checkpoint::CheckpointError),
+    /// The model can never run on this node.
+    #[error("{0}")]
+    DoesNotFit(String),
+    /// The name cannot be used.
+    #[error("{0}")]
+    BadName(String),
+    /// No such model.
+    #[error("model '{0}' is not deployed")]
+    UnknownModel(String),
+    /// The node is going down, or the caller gave up.
+    #[error("the deployment was cancelled")]
+    Cancelled,
+    /// The data directory failed.
+    #[error("{what}: {source}")]
+    Storage {
+        /// What was attempted, with the path.
+        what: String,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The catalogue failed.
+    #[error("catalogue: {0}")]
+    Catalogue(String),
+}
+
+/// A model in a listing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModelStatus {
+    /// Deployed name.
+    pub name: String,
+    /// Family as its config names it.
+    pub family: String,
+    /// `generate` or `embed`.
+    pub task: String,
+    /// Type of most of the weight bytes.
+    pub dtype: String,
+    /// Bytes of all weights.
+    pub weight_bytes: u64,
+    /// Of these, bytes that some other deployed model has too.
+    pub shared_bytes: u64,
+    /// Of these, bytes in device memory now.
+    pub resident_bytes: u64,
+    /// KV bytes per token.
+    pub kv_bytes_per_token: u64,
+    /// Longest sequence in tokens on this node.
+    pub context: usize,
+    /// `idle` (no request), `loading` or `active`.
+    pub state: String,
+    /// Sequences running now.
+    pub running: usize,
+    /// Requests waiting for admission.
+    pub waiting: usize,
+    /// Unix seconds of the deployment.
+    pub created: u64,
+}
+
+/// Device memory and counters of a node.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Device name.
+    pub device: String,
+    /// Bytes of the pool.
+    pub pool_bytes: u64,
+    /// Bytes of free pages.
+    pub free_bytes: u64,
+    /// Bytes of resident tensors, leased or not.
+    pub resident_bytes: u64,
+    /// Bytes of resident tensors that a running request holds.
+    pub leased_bytes: u64,
+    /// Bytes of KV blocks in use.
+    pub kv_bytes: u64,
+    /// KV blocks in use.
+    pub kv_blocks: u64,
+    /// Sequences running.
+    pub running: usize,
+    /// Requests waiting.
+    pub waiting: usize,
+    /// Weight bytes brought in since the start.
+    pub bytes_loaded_total: u64,
+    /// Weight bytes found resident by activations since the start.
+    pub bytes_reused_total: u64,
+    /// Weight bytes evicted since the start.
+    pub bytes_evicted_total: u64,
+    /// Sequences whose KV was taken and recomputed since the start.
+    pub preemptions_total: u64,
+    /// Models activated since the start.
+    pub activations_total: u64,
+}

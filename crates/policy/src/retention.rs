@@ -1,0 +1,371 @@
+//! Which resident tensors are worth their place: worth per byte, and the order of eviction that follows from it.
+//!
+//! worth per byte = expected uses per second × time saved per byte if resident at the next use × exposure.
+//! - Uses are counted per tensor over all models that share it and decay with a half-life. The logarithm of the
+//!   decayed count is kept relative to time zero ("forward decay", Cormode et al. 2009), so that the order between two
+//!   tensors does not change while neither is used and an ordered set suffices: O(log n) per decision.
+//! - Time saved per byte = 1/bandwidth of the tier it would come back from + a fixed cost per tensor / its bytes.
+//! - Exposure falls with the layer: what comes late in the forward pass can be loaded behind the computation of what
+//!   comes early, so its absence costs less.
+//!
+//! Never holds a pointer and never frees anything: it answers who should go next, the pool carries it out.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+/// Dense key of a catalogued tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct TensorKey(pub u32);
+
+/// Seconds in which the remembered demand for a tensor halves.
+const HALF_LIFE_SECONDS: f64 = 600.0;
+
+/// Bytes per second of the tier below. Only ratios between tensors matter until there is more than one tier.
+const TIER_BYTES_PER_SECOND: f64 = 2e9;
+
+/// Seconds that bringing in one tensor costs beside its bytes (request, mapping).
+const TENSOR_SECONDS: f64 = 20e-6;
+
+/// Part of the last layer's load time that the pipeline is expected to hide; the first layer's is never hidden.
+const HIDDEN_AT_THE_END: f64 = 0.5;
+
+/// Everything that the retention state learns, in order. A log of these replays to the same state.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Event {
+    /// A tensor is catalogued, or another model with it is: `depth` is its place in that model's forward pass, from
+    /// 0 (needed first) to 1 (needed last). The smallest depth counts.
+    Catalogued {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Its size.
+        bytes: u64,
+        /// Its place in the forward pass.
+        depth: f64,
+    },
+    /// No model has the tensor any more; it must not be resident.
+    Forgotten {
+        /// Which tensor.
+        tensor: TensorKey,
+    },
+    /// A request uses the tensor and holds a lease on it (its first); it becomes resident if it was not.
+    Leased {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Seconds since any fixed moment.
+        at: f64,
+    },
+    /// A further lease-worthy use by a request that finds the tensor leased already.
+    Used {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Seconds.
+        at: f64,
+    },
+    /// The last lease ended; the tensor may be evicted.
+    Idle {
+        /// Which tensor.
+        tensor: TensorKey,
+    },
+    /// The tensor left the device.
+    Evicted {
+        /// Which tensor.
+        tensor: TensorKey,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum State {
+    Absent,
+    Leased,
+    Idle,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    bytes: u64,
+    /// log2 of the time saved per byte times exposure.
+    value: f64,
+    /// log2 of the decayed number of uses, as seen from time 0; −∞ if never used.
+    demand: f64,
+    depth: f64,
+    state: State,
+}
+
+/// A float with a total order, so that it can be a key. Never NaN.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Worth(f64);
+impl Eq for Worth {}
+impl PartialOrd for Worth {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Worth {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+/// Demand and residency of every catalogued tensor, and the order in which idle ones should go.
+#[derive(Debug, Default)]
+pub struct Retention {
+    entries: Vec<Option<Entry>>,
+    idle: BTreeSet<(Worth, TensorKey)>,
+    idle_bytes: u64,
+}
+
+impl Retention {
+    /// Nothing is catalogued.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Learns an event. Events that contradict the state (evicting a leased tensor, say) are programming errors and
+    /// panic in debug builds; in release builds they are ignored, which leaves the tensor where it is.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::Catalogued { tensor, bytes, depth } => self.catalogue(tensor, bytes, depth),
+            Event::Forgotten { tensor } => {
+                let entry = self.entries.get_mut(tensor.0 as usize);
+                debug_assert!(matches!(&entry, Some(Some(Entry { state: State::Absent, .. }))));
+                if let Some(entry) = entry {
+                    *entry = None;
+                }
+            }
+            Event::Leased { tensor, at } => {
+                self.leave_idle(tensor);
+                self.set_state(tensor, State::Leased);
+                self.count_use(tensor, at);
+            }
+            Event::Used { tensor, at } => self.count_use(tensor, at),
+            Event::Idle { tensor } => {
+                let Some(entry) = self.entry_mut(tensor) else { return };
+                debug_assert_eq!(entry.state, State::Leased);
+                entry.state = State::Idle;
+                let (key, bytes) = ((Worth(entry.demand + entry.value), tensor), entry.bytes);
+                self.idle.insert(key);
+                self.idle_bytes += bytes;
+            }
+            Event::Evicted { tensor } => {
+                self.leave_idle(tensor);
+                self.set_state(tensor, State::Absent);
+            }
+        }
+    }
+
+    /// The idle tensor that is worth least per byte; ties go to the lower key.
+    pub fn least_worth(&self) -> Option<TensorKey> {
+        self.idle.first().map(|&(_, tensor)| tensor)
+    }
+
+    /// Bytes of all idle resident tensors.
+    pub fn idle_bytes(&self) -> u64 {
+        self.idle_bytes
+    }
+
+    fn entry_mut(&mut self, tensor: TensorKey) -> Option<&mut Entry> {
+        self.entries.get_mut(tensor.0 as usize)?.as_mut()
+    }
+
+    fn catalogue(&mut self, tensor: TensorKey, bytes: u64, depth: f64) {
+        let index = tensor.0 as usize;
+        if self.entries.len() <= index {
+            self.entries.resize(index + 1, None);
+        }
+        let was_idle = self.leave_idle(tensor);
+        let entry = self.entries[index].get_or_insert(Entry {
+            bytes,
+            value: 0.0,
+            demand: f64::NEG_INFINITY,
+            depth: 1.0,
+            state: State::Absent,
+        });
+        entry.depth = entry.depth.min(depth.clamp(0.0, 1.0));
+        let seconds_per_byte = 1.0 / TIER_BYTES_PER_SECOND + TENSOR_SECONDS / entry.bytes.max(1) as f64;
+        entry.value = (seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth)).log2();
+        if was_idle {
+            let key = (Worth(entry.demand + entry.value), tensor);
+            let bytes = entry.bytes;
+            self.idle.insert(key);
+            self.idle_bytes += bytes;
+        }
+    }
+
+    fn count_use(&mut self, tensor: TensorKey, at: f64) {
+        let Some(entry) = self.entry_mut(tensor) else { return };
+        debug_assert_eq!(entry.state, State::Leased);
+        // log2(2^a + 2^b) without overflow, however long the process has been running.
+        let (now, old) = (at / HALF_LIFE_SECONDS, entry.demand);
+        let (high, low) = if now > old { (now, old) } else { (old, now) };
+        entry.demand = high + (low - high).exp2().ln_1p() / std::f64::consts::LN_2;
+    }
+
+    /// Takes a tensor out of the eviction order; says whether it was in it.
+    fn leave_idle(&mut self, tensor: TensorKey) -> bool {
+        let Some(entry) = self.entry_mut(tensor) else { return false };
+        if entry.state != State::Idle {
+            return false;
+        }
+        let (key, bytes) = ((Worth(entry.demand + entry.value), tensor), entry.bytes);
+        self.idle_bytes -= bytes;
+        self.idle.remove(&key)
+    }
+
+    fn set_state(&mut self, tensor: TensorKey, state: State) {
+        if let Some(entry) = self.entry_mut(tensor) {
+            entry.state = state;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn key(i: u32) -> TensorKey {
+        TensorKey(i)
+    }
+
+    fn with_idle(tensors: &[(u64, f64, &[f64])]) -> Retention {
+        let mut retention = Retention::new();
+        for (i, &(bytes, depth, uses)) in tensors.iter().enumerate() {
+            let tensor = key(i as u32);
+            retention.apply(Event::Catalogued { tensor, bytes, depth });
+            for &at in uses {
+                retention.apply(Event::Leased { tensor, at });
+                retention.apply(Event::Idle { tensor });
+            }
+        }
+        retention
+    }
+
+    fn eviction_order(mut retention: Retention) -> Vec<u32> {
+        let mut order = Vec::new();
+        while let Some(tensor) = retention.least_worth() {
+            retention.apply(Event::Evicted { tensor });
+            order.push(tensor.0);
+        }
+        assert_eq!(retention.idle_bytes(), 0);
+        order
+    }
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn rarely_used_goes_first() {
+        let retention = with_idle(&[(MIB, 0.5, &[0.0, 1.0, 2.0]), (MIB, 0.5, &[2.0]), (MIB, 0.5, &[1.0, 2.0])]);
+        assert_eq!(eviction_order(retention), [1, 2, 0]);
+    }
+
+    #[test]
+    fn old_demand_decays() {
+        // Three uses four half-lives ago are worth 3/16 of a use now.
+        let retention = with_idle(&[(MIB, 0.5, &[0.0, 0.0, 0.0]), (MIB, 0.5, &[4.0 * HALF_LIFE_SECONDS])]);
+        assert_eq!(eviction_order(retention), [0, 1]);
+        let retention = with_idle(&[(MIB, 0.5, &[0.0, 0.0, 0.0]), (MIB, 0.5, &[1.0 * HALF_LIFE_SECONDS])]);
+        assert_eq!(eviction_order(retention), [1, 0]);
+    }
+
+    #[test]
+    fn tail_layers_go_before_front_layers() {
+        let retention = with_idle(&[(MIB, 0.0, &[0.0]), (MIB, 1.0, &[0.0]), (MIB, 0.5, &[0.0])]);
+        assert_eq!(eviction_order(retention), [1, 2, 0]);
+    }
+
+    #[test]
+    fn per_byte_small_tensors_are_dearer_to_bring_back() {
+        let retention = with_idle(&[(64 * MIB, 0.5, &[0.0]), (1024, 0.5, &[0.0])]);
+        assert_eq!(eviction_order(retention), [0, 1]);
+    }
+
+    #[test]
+    fn a_model_that_needs_it_earlier_raises_a_shared_tensor() {
+        let mut retention = with_idle(&[(MIB, 0.9, &[0.0]), (MIB, 0.5, &[0.0])]);
+        retention.apply(Event::Catalogued { tensor: key(0), bytes: MIB, depth: 0.1 });
+        assert_eq!(eviction_order(retention), [1, 0]);
+    }
+
+    #[test]
+    fn leased_tensors_are_never_offered() {
+        let mut retention = with_idle(&[(MIB, 0.5, &[0.0]), (MIB, 0.5, &[0.0, 1.0])]);
+        retention.apply(Event::Leased { tensor: key(0), at: 2.0 });
+        assert_eq!(retention.least_worth(), Some(key(1)));
+        retention.apply(Event::Evicted { tensor: key(1) });
+        assert_eq!(retention.least_worth(), None);
+    }
+
+    #[test]
+    fn demand_survives_eviction() {
+        let mut retention = with_idle(&[(MIB, 0.5, &[0.0, 1.0, 2.0]), (MIB, 0.5, &[2.0])]);
+        for tensor in [key(0), key(1)] {
+            retention.apply(Event::Evicted { tensor });
+            retention.apply(Event::Leased { tensor, at: 3.0 });
+            retention.apply(Event::Idle { tensor });
+        }
+        assert_eq!(eviction_order(retention), [1, 0]);
+    }
+
+    #[test]
+    fn years_of_uptime_do_not_overflow() {
+        let retention = with_idle(&[(MIB, 0.5, &[1e9, 1e9]), (MIB, 0.5, &[1e9])]);
+        assert_eq!(eviction_order(retention), [1, 0]);
+    }
+
+    proptest! {
+        /// A recorded log replays to the same victims, and the order agrees with the formula computed directly.
+        #[test]
+        fn a_log_replays_to_the_same_decisions(
+            steps in proptest::collection::vec((0u32..12, 0u8..4, 0.0f64..500.0), 1..200)
+        ) {
+            let mut log = Vec::new();
+            let mut live = Retention::new();
+            let mut state = [(false, false); 12];
+            let mut victims = Vec::new();
+            let mut now = 0.0;
+            let mut record = |live: &mut Retention, event| { live.apply(event); log.push(event); };
+            for i in 0..12 {
+                let event = Event::Catalogued {
+                    tensor: key(i), bytes: 1000 << i, depth: f64::from(i % 4) / 3.0
+                };
+                record(&mut live, event);
+            }
+            for (i, action, gap) in steps {
+                now += gap;
+                let tensor = key(i);
+                let (resident, leased) = &mut state[i as usize];
+                match action {
+                    0 if !*leased => {
+                        record(&mut live, Event::Leased { tensor, at: now });
+                        (*resident, *leased) = (true, true);
+                    }
+                    1 if *leased => record(&mut live, Event::Used { tensor, at: now }),
+                    2 if *leased => {
+                        record(&mut live, Event::Idle { tensor });
+                        *leased = false;
+                    }
+                    3 => if let Some(tensor) = live.least_worth() {
+                        let (resident, leased) = &mut state[tensor.0 as usize];
+                        prop_assert!(*resident && !*leased);
+                        *resident = false;
+                        victims.push(tensor);
+                        record(&mut live, Event::Evicted { tensor });
+                    }
+                    _ => {}
+                }
+            }
+            let mut replayed = Retention::new();
+            let mut replayed_victims = Vec::new();
+            for event in log {
+                if let Event::Evicted { tensor } = event {
+                    replayed_victims.push(replayed.least_worth().unwrap());
+                    prop_assert_eq!(*replayed_victims.last().unwrap(), tensor);
+                }
+                replayed.apply(event);
+            }
+            prop_assert_eq!(replayed_victims, victims);
+            prop_assert_eq!(replayed.idle_bytes(), live.idle_bytes());
+        }
+    }
+}

@@ -1,0 +1,552 @@
+//! The pool: catalogue of tensors by content, activation, eviction, and the accounts.
+//!
+//! Everything that is decided is decided by [`Retention`]; this file carries it out and must not rank anything itself.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use tangram_checkpoint::ContentId;
+use tangram_device::{Arena, Claim, Contents, DeviceError, Extent, Memory};
+use tangram_policy::{Event, Retention, TensorKey};
+
+use crate::kv::KvArena;
+use crate::tensor::{Tensor, Vacancy};
+
+/// A tensor as the catalogue knows it.
+#[derive(Clone, Debug)]
+pub struct CatalogueEntry {
+    /// Identity of the content.
+    pub id: ContentId,
+    /// Checkpoint whose data file has the bytes.
+    pub checkpoint: String,
+    /// Offset in that file and in the arena that mirrors it, bytes.
+    pub offset: u64,
+    /// Size, bytes.
+    pub bytes: u64,
+    /// Place in the model's forward pass, 0 (first) to 1 (last).
+    pub depth: f64,
+}
+
+/// The request cannot be met now: what is leased leaves too little room, or (`needed` is 0) the loader still holds the
+/// room of a tensor that was given up. Nothing was changed; it may work when a lease or a load has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Pages needed.
+    pub needed: usize,
+    /// Pages free, and pages that evicting everything idle would free.
+    pub available: usize,
+}
+
+struct Slot {
+    id: ContentId,
+    checkpoint: String,
+    offset: usize,
+    bytes: usize,
+    /// Models that have it.
+    models: u32,
+    /// Leases on it.
+    leases: u32,
+    tensor: Option<Arc<Tensor>>,
+}
+
+struct CheckpointArena {
+    arena: Arc<Arena>,
+    /// Catalogued tensors in it.
+    tensors: usize,
+}
+
+/// The right to use a set of tensors. Give it back with [`Pool::release`].
+#[derive(Debug)]
+pub struct Lease {
+    tensors: Vec<Arc<Tensor>>,
+}
+
+impl Lease {
+    /// The tensors, in the order of the keys that were asked for.
+    pub fn tensors(&self) -> &[Arc<Tensor>] {
+        &self.tensors
+    }
+}
+
+/// What an activation gives.
+#[derive(Debug)]
+pub struct Activation {
+    /// The right to use the tensors.
+    pub lease: Lease,
+    /// Room for those that have to be brought in, in the order of the keys.
+    pub missing: Vec<Vacancy>,
+    /// Bytes of `missing`.
+    pub bytes_loaded: u64,
+    /// Bytes that were resident or already on their way.
+    pub bytes_reused: u64,
+}
+
+/// Accounts of the pool, all in bytes unless named otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Tensors that have room on the device, arrived or arriving.
+    pub resident_bytes: u64,
+    /// Of these, leased.
+    pub leased_bytes: u64,
+    /// KV blocks in use.
+    pub kv_bytes: u64,
+    /// Number of KV blocks in use.
+    pub kv_blocks: u64,
+    /// Brought in since the start.
+    pub loaded_total: u64,
+    /// Found resident since the start.
+    pub reused_total: u64,
+    /// Evicted since the start.
+    pub evicted_total: u64,
+}
+
+/// One device's memory as a cache of tensors.
+pub struct Pool {
+    memory: Arc<Memory>,
+    retention: Retention,
+    slots: Vec<Option<Slot>>,
+    vacant_keys: Vec<TensorKey>,
+    by_id: HashMap<ContentId, TensorKey>,
+    arenas: HashMap<String, CheckpointArena>,
+    /// Tensors without a lease that are not evictable yet: still arriving, or just being let go by the loader.
+    unsettled: Vec<TensorKey>,
+    stats: PoolStats,
+    log: Option<Vec<Event>>,
+}
+
+impl Pool {
+    /// An empty pool over all of `memory`.
+    pub fn new(memory: Arc<Memory>) -> Pool {
+        Pool {
+            memory,
+            retention: Retention::new(),
+            slots: Vec::new(),
+            vacant_keys: Vec::new(),
+            by_id: HashMap::new(),
+            arenas: HashMap::new(),
+            unsettled: Vec::new(),
+            stats: PoolStats::default(),
+            log: None,
+        }
+    }
+
+    /// Records every event from now on, so that a test can replay the decisions.
+    pub fn record_events(&mut self) {
+        self.log = Some(Vec::new());
+    }
+
+    /// The recorded events.
+    pub fn events(&self) -> &[Event] {
+        self.log.as_deref().unwrap_or_default()
+    }
+
+    /// The accounts.
+    pub fn stats(&self) -> PoolStats {
+        self.stats
+    }
+
+    /// The device's memory.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    fn apply(&mut self, event: Event) {
+        if let Some(log) = &mut self.log {
+            log.push(event);
+        }
+        self.retention.apply(event);
+    }
+
+    fn slot(&self, key: TensorKey) -> Option<&Slot> {
+        self.slots.get(key.0 as usize)?.as_ref()
+    }
+
+    fn slot_mut(&mut self, key: TensorKey) -> Option<&mut Slot> {
+        self.slots.get_mut(key.0 as usize)?.as_mut()
+    }
+
+    /// Makes the tensors of one more model known, and their checkpoints' files (`data_bytes` gives their sizes).
+    /// Takes no device memory. `entries` must not name a content twice.
+    ///
+    /// # Errors
+    /// When address space for a checkpoint is not to be had; nothing is catalogued then.
+    pub fn catalogue(
+        &mut self,
+        entries: &[CatalogueEntry],
+        data_bytes: impl Fn(&str) -> u64,
+    ) -> Result<Vec<TensorKey>, DeviceError> {
+        for entry in entries {
+            if !self.by_id.contains_key(&entry.id) && !self.arenas.contains_key(&entry.checkpoint) {
+                let arena = Arena::reserve(self.memory.clone(), data_bytes(&entry.checkpoint) as usize)?;
+                self.arenas.insert(entry.checkpoint.clone(), CheckpointArena { arena, tensors: 0 });
+            }
+        }
+        let mut keys = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let key = match self.by_id.get(&entry.id) {
+                Some(&key) => key,
+                None => {
+                    let key =
+                        self.vacant_keys.pop().unwrap_or_else(|| TensorKey(self.slots.len() as u32));
+                    if key.0 as usize == self.slots.len() {
+                        self.slots.push(None);
+                    }
+                    self.slots[key.0 as usize] = Some(Slot {
+                        id: entry.id,
+                        checkpoint: entry.checkpoint.clone(),
+                        offset: entry.offset as usize,
+                        bytes: entry.bytes as usize,
+                        models: 0,
+                        leases: 0,
+                        tensor: None,
+                    });
+                    self.by_id.insert(entry.id, key);
+                    if let Some(arena) = self.arenas.get_mut(&entry.checkpoint) {
+                        arena.tensors += 1;
+                    }
+                    key
+                }
+            };
+            if let Some(slot) = self.slot_mut(key) {
+                slot.models += 1;
+            }
+            self.apply(Event::Catalogued { tensor: key, bytes: entry.bytes, depth: entry.depth });
+            keys.push(key);
+        }
+        Ok(keys)
+    }
+
+    /// One model with these tensors is gone. Tensors that no model has any more leave the device, and their place in
+    /// the address space is given up. The model must hold no lease.
+    pub fn forget(&mut self, keys: &[TensorKey]) {
+        self.settle();
+        let mut freed = Vec::new();
+        for &key in keys {
+            let Some(slot) = self.slot_mut(key) else { continue };
+            slot.models -= 1;
+            if slot.models > 0 || slot.leases > 0 {
+                continue;
+            }
+            // A tensor that is still arriving for nobody stays catalogued until it has settled; see `settle`.
+            if !self.unsettled.contains(&key) {
+                self.evict(key, &mut freed);
+                self.forget_if_unused(key);
+            }
+        }
+        Extent::release_all(freed);
+    }
+
+    fn forget_if_unused(&mut self, key: TensorKey) {
+        if !self.slot(key).is_some_and(|slot| slot.models == 0 && slot.tensor.is_none()) {
+            return;
+        }
+        let Some(slot) = self.slots[key.0 as usize].take() else { return };
+        self.apply(Event::Forgotten { tensor: key });
+        self.by_id.remove(&slot.id);
+        self.vacant_keys.push(key);
+        if let Some(arena) = self.arenas.get_mut(&slot.checkpoint) {
+            arena.tensors -= 1;
+            if arena.tensors == 0 {
+                self.arenas.remove(&slot.checkpoint);
+            }
+        }
+    }
+
+    /// Bytes of these tensors that are on the device, arrived or arriving.
+    pub fn resident_bytes(&self, keys: &[TensorKey]) -> u64 {
+        let resident = |key: &TensorKey| {
+            self.slot(*key).filter(|slot| slot.tensor.is_some()).map_or(0, |slot| slot.bytes as u64)
+        };
+        keys.iter().map(resident).sum()
+    }
+
+    /// Pages that these tensors take when all of them are resident and nothing else is.
+    pub fn pages_alone(&self, keys: &[TensorKey]) -> usize {
+        let page_bytes = self.memory.page_bytes();
+        let mut pages: BTreeMap<&str, std::collections::BTreeSet<usize>> = BTreeMap::new();
+        for slot in keys.iter().filter_map(|&key| self.slot(key)) {
+            let span = slot.offset / page_bytes..(slot.offset + slot.bytes).div_ceil(page_bytes);
+            pages.entry(&slot.checkpoint).or_default().extend(span);
+        }
+        pages.values().map(|pages| pages.len()).sum()
+    }
+
+    /// Leases all of these tensors (no key twice): resident ones at once, ones that are arriving by joining, missing
+    /// ones by making room for them, evicting what is worth least. `reserve_pages` further pages are left free, for the
+    /// first KV blocks. `now` is in seconds.
+    ///
+    /// # Errors
+    /// [`Shortage`] when even evicting everything idle would not make enough room.
+    pub fn activate(
+        &mut self,
+        keys: &[TensorKey],
+        reserve_pages: usize,
+        now: f64,
+    ) -> Result<Activation, Shortage> {
+        self.settle();
+        let mut idle_own = 0;
+        let mut missing = Vec::new();
+        for &key in keys {
+            match self.slot(key) {
+                Some(Slot { tensor: Some(tensor), leases: 0, .. }) if tensor.is_ready() => idle_own += tensor.len(),
+                Some(Slot { tensor: Some(_), .. }) => {}
+                _ => missing.push(key),
+            }
+        }
+        let claims = self.claims(&missing);
+        let evictable = self.retention.idle_bytes().saturating_sub(idle_own as u64);
+        self.check_room(self.pages_needed(&claims) + reserve_pages, evictable)?;
+
+        let mut leased = Vec::with_capacity(keys.len());
+        for &key in keys {
+            match self.lease_resident(key, now) {
+                Some(tensor) => leased.push(Some(tensor)),
+                None => {
+                    // Given up a moment ago, but the loader has not let go of its room yet.
+                    if !missing.contains(&key) {
+                        self.release_all(leased.into_iter().flatten().collect());
+                        return Err(Shortage { needed: 0, available: self.memory.free_pages() });
+                    }
+                    leased.push(None);
+                }
+            }
+        }
+        let claimed = self
+            .make_room(|pool| pool.pages_needed(&claims) + reserve_pages)
+            .and_then(|()| self.claim(&claims));
+        let mut extents = match claimed {
+            Ok(extents) => extents,
+            Err(shortage) => {
+                self.release_all(leased.into_iter().flatten().collect());
+                return Err(shortage);
+            }
+        };
+        let mut vacancies = Vec::with_capacity(missing.len());
+        let mut tensors = Vec::with_capacity(keys.len());
+        let (mut bytes_loaded, mut bytes_reused) = (0, 0);
+        for (&key, resident) in keys.iter().zip(leased) {
+            if let Some(tensor) = resident {
+                bytes_reused += tensor.len() as u64;
+                tensors.push(tensor);
+            } else if let Some(extent) = extents.remove(&key) {
+                bytes_loaded += extent.len() as u64;
+                let vacancy = Vacancy::new(key, extent);
+                let tensor = vacancy.tensor().clone();
+                if let Some(slot) = self.slot_mut(key) {
+                    slot.tensor = Some(tensor.clone());
+                    slot.leases = 1;
+                }
+                self.stats.resident_bytes += tensor.len() as u64;
+                self.stats.leased_bytes += tensor.len() as u64;
+                self.apply(Event::Leased { tensor: key, at: now });
+                tensors.push(tensor);
+                vacancies.push(vacancy);
+            }
+        }
+        self.stats.loaded_total += bytes_loaded;
+        self.stats.reused_total += bytes_reused;
+        Ok(Activation { lease: Lease { tensors }, missing: vacancies, bytes_loaded, bytes_reused })
+    }
+
+    /// Counts one more use of leased tensors, for a request that joins an active model.
+    pub fn used_again(&mut self, lease: &Lease, now: f64) {
+        for tensor in &lease.tensors {
+            self.stats.reused_total += tensor.len() as u64;
+            self.apply(Event::Used { tensor: tensor.key(), at: now });
+        }
+    }
+
+    fn lease_resident(&mut self, key: TensorKey, now: f64) -> Option<Arc<Tensor>> {
+        let slot = self.slot_mut(key)?;
+        let tensor = slot.tensor.clone()?;
+        if !tensor.join() {
+            return None;
+        }
+        slot.leases += 1;
+        if slot.leases == 1 {
+            self.stats.leased_bytes += tensor.len() as u64;
+            self.unsettled.retain(|&unsettled| unsettled != key);
+            self.apply(Event::Leased { tensor: key, at: now });
+        } else {
+            self.apply(Event::Used { tensor: key, at: now });
+        }
+        Some(tensor)
+    }
+
+    /// Ends a lease. Tensors without any lease stay until their room is needed; ones that are still arriving and that
+    /// nobody wants now are given up.
+    pub fn release(&mut self, lease: Lease) {
+        self.release_all(lease.tensors);
+    }
+
+    fn release_all(&mut self, tensors: Vec<Arc<Tensor>>) {
+        for tensor in tensors {
+            let (key, len) = (tensor.key(), tensor.len() as u64);
+            tensor.leave();
+            drop(tensor);
+            let Some(slot) = self.slot_mut(key) else { continue };
+            slot.leases -= 1;
+            if slot.leases == 0 {
+                self.stats.leased_bytes -= len;
+                self.unsettled.push(key);
+            }
+        }
+        self.settle();
+    }
+
+    /// Looks after tensors without a lease that were arriving when they lost it: those that arrived become evictable,
+    /// those that failed or were given up are gone.
+    fn settle(&mut self) {
+        for key in std::mem::take(&mut self.unsettled) {
+            let Some(tensor) = self.slot(key).and_then(|slot| slot.tensor.as_ref()) else { continue };
+            // While the loader still holds the tensor its bytes are in flight, or it is just letting go.
+            let alone = Arc::strong_count(tensor) == 1;
+            let (ready, failed) = (tensor.is_ready(), tensor.failure().is_some());
+            if ready && alone {
+                self.apply(Event::Idle { tensor: key });
+                if self.slot(key).is_some_and(|slot| slot.models == 0) {
+                    let mut freed = Vec::new();
+                    self.evict(key, &mut freed);
+                    Extent::release_all(freed);
+                    self.forget_if_unused(key);
+                }
+            } else if failed {
+                if let Some(slot) = self.slot_mut(key) {
+                    slot.tensor = None;
+                    self.stats.resident_bytes -= self.slot(key).map_or(0, |slot| slot.bytes as u64);
+                }
+                self.apply(Event::Evicted { tensor: key });
+                self.forget_if_unused(key);
+            } else {
+                self.unsettled.push(key);
+            }
+        }
+    }
+
+    fn claims(&self, keys: &[TensorKey]) -> Vec<(TensorKey, Arc<Arena>, Claim)> {
+        keys.iter()
+            .filter_map(|&key| {
+                let slot = self.slot(key)?;
+                let arena = self.arenas.get(&slot.checkpoint)?.arena.clone();
+                Some((key, arena, Claim { offset: slot.offset, len: slot.bytes }))
+            })
+            .collect()
+    }
+
+    fn by_arena(claims: &[(TensorKey, Arc<Arena>, Claim)]) -> Vec<(&Arc<Arena>, Vec<TensorKey>, Vec<Claim>)> {
+        let mut groups: Vec<(&Arc<Arena>, Vec<TensorKey>, Vec<Claim>)> = Vec::new();
+        for (key, arena, claim) in claims {
+            match groups.iter_mut().find(|(known, ..)| Arc::ptr_eq(known, arena)) {
+                Some((_, keys, claims)) => {
+                    keys.push(*key);
+                    claims.push(*claim);
+                }
+                None => groups.push((arena, vec![*key], vec![*claim])),
+            }
+        }
+        groups
+    }
+
+    fn pages_needed(&self, claims: &[(TensorKey, Arc<Arena>, Claim)]) -> usize {
+        Self::by_arena(claims).iter().map(|(arena, _, claims)| arena.pages_needed(claims)).sum()
+    }
+
+    fn claim(
+        &mut self,
+        claims: &[(TensorKey, Arc<Arena>, Claim)],
+    ) -> Result<HashMap<TensorKey, Extent>, Shortage> {
+        let mut extents = HashMap::new();
+        for (arena, keys, claims) in Self::by_arena(claims) {
+            match arena.claim_all(&claims, Contents::Overwritten) {
+                Ok(claimed) => extents.extend(keys.into_iter().zip(claimed)),
+                Err(_) => {
+                    let needed = arena.pages_needed(&claims);
+                    return Err(Shortage { needed, available: self.memory.free_pages() });
+                }
+            }
+        }
+        Ok(extents)
+    }
+
+    fn check_room(&self, needed: usize, evictable_bytes: u64) -> Result<(), Shortage> {
+        let available = self.memory.free_pages() + evictable_bytes as usize / self.memory.page_bytes();
+        // Evicting tensors frees a page only when its last tensor goes, so `available` may promise a little too much;
+        // `make_room` finds out.
+        if needed <= available { Ok(()) } else { Err(Shortage { needed, available }) }
+    }
+
+    /// Evicts idle tensors, least worth first, until as many pages are free as `needed` says (which may change as
+    /// tensors that share a page with the wanted ones go).
+    fn make_room(&mut self, needed: impl Fn(&Pool) -> usize) -> Result<(), Shortage> {
+        loop {
+            let (needed, free) = (needed(self), self.memory.free_pages());
+            if free >= needed {
+                return Ok(());
+            }
+            let mut shortage_bytes = ((needed - free) * self.memory.page_bytes()) as i64;
+            let mut freed = Vec::new();
+            while shortage_bytes > 0
+                && let Some(victim) = self.retention.least_worth()
+            {
+                shortage_bytes -= self.evict(victim, &mut freed) as i64;
+            }
+            if freed.is_empty() {
+                return Err(Shortage { needed, available: free });
+            }
+            Extent::release_all(freed);
+        }
+    }
+
+    /// Takes an idle tensor off the device; its extent goes to `freed`. Gives its bytes. A tensor that anybody holds
+    /// cannot be unwrapped and so cannot be evicted, whatever the accounts say.
+    fn evict(&mut self, key: TensorKey, freed: &mut Vec<Extent>) -> usize {
+        let Some(slot) = self.slot_mut(key) else { return 0 };
+        let Some(tensor) = slot.tensor.take() else { return 0 };
+        let len = tensor.len();
+        match Arc::try_unwrap(tensor) {
+            Ok(tensor) => freed.extend(tensor.into_extent()),
+            Err(held) => {
+                debug_assert!(false, "an idle tensor is held by nobody");
+                slot.tensor = Some(held);
+                self.apply(Event::Leased { tensor: key, at: f64::NEG_INFINITY });
+                self.unsettled.push(key);
+                return 0;
+            }
+        }
+        self.stats.resident_bytes -= len as u64;
+        self.stats.evicted_total += len as u64;
+        self.apply(Event::Evicted { tensor: key });
+        len
+    }
+
+    /// Takes a KV block, evicting idle tensors if there is no free page for it.
+    ///
+    /// # Errors
+    /// [`Shortage`] when everything resident is leased.
+    pub fn take_kv(&mut self, kv: &mut KvArena) -> Result<Extent, Shortage> {
+        self.settle();
+        let block = loop {
+            match kv.take() {
+                Ok(block) => break block,
+                Err(DeviceError::OutOfPages { needed, .. }) => {
+                    self.check_room(needed, self.retention.idle_bytes())?;
+                    self.make_room(|_| needed)?;
+                }
+                Err(_) => return Err(Shortage { needed: 1, available: self.memory.free_pages() }),
+            }
+        };
+        self.stats.kv_blocks += 1;
+        self.stats.kv_bytes += block.len() as u64;
+        Ok(block)
+    }
+
+    /// Gives KV blocks back.
+    pub fn give_kv(&mut self, kv: &mut KvArena, blocks: Vec<Extent>) {
+        self.stats.kv_blocks -= blocks.len() as u64;
+        self.stats.kv_bytes -= blocks.iter().map(|block| block.len() as u64).sum::<u64>();
+        kv.give(blocks);
+    }
+}
+
+#[cfg(test)]
+mod tests;

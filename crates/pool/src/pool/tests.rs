@@ -1,0 +1,279 @@
+//! The pool against a plain model, and one test for each fault that the published prototype has
+//! (stale addresses after compaction, shared tensors evicted under a hit, running KV freed by a load, lost doubles).
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use tangram_checkpoint::Hash;
+use tangram_device::cpu::CpuDevice;
+
+use super::*;
+use crate::{LoadFailure, Part};
+
+const PAGE: usize = 4096;
+
+struct World {
+    pool: Pool,
+    now: f64,
+}
+
+/// The bytes that a tensor's content id stands for.
+fn content(id: u8, len: usize) -> Vec<u8> {
+    (0..len).map(|i| id.wrapping_mul(31).wrapping_add(i as u8) | 1).collect()
+}
+
+fn entry(id: u8, checkpoint: &str, offset: usize, bytes: usize) -> CatalogueEntry {
+    let (offset, bytes) = (offset as u64, bytes as u64);
+    CatalogueEntry { id: Hash([id; 32]), checkpoint: checkpoint.to_owned(), offset, bytes, depth: 0.5 }
+}
+
+fn fill(vacancy: Vacancy, id: u8) {
+    let len = vacancy.tensor().len();
+    let content = content(id, len);
+    for mut part in vacancy.into_parts(3000) {
+        let at = part.index() * 3000;
+        let bytes = part.bytes_mut().unwrap();
+        bytes.copy_from_slice(&content[at..at + bytes.len()]);
+        part.finish(Ok(()));
+    }
+}
+
+impl World {
+    fn new(pages: usize) -> World {
+        World { pool: Pool::new(CpuDevice::open(pages * PAGE, PAGE).unwrap()), now: 0.0 }
+    }
+
+    fn model(&mut self, entries: &[CatalogueEntry]) -> Vec<TensorKey> {
+        self.pool.catalogue(entries, |_| 1 << 20).unwrap()
+    }
+
+    fn activate(&mut self, keys: &[TensorKey]) -> Result<Activation, Shortage> {
+        self.now += 1.0;
+        self.pool.activate(keys, 0, self.now)
+    }
+
+    /// Activates and fills what is missing; gives the ids that had to be loaded.
+    fn load(&mut self, keys: &[TensorKey]) -> (Lease, Vec<u8>) {
+        let activation = self.activate(keys).unwrap();
+        let mut loaded = Vec::new();
+        for vacancy in activation.missing {
+            let id = self.pool.slot(vacancy.tensor().key()).unwrap().id.0[0];
+            fill(vacancy, id);
+            loaded.push(id);
+        }
+        (activation.lease, loaded)
+    }
+
+    fn check(&self, lease: &Lease) {
+        for tensor in lease.tensors() {
+            let id = self.pool.slot(tensor.key()).unwrap().id.0[0];
+            assert_eq!(tensor.bytes().unwrap(), content(id, tensor.len()), "bytes of tensor {id}");
+        }
+    }
+}
+
+#[test]
+fn resident_bytes_are_never_loaded_again_whoever_brought_them() {
+    let mut world = World::new(16);
+    let first = world.model(&[entry(1, "a", 0, 5000), entry(2, "a", 5120, 100), entry(3, "a", 5376, 9000)]);
+    // A fine-tune: only tensor 4 is its own, the others are referenced in the first model's file.
+    let second = world.model(&[entry(1, "a", 0, 5000), entry(4, "b", 0, 100), entry(3, "a", 5376, 9000)]);
+    let (lease, loaded) = world.load(&first);
+    assert_eq!(loaded, [1, 2, 3]);
+    world.pool.release(lease);
+    let (lease, loaded) = world.load(&second);
+    assert_eq!(loaded, [4]);
+    world.check(&lease);
+    let again = world.activate(&second).unwrap();
+    assert_eq!((again.bytes_loaded, again.bytes_reused), (0, 14_100));
+}
+
+#[test]
+fn addresses_are_stable_across_eviction() {
+    let mut world = World::new(4);
+    let a = world.model(&[entry(1, "a", 0, 3 * PAGE)]);
+    let b = world.model(&[entry(2, "b", 0, 3 * PAGE)]);
+    let (lease, _) = world.load(&a);
+    let address = lease.tensors()[0].bytes().unwrap().as_ptr();
+    world.pool.release(lease);
+    let (lease, _) = world.load(&b);
+    assert_eq!(world.pool.stats().evicted_total, 3 * PAGE as u64);
+    world.pool.release(lease);
+    let (lease, loaded) = world.load(&a);
+    assert_eq!(loaded, [1]);
+    assert_eq!(lease.tensors()[0].bytes().unwrap().as_ptr(), address);
+    world.check(&lease);
+}
+
+#[test]
+fn a_hit_is_not_evicted_to_make_room_for_the_misses_of_the_same_model() {
+    let mut world = World::new(4);
+    let shared = entry(1, "a", 0, 2 * PAGE);
+    let a = world.model(&[shared.clone()]);
+    let b = world.model(&[shared, entry(2, "b", 0, 3 * PAGE)]);
+    let (lease, _) = world.load(&a);
+    world.pool.release(lease);
+    let shortage = world.activate(&b).unwrap_err();
+    assert_eq!(shortage, Shortage { needed: 3, available: 2 });
+    assert_eq!(world.pool.stats().evicted_total, 0, "a plan that cannot work evicts nothing");
+    assert_eq!(world.pool.resident_bytes(&a), 2 * PAGE as u64);
+}
+
+#[test]
+fn kv_pushes_out_idle_weights_but_never_leased_ones_and_weights_never_push_out_kv() {
+    let mut world = World::new(4);
+    let a = world.model(&[entry(1, "a", 0, 2 * PAGE)]);
+    let b = world.model(&[entry(2, "b", 0, 2 * PAGE)]);
+    let mut kv = KvArena::reserve(world.pool.memory().clone(), PAGE).unwrap();
+    let (lease_a, _) = world.load(&a);
+    let (lease_b, _) = world.load(&b);
+    assert!(world.pool.take_kv(&mut kv).is_err(), "everything is leased");
+    world.pool.release(lease_b);
+    let mut blocks = vec![world.pool.take_kv(&mut kv).unwrap()];
+    assert_eq!(world.pool.resident_bytes(&b), 0);
+    blocks[0].host_bytes_mut().unwrap().fill(7);
+    assert!(world.activate(&b).is_err(), "one page is free, two are needed, and KV in use is not evictable");
+    assert!(blocks[0].host_bytes().unwrap().iter().all(|&byte| byte == 7));
+    world.check(&lease_a);
+    world.pool.give_kv(&mut kv, blocks);
+    assert_eq!(world.pool.stats().kv_bytes, 0);
+    assert!(world.activate(&b).is_ok());
+}
+
+#[test]
+fn a_load_in_flight_is_joined_and_one_that_nobody_wants_is_given_up() {
+    let mut world = World::new(8);
+    let a = world.model(&[entry(1, "a", 0, 8000)]);
+    let first = world.activate(&a).unwrap();
+    let second = world.activate(&a).unwrap();
+    assert!(second.missing.is_empty(), "the second request joins");
+    world.pool.release(first.lease);
+    let mut parts = first.missing.into_iter().next().unwrap().into_parts(3000);
+    assert!(!parts[0].is_unwanted(), "the second request still waits");
+    world.pool.release(second.lease);
+    assert!(parts.iter().all(Part::is_unwanted));
+    // A new request must not join what was given up.
+    let third = world.activate(&a);
+    assert_eq!(third.unwrap_err().needed, 0, "its room is not free before the loader lets go");
+    for part in parts.drain(..) {
+        part.finish(Err(LoadFailure::Abandoned));
+    }
+    let (lease, loaded) = world.load(&a);
+    assert_eq!(loaded, [1]);
+    world.check(&lease);
+}
+
+#[test]
+fn a_failed_load_leaves_nothing_behind() {
+    let mut world = World::new(8);
+    let a = world.model(&[entry(1, "a", 0, 8000)]);
+    let activation = world.activate(&a).unwrap();
+    let vacancy = activation.missing.into_iter().next().unwrap();
+    let mut parts = vacancy.into_parts(3000);
+    parts.pop().unwrap().finish(Err(LoadFailure::Failed("bad hash".to_owned())));
+    drop(parts);
+    let tensor = &activation.lease.tensors()[0];
+    assert_eq!(tensor.failure(), Some(&LoadFailure::Failed("bad hash".to_owned())));
+    assert!(tensor.bytes().is_none());
+    world.pool.release(activation.lease);
+    assert_eq!(world.pool.memory().free_pages(), 8);
+    assert_eq!(world.pool.stats().resident_bytes, 0);
+}
+
+#[test]
+fn forgetting_a_model_frees_what_only_it_had() {
+    let mut world = World::new(8);
+    let shared = entry(1, "a", 0, PAGE);
+    let a = world.model(&[shared.clone(), entry(2, "a", PAGE, PAGE)]);
+    let b = world.model(&[shared]);
+    let (lease, _) = world.load(&a);
+    world.pool.release(lease);
+    world.pool.forget(&a);
+    assert_eq!(world.pool.memory().free_pages(), 7);
+    let (lease, loaded) = world.load(&b);
+    assert!(loaded.is_empty());
+    world.pool.release(lease);
+    world.pool.forget(&b);
+    assert_eq!(world.pool.memory().free_pages(), 8);
+    assert!(world.pool.by_id.is_empty() && world.pool.arenas.is_empty());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Random activations, releases, KV blocks and removals over models that share tensors: every leased byte is
+    /// right at every step, and the accounts and the page count agree with what is held.
+    #[test]
+    fn the_pool_keeps_every_leased_byte(
+        sizes in proptest::collection::vec(1usize..3 * PAGE, 12),
+        models in proptest::collection::vec(proptest::collection::btree_set(0usize..12, 1..6), 6),
+        steps in proptest::collection::vec((0u8..6, any::<proptest::sample::Index>()), 1..120),
+    ) {
+        let mut world = World::new(14);
+        world.pool.record_events();
+        let mut offset = 0;
+        let entries: Vec<_> = sizes.iter().enumerate().map(|(i, &len)| {
+            let entry = entry(i as u8, "a", offset, len);
+            offset = (offset + len).next_multiple_of(256);
+            entry
+        }).collect();
+        let keys: Vec<_> = models.iter().map(|model| {
+            let entries: Vec<_> = model.iter().map(|&i| entries[i].clone()).collect();
+            world.model(&entries)
+        }).collect();
+        let mut kv = KvArena::reserve(world.pool.memory().clone(), 1500).unwrap();
+        let mut leases: Vec<Lease> = Vec::new();
+        let mut blocks: Vec<(Extent, u8)> = Vec::new();
+        for (step, (action, index)) in steps.into_iter().enumerate() {
+            match action {
+                0..=2 => if let Ok(activation) = world.activate(&keys[index.index(keys.len())]) {
+                    for vacancy in activation.missing {
+                        let id = world.pool.slot(vacancy.tensor().key()).unwrap().id.0[0];
+                        fill(vacancy, id);
+                    }
+                    leases.push(activation.lease);
+                },
+                3 if !leases.is_empty() => {
+                    let lease = leases.swap_remove(index.index(leases.len()));
+                    world.pool.release(lease);
+                }
+                4 => if let Ok(mut block) = world.pool.take_kv(&mut kv) {
+                    prop_assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == 0));
+                    block.host_bytes_mut().unwrap().fill(step as u8);
+                    blocks.push((block, step as u8));
+                },
+                5 if !blocks.is_empty() => {
+                    let (block, _) = blocks.swap_remove(index.index(blocks.len()));
+                    world.pool.give_kv(&mut kv, vec![block]);
+                }
+                _ => {}
+            }
+            for lease in &leases {
+                world.check(lease);
+            }
+            for (block, value) in &blocks {
+                prop_assert!(block.host_bytes().unwrap().iter().all(|byte| byte == value));
+            }
+            let leased: BTreeMap<_, _> = leases.iter().flat_map(|lease| lease.tensors())
+                .map(|tensor| (tensor.key(), tensor.len() as u64)).collect();
+            prop_assert_eq!(world.pool.stats().leased_bytes, leased.values().sum::<u64>());
+            prop_assert_eq!(world.pool.stats().kv_blocks, blocks.len() as u64);
+        }
+        for lease in leases {
+            world.pool.release(lease);
+        }
+        world.pool.give_kv(&mut kv, blocks.into_iter().map(|(block, _)| block).collect());
+        // The log alone leads a fresh policy to the same evictions.
+        let mut replayed = Retention::new();
+        for &event in world.pool.events() {
+            if let Event::Evicted { tensor } = event {
+                prop_assert_eq!(replayed.least_worth(), Some(tensor));
+            }
+            replayed.apply(event);
+        }
+        for keys in &keys {
+            world.pool.forget(keys);
+        }
+        prop_assert_eq!(world.pool.memory().free_pages(), 14);
+        prop_assert_eq!(world.pool.stats().resident_bytes, 0);
+    }
+}

@@ -1,0 +1,218 @@
+//! A resident, or arriving, tensor: who waits for it, how its parts are filled, when it may be read.
+//!
+//! A tensor's bytes can be read only after all of them have arrived and been verified, and from then on never change.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tangram_device::Extent;
+use tangram_policy::TensorKey;
+
+/// Why a tensor did not arrive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LoadFailure {
+    /// Nobody waited for it any more before it was complete.
+    Abandoned,
+    /// Reading or verifying failed; the text is for the user.
+    Failed(String),
+}
+
+/// `interest` of a tensor that was given up; nobody can join it any more.
+const ABANDONED: u32 = u32::MAX;
+
+/// The bytes of one tensor on the device, shared by all leases on it. Holding the `Arc` keeps the bytes in place.
+#[derive(Debug)]
+pub struct Tensor {
+    key: TensorKey,
+    len: usize,
+    /// Leases that want it; lets the loader see that nobody waits.
+    interest: AtomicU32,
+    outcome: OnceLock<Result<Extent, LoadFailure>>,
+}
+
+impl Tensor {
+    fn new(key: TensorKey, len: usize) -> Arc<Tensor> {
+        Arc::new(Tensor { key, len, interest: AtomicU32::new(1), outcome: OnceLock::new() })
+    }
+
+    /// The catalogue key.
+    pub fn key(&self) -> TensorKey {
+        self.key
+    }
+
+    /// Size in bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The bytes, once they have arrived, on a device that the host can address.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        self.outcome.get()?.as_ref().ok()?.host_bytes()
+    }
+
+    /// Whether all bytes have arrived.
+    pub fn is_ready(&self) -> bool {
+        matches!(self.outcome.get(), Some(Ok(_)))
+    }
+
+    /// Why it will never arrive, if that is so.
+    pub fn failure(&self) -> Option<&LoadFailure> {
+        self.outcome.get()?.as_ref().err()
+    }
+
+    /// Counts a lease; `false` if the tensor has been given up and must be loaded anew.
+    pub(crate) fn join(&self) -> bool {
+        if self.failure().is_some() {
+            return false;
+        }
+        self.interest
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |interest| {
+                (interest != ABANDONED).then(|| interest + 1)
+            })
+            .is_ok()
+    }
+
+    /// Ends a lease.
+    pub(crate) fn leave(&self) {
+        let _ = self.interest.fetch_update(Ordering::AcqRel, Ordering::Acquire, |interest| {
+            (interest != ABANDONED).then(|| interest.saturating_sub(1))
+        });
+    }
+
+    /// Gives the tensor up if no lease wants it.
+    fn abandon_if_unwanted(&self) -> bool {
+        match self.interest.compare_exchange(0, ABANDONED, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => true,
+            Err(interest) => interest == ABANDONED,
+        }
+    }
+
+    /// The extent of a tensor that nobody else holds.
+    pub(crate) fn into_extent(self) -> Option<Extent> {
+        self.outcome.into_inner()?.ok()
+    }
+}
+
+/// Room for a tensor that has to be brought in: exclusive ownership of its bytes until they have all arrived.
+#[derive(Debug)]
+pub struct Vacancy {
+    tensor: Arc<Tensor>,
+    extent: Extent,
+}
+
+impl Vacancy {
+    pub(crate) fn new(key: TensorKey, extent: Extent) -> Vacancy {
+        Vacancy { tensor: Tensor::new(key, extent.len()), extent }
+    }
+
+    /// The tensor that waits for these bytes.
+    pub fn tensor(&self) -> &Arc<Tensor> {
+        &self.tensor
+    }
+
+    /// Cuts the room into parts of `part_bytes` (the last may be shorter) that can be filled in any order on any
+    /// thread. The tensor becomes readable when the last one has been finished without an error.
+    pub fn into_parts(self, part_bytes: usize) -> Vec<Part> {
+        assert!(part_bytes > 0, "parts must have a size");
+        let mut extents = Vec::new();
+        let mut rest = self.extent;
+        while rest.len() > part_bytes {
+            let tail = rest.split_off(part_bytes);
+            extents.push(std::mem::replace(&mut rest, tail));
+        }
+        extents.push(rest);
+        let filled = std::iter::repeat_with(|| None).take(extents.len()).collect();
+        let filling = Arc::new(Filling {
+            tensor: self.tensor,
+            state: Mutex::new(FillingState { filled, missing: extents.len(), failure: None }),
+        });
+        extents
+            .into_iter()
+            .enumerate()
+            .map(|(index, extent)| Part { filling: Some(filling.clone()), index, extent: Some(extent) })
+            .collect()
+    }
+}
+
+#[derive(Debug)]
+struct Filling {
+    tensor: Arc<Tensor>,
+    state: Mutex<FillingState>,
+}
+
+#[derive(Debug)]
+struct FillingState {
+    filled: Vec<Option<Extent>>,
+    missing: usize,
+    failure: Option<LoadFailure>,
+}
+
+/// A part of a tensor under way. Dropping it unfinished fails the tensor, so that nobody waits for ever.
+#[derive(Debug)]
+pub struct Part {
+    filling: Option<Arc<Filling>>,
+    index: usize,
+    extent: Option<Extent>,
+}
+
+impl Part {
+    /// The part's place among the tensor's parts, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Where the bytes go, on a device that the host can address.
+    pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        self.extent.as_mut()?.host_bytes_mut()
+    }
+
+    /// Whether filling this part would be for nothing: no lease wants the tensor, or another part has failed.
+    pub fn is_unwanted(&self) -> bool {
+        self.filling.as_ref().is_none_or(|filling| {
+            filling.tensor.abandon_if_unwanted()
+                || filling.state.lock().unwrap_or_else(PoisonError::into_inner).failure.is_some()
+        })
+    }
+
+    /// Reports the part as filled and verified, or as failed. Gives `true` if the whole tensor was settled by this.
+    pub fn finish(mut self, result: Result<(), LoadFailure>) -> bool {
+        self.settle(result)
+    }
+
+    fn settle(&mut self, result: Result<(), LoadFailure>) -> bool {
+        let (Some(filling), Some(extent)) = (self.filling.take(), self.extent.take()) else { return false };
+        let mut state = filling.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.missing -= 1;
+        match result {
+            Ok(()) => state.filled[self.index] = Some(extent),
+            Err(failure) => {
+                // A real failure tells the user more than the abandonment that may follow from it.
+                if !matches!(state.failure, Some(LoadFailure::Failed(_))) {
+                    state.failure = Some(failure);
+                }
+                drop(extent);
+            }
+        }
+        if state.missing > 0 {
+            return false;
+        }
+        let mut parts = std::mem::take(&mut state.filled).into_iter().flatten();
+        let outcome = match (state.failure.take(), parts.next()) {
+            (None, Some(mut whole)) => {
+                parts.for_each(|part| whole.join(part));
+                Ok(whole)
+            }
+            (failure, _) => Err(failure.unwrap_or(LoadFailure::Abandoned)),
+        };
+        let published = filling.tensor.outcome.set(outcome);
+        debug_assert!(published.is_ok(), "a tensor is filled once");
+        true
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.settle(Err(LoadFailure::Failed("loading was interrupted".to_owned())));
+    }
+}

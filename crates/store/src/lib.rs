@@ -1,0 +1,1 @@
+//! Moves tensor bytes from disk to the device, verified, in execution order.

@@ -1,0 +1,17 @@
+//! Test support: writes small random checkpoints. Never part of the product.
+//!
+//! Depends on no crate of this workspace, so that every crate can use it in its tests. Values are drawn from a seed:
+//! equal arguments give equal bytes. Everything here panics when it cannot write, which is what a test wants.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod gguf;
+mod hugging_face;
+mod model;
+mod quant;
+mod tokenizer;
+
+pub use gguf::{GgufOptions, write_gguf};
+pub use hugging_face::{mutate_layer, write_hf_model};
+pub use model::{Family, Float, RandomModel, Scaling};
+pub use quant::GgmlType;
+pub use tokenizer::{CHAT_TEMPLATE, EOS_TOKEN, SPECIAL_TOKENS, byte_token_id};
