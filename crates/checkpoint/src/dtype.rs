@@ -54,9 +54,7 @@ impl DType {
         if !last.is_multiple_of(self.block_elements()) {
             return None;
         }
-        let elements = shape
-            .iter()
-            .try_fold(1u64, |product, &dim| product.checked_mul(dim))?;
+        let elements = shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim))?;
         (elements / self.block_elements()).checked_mul(self.block_bytes())
     }
 

@@ -36,23 +36,14 @@ pub enum CheckpointError {
 
 impl CheckpointError {
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        CheckpointError::Io {
-            path: path.to_path_buf(),
-            source,
-        }
+        CheckpointError::Io { path: path.to_path_buf(), source }
     }
 
     pub(crate) fn invalid(path: &Path, message: impl Into<String>) -> Self {
-        CheckpointError::Invalid {
-            path: path.to_path_buf(),
-            message: message.into(),
-        }
+        CheckpointError::Invalid { path: path.to_path_buf(), message: message.into() }
     }
 
     pub(crate) fn unsupported(path: &Path, message: impl Into<String>) -> Self {
-        CheckpointError::Unsupported {
-            path: path.to_path_buf(),
-            message: message.into(),
-        }
+        CheckpointError::Unsupported { path: path.to_path_buf(), message: message.into() }
     }
 }

@@ -19,33 +19,25 @@ pub(crate) struct SourceFile {
 impl SourceFile {
     pub(crate) fn open(path: &Path) -> Result<Self, CheckpointError> {
         let file = File::open(path).map_err(|error| CheckpointError::io(path, error))?;
-        let metadata = file
-            .metadata()
-            .map_err(|error| CheckpointError::io(path, error))?;
+        let metadata = file.metadata().map_err(|error| CheckpointError::io(path, error))?;
         if !metadata.is_file() {
             return Err(CheckpointError::invalid(path, "not a regular file"));
         }
-        Ok(SourceFile {
-            path: path.to_path_buf(),
-            file,
-            length: metadata.len(),
-        })
+        Ok(SourceFile { path: path.to_path_buf(), file, length: metadata.len() })
     }
 
     /// Fills `buffer` from byte `offset` of the file.
     pub(crate) fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
-        self.file
-            .read_exact_at(buffer, offset)
-            .map_err(|error| match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => CheckpointError::invalid(
-                    &self.path,
-                    format!(
-                        "ended while {} bytes at offset {offset} were read; it was changed or cut short",
-                        buffer.len()
-                    ),
+        self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => CheckpointError::invalid(
+                &self.path,
+                format!(
+                    "ended while {} bytes at offset {offset} were read; it was changed or cut short",
+                    buffer.len()
                 ),
-                _ => CheckpointError::io(&self.path, error),
-            })
+            ),
+            _ => CheckpointError::io(&self.path, error),
+        })
     }
 }
 

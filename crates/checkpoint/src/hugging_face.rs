@@ -53,9 +53,7 @@ fn find_shards(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
             let mut names = BTreeSet::new();
             for (tensor, file) in map {
                 // A plain name: the index must not lead out of the directory.
-                let name = file
-                    .as_str()
-                    .filter(|name| Path::new(name).file_name() == Some(name.as_ref()));
+                let name = file.as_str().filter(|name| Path::new(name).file_name() == Some(name.as_ref()));
                 let name = name.ok_or_else(|| {
                     CheckpointError::invalid(
                         &index_path,
@@ -101,10 +99,7 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
         let file = SourceFile::open(path)?;
         for tensor in safetensors::read_header(&file)? {
             if let Some(&other) = origin.get(&tensor.name) {
-                let other = shards
-                    .get(other)
-                    .map(|path| path.display().to_string())
-                    .unwrap_or_default();
+                let other = shards.get(other).map(|path| path.display().to_string()).unwrap_or_default();
                 return Err(CheckpointError::invalid(
                     path,
                     format!("tensor {} is in {other} too", tensor.name),
@@ -139,31 +134,18 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
                     ),
                 ));
             };
-            let location = Location {
-                file: index,
-                offset: tensor.offset,
-                rows: RowOrder::Plain,
-            };
+            let location = Location { file: index, offset: tensor.offset, rows: RowOrder::Plain };
             let bytes = tensor.bytes;
             found.push(Found {
                 name: tensor.name,
-                tensor: SourceTensor {
-                    role,
-                    dtype,
-                    shape: tensor.shape,
-                    bytes,
-                    location,
-                },
+                tensor: SourceTensor { role, dtype, shape: tensor.shape, bytes, location },
             });
         }
         files.push(file);
     }
     let text = read_text_assets(directory, &config, &spec)?;
-    let described_by = if shards.len() == 1 {
-        shards.first().map_or(directory, PathBuf::as_path)
-    } else {
-        directory
-    };
+    let described_by =
+        if shards.len() == 1 { shards.first().map_or(directory, PathBuf::as_path) } else { directory };
     Source::assemble(described_by, spec, found, &biases, files, text)
 }
 
@@ -173,9 +155,7 @@ fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, CheckpointError> {
 }
 
 fn read_json(path: &Path) -> Result<Option<Value>, CheckpointError> {
-    read_optional(path, MAX_JSON_BYTES)?
-        .map(|bytes| parse_json(path, &bytes))
-        .transpose()
+    read_optional(path, MAX_JSON_BYTES)?.map(|bytes| parse_json(path, &bytes)).transpose()
 }
 
 /// Applies the files that sentence-transformers lays beside an embedding model: pooling, normalisation, length.
@@ -185,10 +165,7 @@ fn apply_sentence_settings(directory: &Path, spec: &mut ModelSpec) -> Result<(),
     let mut normalise = false;
     if let Some(modules) = read_json(&modules_path)? {
         let Value::Array(modules) = modules else {
-            return Err(CheckpointError::invalid(
-                &modules_path,
-                "is not a list of modules",
-            ));
+            return Err(CheckpointError::invalid(&modules_path, "is not a list of modules"));
         };
         for module in &modules {
             let kind = module.get("type").and_then(Value::as_str).unwrap_or_default();
@@ -250,10 +227,9 @@ fn pooling(settings: &Value) -> Result<Pooling, String> {
     match modes.as_slice() {
         [] | ["pooling_mode_mean_tokens"] => Ok(Pooling::Mean),
         ["pooling_mode_cls_token"] => Ok(Pooling::Cls),
-        other => Err(format!(
-            "{} is not supported; supported are mean and cls pooling",
-            other.join(" with ")
-        )),
+        other => {
+            Err(format!("{} is not supported; supported are mean and cls pooling", other.join(" with ")))
+        }
     }
 }
 
@@ -268,10 +244,7 @@ fn read_text_assets(
     let settings = read_json(&settings_path)?.unwrap_or(Value::Null);
     for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
         let value = settings.get(key);
-        if let Some(token) = value
-            .and_then(Value::as_str)
-            .or_else(|| value?.get("content")?.as_str())
-        {
+        if let Some(token) = value.and_then(Value::as_str).or_else(|| value?.get("content")?.as_str()) {
             text.special_tokens.insert(key.into(), token.into());
         }
     }
@@ -294,7 +267,10 @@ fn read_text_assets(
             text.tokenizer_json = Some(prepared.json);
             Some(prepared.tokenizer)
         }
-        None => None,
+        None => {
+            text.warnings.push(tokenizer::MISSING.into());
+            None
+        }
     };
 
     let generation_path = directory.join("generation_config.json");
@@ -331,12 +307,7 @@ fn read_chat_template(directory: &Path, settings: &Value) -> Result<Option<Strin
 
 /// Sampling defaults from `generation_config.json`; the special tokens fall back to `config.json`.
 fn generation_defaults(generation: &Value, config: &Value) -> Result<GenerationDefaults, String> {
-    let token = |key: &str| {
-        generation
-            .get(key)
-            .or_else(|| config.get(key))
-            .filter(|value| !value.is_null())
-    };
+    let token = |key: &str| generation.get(key).or_else(|| config.get(key)).filter(|value| !value.is_null());
     let id = |key: &str, value: &Value| {
         value
             .as_u64()
@@ -360,11 +331,7 @@ fn generation_defaults(generation: &Value, config: &Value) -> Result<GenerationD
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_f64().map(|number| number as f32) {
             Some(number) if allowed.contains(&number) => Ok(Some(number)),
-            _ => Err(format!(
-                "{key} is {value}, not between {} and {}",
-                allowed.start(),
-                allowed.end()
-            )),
+            _ => Err(format!("{key} is {value}, not between {} and {}", allowed.start(), allowed.end())),
         },
     };
     let top_k = match generation.get("top_k") {

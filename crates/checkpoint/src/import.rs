@@ -71,10 +71,7 @@ pub fn import(
     }
     let mut writer = DataWriter::create(&dir.join(DATA_FILE))?;
     let mut written: HashMap<ContentId, KnownTensor> = HashMap::new();
-    let mut state = ImportProgress {
-        bytes_total: source.weight_bytes(),
-        ..Default::default()
-    };
+    let mut state = ImportProgress { bytes_total: source.weight_bytes(), ..Default::default() };
     let mut report = |state: ImportProgress| match progress(state) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(CheckpointError::Cancelled),
@@ -96,11 +93,7 @@ pub fn import(
             }
             None => {
                 writer.keep(offset, tensor.bytes)?;
-                KnownTensor {
-                    checkpoint: checkpoint_id.to_owned(),
-                    offset,
-                    chunks,
-                }
+                KnownTensor { checkpoint: checkpoint_id.to_owned(), offset, chunks }
             }
         };
         written.entry(id).or_insert_with(|| place.clone());
@@ -137,9 +130,7 @@ pub fn import(
     let json = serde_json::to_vec(&manifest)
         .map_err(|error| CheckpointError::invalid(&manifest_path, format!("cannot be written: {error}")))?;
     write_synced(&manifest_path, &json)?;
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(|error| CheckpointError::io(dir, error))?;
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| CheckpointError::io(dir, error))?;
     Ok(manifest)
 }
 
@@ -179,26 +170,16 @@ struct DataWriter {
 impl DataWriter {
     fn create(path: &Path) -> Result<Self, CheckpointError> {
         let file = File::create_new(path).map_err(|error| CheckpointError::io(path, error))?;
-        Ok(DataWriter {
-            path: path.to_path_buf(),
-            file,
-            end: 0,
-        })
+        Ok(DataWriter { path: path.to_path_buf(), file, end: 0 })
     }
 
     /// Where a tensor of `bytes` would start if it were kept next.
     fn next_offset(&self, bytes: u64) -> u64 {
-        self.end.next_multiple_of(if bytes >= LARGE_TENSOR {
-            PAGE
-        } else {
-            TENSOR_ALIGNMENT
-        })
+        self.end.next_multiple_of(if bytes >= LARGE_TENSOR { PAGE } else { TENSOR_ALIGNMENT })
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|error| CheckpointError::io(&self.path, error))
+        self.file.write_all_at(bytes, offset).map_err(|error| CheckpointError::io(&self.path, error))
     }
 
     /// Makes the tensor at `offset` part of the file. The gap before it may hold a piece of one that was not kept.
@@ -242,10 +223,7 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
     let path = dir.join(MANIFEST_FILE);
     let bytes = read_limited(&path, MAX_MANIFEST_BYTES)?;
     let corrupted = |error| {
-        CheckpointError::invalid(
-            &path,
-            format!("is not a manifest: {error}; deploy the model again"),
-        )
+        CheckpointError::invalid(&path, format!("is not a manifest: {error}; deploy the model again"))
     };
     let Version { version } = serde_json::from_slice(&bytes).map_err(corrupted)?;
     if version != Manifest::VERSION {
@@ -265,27 +243,15 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
 
 fn check_manifest(manifest: &Manifest) -> Result<(), String> {
     if !is_plain_name(&manifest.checkpoint) {
-        return Err(format!(
-            "{:?} cannot be the name of a checkpoint",
-            manifest.checkpoint
-        ));
+        return Err(format!("{:?} cannot be the name of a checkpoint", manifest.checkpoint));
     }
     let spec = &manifest.spec;
     layout::check_spec(spec)?;
-    let names: Vec<String> = manifest
-        .tensors
-        .iter()
-        .map(|entry| format!("{:?}", entry.role))
-        .collect();
-    let described = manifest.tensors.iter().zip(&names).map(|(entry, name)| {
-        (
-            entry.role,
-            entry.dtype,
-            entry.shape.as_slice(),
-            entry.bytes,
-            name.as_str(),
-        )
-    });
+    let names: Vec<String> = manifest.tensors.iter().map(|entry| format!("{:?}", entry.role)).collect();
+    let described =
+        manifest.tensors.iter().zip(&names).map(|(entry, name)| {
+            (entry.role, entry.dtype, entry.shape.as_slice(), entry.bytes, name.as_str())
+        });
     layout::check_tensors(spec, described)?;
     let mut last_stage = 0;
     for (entry, name) in manifest.tensors.iter().zip(&names) {

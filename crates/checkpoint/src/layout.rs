@@ -22,47 +22,27 @@ pub(crate) fn check_spec(spec: &ModelSpec) -> Result<(), String> {
         ("number of key/value heads", spec.kv_heads, MAX_HEADS),
         ("head size", spec.head_dim, MAX_HEAD_DIM),
         ("context length", spec.context, MAX_CONTEXT),
-        (
-            "number of positions",
-            spec.learned_positions.unwrap_or(1),
-            MAX_CONTEXT,
-        ),
+        ("number of positions", spec.learned_positions.unwrap_or(1), MAX_CONTEXT),
         ("number of token types", spec.token_types.unwrap_or(1), MAX_WIDTH),
     ];
     for (what, value, limit) in bounded {
         if value == 0 || value > limit {
-            return Err(format!(
-                "the {what} is {value}, which is not between 1 and {limit}"
-            ));
+            return Err(format!("the {what} is {value}, which is not between 1 and {limit}"));
         }
     }
     if !spec.heads.is_multiple_of(spec.kv_heads) {
-        return Err(format!(
-            "{} heads cannot share {} key/value heads evenly",
-            spec.heads, spec.kv_heads
-        ));
+        return Err(format!("{} heads cannot share {} key/value heads evenly", spec.heads, spec.kv_heads));
     }
     let (Norm::Rms { epsilon } | Norm::Layer { epsilon }) = spec.norm;
     if !(epsilon > 0.0 && epsilon < 1.0) {
-        return Err(format!(
-            "the norm's epsilon is {epsilon}, which is not between 0 and 1"
-        ));
+        return Err(format!("the norm's epsilon is {epsilon}, which is not between 0 and 1"));
     }
-    if spec
-        .learned_positions
-        .is_some_and(|positions| positions < spec.context)
-    {
-        return Err(format!(
-            "a context of {} tokens exceeds the learned positions",
-            spec.context
-        ));
+    if spec.learned_positions.is_some_and(|positions| positions < spec.context) {
+        return Err(format!("a context of {} tokens exceeds the learned positions", spec.context));
     }
     if let Some(rope) = &spec.rope {
         if !positive(rope.theta) {
-            return Err(format!(
-                "the rotary base is {}, which is not a positive number",
-                rope.theta
-            ));
+            return Err(format!("the rotary base is {}, which is not a positive number", rope.theta));
         }
         if rope.dims == 0 || rope.dims > spec.head_dim || !rope.dims.is_multiple_of(2) {
             return Err(format!(
@@ -82,38 +62,24 @@ fn check_scaling(scaling: &RopeScaling, dims: usize) -> Result<(), String> {
             if positive(*factor) {
                 Ok(())
             } else {
-                Err(format!(
-                    "the rotary scaling factor is {factor}, which is not a positive number"
-                ))
+                Err(format!("the rotary scaling factor is {factor}, which is not a positive number"))
             }
         }
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_context,
-        } => {
-            if [*factor, *low_freq_factor, *high_freq_factor, *original_context]
-                .into_iter()
-                .all(positive)
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            if [*factor, *low_freq_factor, *high_freq_factor, *original_context].into_iter().all(positive)
                 && high_freq_factor > low_freq_factor
             {
                 Ok(())
             } else {
-                Err(
-                    "the llama3 rotary scaling needs positive numbers and high_freq_factor > low_freq_factor"
-                        .into(),
-                )
+                Err("the llama3 rotary scaling needs positive numbers and high_freq_factor > low_freq_factor"
+                    .into())
             }
         }
         RopeScaling::Factors { factors } => {
             if factors.len() == dims / 2 && factors.iter().all(|&factor| positive(f64::from(factor))) {
                 Ok(())
             } else {
-                Err(format!(
-                    "the rotary frequency factors must be {} positive numbers",
-                    dims / 2
-                ))
+                Err(format!("the rotary frequency factors must be {} positive numbers", dims / 2))
             }
         }
     }
@@ -172,9 +138,7 @@ pub(crate) fn check_tensors<'a>(
         }
         let expected = spec.shape(role);
         if shape != expected {
-            return Err(format!(
-                "tensor {name} has shape {shape:?}, but the config asks for {expected:?}"
-            ));
+            return Err(format!("tensor {name} has shape {shape:?}, but the config asks for {expected:?}"));
         }
         if dtype.is_quantised() && shape.len() == 1 {
             return Err(format!(
@@ -196,9 +160,7 @@ pub(crate) fn check_tensors<'a>(
         }
     }
     if let Some(missing) = required.iter().find(|role| !seen.contains_key(role)) {
-        return Err(format!(
-            "the tensor for {missing:?} is missing; is the download complete?"
-        ));
+        return Err(format!("the tensor for {missing:?} is missing; is the download complete?"));
     }
     for (role, count) in optional_counts {
         if count != spec.layers {
@@ -218,7 +180,8 @@ pub(crate) fn family_biases(spec: &ModelSpec, attention_bias: bool, mlp_bias: bo
     if bert || attention_bias || spec.family == "qwen2" {
         roles.extend([LayerRole::QueryBias, LayerRole::KeyBias, LayerRole::ValueBias]);
     }
-    if bert || attention_bias {
+    // Qwen2 has none there, whatever its config says.
+    if bert || (attention_bias && spec.family != "qwen2") {
         roles.push(LayerRole::AttnOutBias);
     }
     if bert || mlp_bias {

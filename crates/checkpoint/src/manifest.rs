@@ -26,9 +26,7 @@ impl Hash {
     /// dtype's name, the name, the rank and the dimensions, all numbers u64 little-endian.
     pub(crate) fn hasher(dtype: DType, shape: &[u64]) -> blake3::Hasher {
         let mut hasher = blake3::Hasher::new();
-        hasher
-            .update(&(dtype.name().len() as u64).to_le_bytes())
-            .update(dtype.name().as_bytes());
+        hasher.update(&(dtype.name().len() as u64).to_le_bytes()).update(dtype.name().as_bytes());
         hasher.update(&(shape.len() as u64).to_le_bytes());
         for dim in shape {
             hasher.update(&dim.to_le_bytes());

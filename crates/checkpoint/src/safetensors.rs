@@ -43,10 +43,7 @@ impl Tensor {
 pub(crate) fn read_header(file: &SourceFile) -> Result<Vec<Tensor>, CheckpointError> {
     let invalid = |message: String| CheckpointError::invalid(&file.path, message);
     if file.length < 8 {
-        return Err(invalid(format!(
-            "{} bytes are too few for a safetensors file",
-            file.length
-        )));
+        return Err(invalid(format!("{} bytes are too few for a safetensors file", file.length)));
     }
     let mut prefix = [0u8; 8];
     file.read_exact_at(&mut prefix, 0)?;
@@ -77,9 +74,7 @@ fn parse_header(header: &[u8], data_bytes: u64) -> Result<Vec<Tensor>, String> {
         .deserialize(&mut deserializer)
         .map_err(|error| format!("the header is not valid JSON: {error}"))?;
     // Writers pad the header with spaces; anything else behind the object is refused.
-    deserializer
-        .end()
-        .map_err(|error| format!("the header is not valid JSON: {error}"))?;
+    deserializer.end().map_err(|error| format!("the header is not valid JSON: {error}"))?;
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
         let (begin, end) = entry.data_offsets;
@@ -88,18 +83,10 @@ fn parse_header(header: &[u8], data_bytes: u64) -> Result<Vec<Tensor>, String> {
                 "tensor {name} claims the bytes {begin}..{end} of {data_bytes}; the file is truncated or corrupted"
             ));
         }
-        let tensor = Tensor {
-            name,
-            dtype: entry.dtype,
-            shape: entry.shape,
-            offset: begin,
-            bytes: end - begin,
-        };
+        let tensor =
+            Tensor { name, dtype: entry.dtype, shape: entry.shape, offset: begin, bytes: end - begin };
         let element_bytes = element_bytes(&tensor.dtype);
-        let elements = tensor
-            .shape
-            .iter()
-            .try_fold(1u64, |product, &dim| product.checked_mul(dim));
+        let elements = tensor.shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
         let expected = element_bytes.map(|size| elements.and_then(|elements| elements.checked_mul(size)));
         if let Some(expected) = expected
             && expected != Some(tensor.bytes)
@@ -111,7 +98,7 @@ fn parse_header(header: &[u8], data_bytes: u64) -> Result<Vec<Tensor>, String> {
         }
         tensors.push(tensor);
     }
-    tensors.sort_by(|a, b| (a.offset, a.bytes).cmp(&(b.offset, b.bytes)));
+    tensors.sort_by_key(|tensor| (tensor.offset, tensor.bytes));
     for pair in tensors.windows(2) {
         if let [first, second] = pair
             && first.offset + first.bytes > second.offset

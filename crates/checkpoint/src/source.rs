@@ -89,10 +89,7 @@ pub fn open(path: &Path) -> Result<Source, CheckpointError> {
             )),
             _ => Err(CheckpointError::invalid(
                 path,
-                format!(
-                    "holds {} .gguf files; give the path of the one that you want",
-                    files.len()
-                ),
+                format!("holds {} .gguf files; give the path of the one that you want", files.len()),
             )),
         };
     }
@@ -135,13 +132,7 @@ impl Source {
         text: TextAssets,
     ) -> Result<Source, CheckpointError> {
         let described = found.iter().map(|Found { name, tensor }| {
-            (
-                tensor.role,
-                tensor.dtype,
-                tensor.shape.as_slice(),
-                tensor.bytes,
-                name.as_str(),
-            )
+            (tensor.role, tensor.dtype, tensor.shape.as_slice(), tensor.bytes, name.as_str())
         });
         layout::check_tensors(&spec, described).map_err(|message| CheckpointError::invalid(path, message))?;
         let mut tensors: Vec<SourceTensor> = found.into_iter().map(|found| found.tensor).collect();
@@ -157,12 +148,7 @@ impl Source {
             }
         }
         tensors.sort_by_key(|tensor| (spec.stage(tensor.role), tensor.role));
-        Ok(Source {
-            spec,
-            tensors,
-            files,
-            text,
-        })
+        Ok(Source { spec, tensors, files, text })
     }
 
     /// What the model is.
@@ -211,9 +197,7 @@ impl Source {
     /// The bytes are in the order that the spec asks for, whatever the order in the file.
     pub fn read_at(&self, tensor: &SourceTensor, at: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
         let Location { file, offset, rows } = tensor.location;
-        let in_range = at
-            .checked_add(buffer.len() as u64)
-            .is_some_and(|end| end <= tensor.bytes);
+        let in_range = at.checked_add(buffer.len() as u64).is_some_and(|end| end <= tensor.bytes);
         let Some(file) = self.files.get(file).filter(|_| in_range) else {
             let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
             return Err(CheckpointError::io(

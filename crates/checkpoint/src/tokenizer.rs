@@ -6,6 +6,10 @@ use tokenizers::Tokenizer;
 /// Largest `tokenizer.json` in bytes.
 pub(crate) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 
+/// The warning about a checkpoint without one.
+pub(crate) const MISSING: &str =
+    "there is no tokenizer that can be used; the model can be served for token ids only";
+
 /// A tokenizer known to parse.
 pub(crate) struct Prepared {
     pub(crate) json: Vec<u8>,

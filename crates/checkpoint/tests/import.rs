@@ -1,9 +1,10 @@
 //! Imports whole checkpoints and checks what lies on disk afterwards.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::HashMap;
 use std::fs;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tangram_checkpoint::{
     CHUNK_BYTES, CheckpointError, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, MANIFEST_FILE,
@@ -21,22 +22,14 @@ fn import_alone(source: &Source, dir: &Path, id: &str) -> Manifest {
 }
 
 fn read_tensor(source: &Source, role: Role) -> Vec<u8> {
-    let tensor = source
-        .tensors()
-        .iter()
-        .find(|tensor| tensor.role == role)
-        .unwrap();
+    let tensor = source.tensors().iter().find(|tensor| tensor.role == role).unwrap();
     let mut bytes = vec![0; tensor.bytes as usize];
     source.read_at(tensor, 0, &mut bytes).unwrap();
     bytes
 }
 
 fn ids(manifest: &Manifest) -> HashMap<Role, ContentId> {
-    manifest
-        .tensors
-        .iter()
-        .map(|entry| (entry.role, entry.id))
-        .collect()
+    manifest.tensors.iter().map(|entry| (entry.role, entry.id)).collect()
 }
 
 fn known(manifest: &Manifest) -> impl Fn(&ContentId) -> Option<KnownTensor> + use<> {
@@ -45,14 +38,7 @@ fn known(manifest: &Manifest) -> impl Fn(&ContentId) -> Option<KnownTensor> + us
         .iter()
         .map(|entry| {
             let (checkpoint, offset, chunks) = (entry.checkpoint.clone(), entry.offset, entry.chunks.clone());
-            (
-                entry.id,
-                KnownTensor {
-                    checkpoint,
-                    offset,
-                    chunks,
-                },
-            )
+            (entry.id, KnownTensor { checkpoint, offset, chunks })
         })
         .collect();
     move |id| places.get(id).cloned()
@@ -64,10 +50,7 @@ fn every_family_is_written_in_order_aligned_and_verifiable() {
     for family in FAMILIES {
         for dtype in [Float::F32, Float::BF16, Float::F16] {
             let name = format!("{}-{dtype:?}", family.name());
-            let (model, target) = (
-                temp.path().join(&name),
-                temp.path().join(format!("{name}-imported")),
-            );
+            let (model, target) = (temp.path().join(&name), temp.path().join(format!("{name}-imported")));
             let shards = if dtype == Float::F16 { 3 } else { 1 };
             let random = RandomModel {
                 dtype,
@@ -85,17 +68,9 @@ fn every_family_is_written_in_order_aligned_and_verifiable() {
             assert_eq!(data.len() % 4096, 0);
             let mut end = 0;
             for entry in &manifest.tensors {
-                let alignment = if entry.bytes >= 65536 {
-                    4096
-                } else {
-                    TENSOR_ALIGNMENT
-                };
+                let alignment = if entry.bytes >= 65536 { 4096 } else { TENSOR_ALIGNMENT };
                 assert!(entry.offset % alignment == 0 && entry.offset >= end);
-                assert!(
-                    data[end as usize..entry.offset as usize]
-                        .iter()
-                        .all(|&byte| byte == 0)
-                );
+                assert!(data[end as usize..entry.offset as usize].iter().all(|&byte| byte == 0));
                 end = entry.offset + entry.bytes;
                 let bytes = &data[entry.offset as usize..end as usize];
                 assert_eq!(bytes, read_tensor(&source, entry.role));
@@ -128,16 +103,10 @@ fn a_copy_with_one_changed_layer_brings_only_that_layer() {
     let original = import_alone(&open(&base).unwrap(), &first, "first");
     fs::create_dir(&second).unwrap();
     let mut last = ImportProgress::default();
-    let changed = import(
-        &open(&copy).unwrap(),
-        &second,
-        "second",
-        &known(&original),
-        &mut |progress| {
-            last = progress;
-            ControlFlow::Continue(())
-        },
-    )
+    let changed = import(&open(&copy).unwrap(), &second, "second", &known(&original), &mut |progress| {
+        last = progress;
+        ControlFlow::Continue(())
+    })
     .unwrap();
     let mut new_bytes = 0;
     for (old, new) in original.tensors.iter().zip(&changed.tensors) {
@@ -158,16 +127,8 @@ fn a_copy_with_one_changed_layer_brings_only_that_layer() {
     // The gaps hold no pieces of tensors that were not kept.
     let data = fs::read(second.join(DATA_FILE)).unwrap();
     let mut end = 0;
-    for entry in changed
-        .tensors
-        .iter()
-        .filter(|entry| entry.checkpoint == "second")
-    {
-        assert!(
-            data[end as usize..entry.offset as usize]
-                .iter()
-                .all(|&byte| byte == 0)
-        );
+    for entry in changed.tensors.iter().filter(|entry| entry.checkpoint == "second") {
+        assert!(data[end as usize..entry.offset as usize].iter().all(|&byte| byte == 0));
         end = entry.offset + entry.bytes;
     }
     assert!(data[end as usize..].iter().all(|&byte| byte == 0));
@@ -182,10 +143,8 @@ fn an_exact_copy_needs_no_room_and_equal_tensors_lie_once() {
     let first = import_alone(&source, &temp.path().join("first"), "first");
     let second = temp.path().join("second");
     fs::create_dir(&second).unwrap();
-    let manifest = import(&source, &second, "second", &known(&first), &mut |_| {
-        ControlFlow::Continue(())
-    })
-    .unwrap();
+    let manifest =
+        import(&source, &second, "second", &known(&first), &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(manifest.data_bytes, 0);
     assert_eq!(fs::metadata(second.join(DATA_FILE)).unwrap().len(), 0);
 
@@ -208,20 +167,18 @@ fn an_exact_copy_needs_no_room_and_equal_tensors_lie_once() {
 #[test]
 fn the_same_model_in_both_formats_has_the_same_tensors() {
     let temp = tempfile::tempdir().unwrap();
-    for family in [Family::Llama, Family::Qwen2, Family::Qwen3] {
+    for (family, bias, tied) in [
+        (Family::Llama, false, true),
+        (Family::Llama, true, false),
+        (Family::Qwen2, false, false),
+        (Family::Qwen3, true, true),
+    ] {
         for version in [1, 2, 3] {
-            let random = RandomModel::tiny(family);
-            let name = format!("{}-{version}", family.name());
+            let random = RandomModel { bias, tied, ..RandomModel::tiny(family) };
+            let name = format!("{}-{bias}-{version}", family.name());
             let (model, file) = (temp.path().join(&name), temp.path().join(format!("{name}.gguf")));
             write_hf_model(&model, &random);
-            write_gguf(
-                &file,
-                &random,
-                GgufOptions {
-                    version,
-                    dtype: GgmlType::F32,
-                },
-            );
+            write_gguf(&file, &random, GgufOptions { version, dtype: GgmlType::F32 });
             let (directory, gguf) = (open(&model).unwrap(), open(&file).unwrap());
             assert_eq!(directory.spec(), gguf.spec());
             let one = import_alone(&directory, &temp.path().join(format!("{name}-a")), "a");
@@ -229,6 +186,11 @@ fn the_same_model_in_both_formats_has_the_same_tensors() {
             assert_eq!(ids(&one), ids(&two));
             assert_eq!(one.generation.eos, two.generation.eos);
             assert_eq!(one.chat_template, two.chat_template);
+            let [first, second] = [&directory, &gguf].map(|source| {
+                let tokenizer = tokenizers::Tokenizer::from_bytes(source.tokenizer_json().unwrap()).unwrap();
+                tokenizer.encode("<|im_start|>user\nHi, é!<|im_end|>", true).unwrap().get_ids().to_vec()
+            });
+            assert_eq!(first, second);
         }
     }
 }
@@ -237,14 +199,7 @@ fn the_same_model_in_both_formats_has_the_same_tensors() {
 fn reading_in_pieces_gives_the_same_bytes() {
     let temp = tempfile::tempdir().unwrap();
     let file = temp.path().join("model.gguf");
-    write_gguf(
-        &file,
-        &RandomModel::tiny(Family::Llama),
-        GgufOptions {
-            version: 3,
-            dtype: GgmlType::Q8_0,
-        },
-    );
+    write_gguf(&file, &RandomModel::tiny(Family::Llama), GgufOptions { version: 3, dtype: GgmlType::Q8_0 });
     let source = open(&file).unwrap();
     for tensor in source.tensors() {
         let whole = read_tensor(&source, tensor.role);
@@ -269,11 +224,7 @@ fn cancelling_stops_the_import() {
     let mut calls = 0;
     let result = import(&open(&model).unwrap(), &target, "target", &|_| None, &mut |_| {
         calls += 1;
-        if calls == 3 {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
+        if calls == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     assert!(matches!(result, Err(CheckpointError::Cancelled)));
     assert_eq!(calls, 3);
@@ -286,38 +237,21 @@ fn a_source_cut_short_after_opening_is_an_error() {
     let (model, target) = (temp.path().join("model"), temp.path().join("target"));
     write_hf_model(&model, &RandomModel::tiny(Family::Llama));
     let source = open(&model).unwrap();
-    let file = fs::OpenOptions::new()
-        .write(true)
-        .open(model.join("model.safetensors"))
-        .unwrap();
+    let file = fs::OpenOptions::new().write(true).open(model.join("model.safetensors")).unwrap();
     file.set_len(file.metadata().unwrap().len() / 2).unwrap();
     fs::create_dir(&target).unwrap();
-    let error = import(&source, &target, "t", &|_| None, &mut |_| {
-        ControlFlow::Continue(())
-    })
-    .unwrap_err()
-    .to_string();
-    assert!(
-        error.contains("model.safetensors") && error.contains("cut short"),
-        "{error}"
-    );
+    let error =
+        import(&source, &target, "t", &|_| None, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors") && error.contains("cut short"), "{error}");
 }
 
 #[test]
-fn a_full_disk_is_an_io_error_that_names_the_file() {
-    let full = PathBuf::from("/dev/full");
-    if !full.exists() {
-        println!("skipped: no /dev/full on this system");
-        return;
-    }
-    // A directory whose data file cannot be created stands for every failing write: same error, same path.
+fn a_target_that_cannot_be_written_is_an_io_error_that_names_the_file() {
     let temp = tempfile::tempdir().unwrap();
     let model = temp.path().join("model");
     write_hf_model(&model, &RandomModel::tiny(Family::Llama));
     let missing = temp.path().join("missing");
-    let result = import(&open(&model).unwrap(), &missing, "t", &|_| None, &mut |_| {
-        ControlFlow::Continue(())
-    });
+    let result = import(&open(&model).unwrap(), &missing, "t", &|_| None, &mut |_| ControlFlow::Continue(()));
     assert!(matches!(result, Err(CheckpointError::Io { path, .. }) if path == missing.join(DATA_FILE)));
 }
 
@@ -328,9 +262,7 @@ fn names_that_lead_elsewhere_are_refused() {
     write_hf_model(&model, &RandomModel::tiny(Family::Llama));
     let source = open(&model).unwrap();
     for name in ["", ".", "..", "a/b", "/a", "../a", "a/"] {
-        let result = import(&source, temp.path(), name, &|_| None, &mut |_| {
-            ControlFlow::Continue(())
-        });
+        let result = import(&source, temp.path(), name, &|_| None, &mut |_| ControlFlow::Continue(()));
         assert!(matches!(result, Err(CheckpointError::Invalid { .. })), "{name:?}");
     }
 }
@@ -346,34 +278,23 @@ fn changed_manifests_are_refused() {
         change(&mut manifest);
         fs::write(target.join(MANIFEST_FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
         let error = read_manifest(&target).expect_err(what).to_string();
-        assert!(
-            error.contains(MANIFEST_FILE) && error.contains("deploy"),
-            "{what}: {error}"
-        );
+        assert!(error.contains(MANIFEST_FILE) && error.contains("deploy"), "{what}: {error}");
     };
     refused("version", &|manifest| manifest.version = 2);
     refused("name", &|manifest| manifest.checkpoint = "../other".into());
     refused("zero size", &|manifest| manifest.spec.hidden = 0);
     refused("huge size", &|manifest| manifest.spec.vocab = usize::MAX);
-    refused("missing tensor", &|manifest| drop(manifest.tensors.pop()));
-    refused("tensor twice", &|manifest| {
-        manifest.tensors.push(manifest.tensors[0].clone())
-    });
+    refused("missing tensor", &|manifest| manifest.tensors.truncate(5));
+    refused("tensor twice", &|manifest| manifest.tensors.push(manifest.tensors[0].clone()));
     refused("order", &|manifest| manifest.tensors.reverse());
     refused("shape", &|manifest| manifest.tensors[1].shape = vec![1]);
     refused("bytes", &|manifest| manifest.tensors[1].bytes += 1);
-    refused("chunks", &|manifest| drop(manifest.tensors[1].chunks.pop()));
+    refused("chunks", &|manifest| manifest.tensors[1].chunks.clear());
     refused("alignment", &|manifest| manifest.tensors[1].offset += 1);
-    refused("offset", &|manifest| {
-        manifest.tensors[1].offset = manifest.data_bytes
-    });
-    refused("wrapping offset", &|manifest| {
-        manifest.tensors[1].offset = u64::MAX - 255
-    });
+    refused("offset", &|manifest| manifest.tensors[1].offset = manifest.data_bytes);
+    refused("wrapping offset", &|manifest| manifest.tensors[1].offset = u64::MAX - 255);
     refused("stage", &|manifest| manifest.tensors[1].stage = 3);
-    refused("other place", &|manifest| {
-        manifest.tensors[1].checkpoint = "/etc".into()
-    });
+    refused("other place", &|manifest| manifest.tensors[1].checkpoint = "/etc".into());
     refused("data size", &|manifest| manifest.data_bytes = 0);
     fs::write(target.join(MANIFEST_FILE), b"{\"version\": 1").unwrap();
     assert!(read_manifest(&target).is_err());

@@ -1,1 +1,15 @@
 //! Executes models from pooled memory: kernels, paged attention, batching, sampling.
+//!
+//! Weights and KV blocks belong to the pool and are only borrowed for the length of a call. The promise everything
+//! here keeps: **a sequence's results are bit-identical whatever else is in the batch, however its prompt was cut
+//! into chunks, and however many threads there are.**
+
+mod executor;
+mod forward;
+pub mod kernels;
+mod model;
+pub mod pool;
+pub mod sampling;
+
+pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights};
+pub use model::{KvLayout, Model, ModelError, TensorDesc};

@@ -169,7 +169,12 @@ impl Shared {
                 if current & !INSIDE != served | OPEN {
                     break false;
                 }
-                match self.state.compare_exchange_weak(current, current + 1, Ordering::Acquire, Ordering::Acquire) {
+                match self.state.compare_exchange_weak(
+                    current,
+                    current + 1,
+                    Ordering::Acquire,
+                    Ordering::Acquire,
+                ) {
                     Ok(_) => break true,
                     Err(found) => current = found,
                 }

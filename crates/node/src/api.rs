@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{GenerationDefaults, ModelSpec};
-pub use tangram_engine::{SamplingParams, TokenLogprob};
+pub use tangram_engine::sampling::{SamplingParams, TokenLogprob};
 
 /// A deployed model as the layers above see it. Immutable; a re-deployment under the same name makes a new one.
 #[derive(Debug)]

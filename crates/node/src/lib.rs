@@ -1,5 +1,512 @@
 //! One machine: composes catalog, store, pool and engine; owns threads and lifecycles.
+//!
+//! [`Node`] is what the layers above hold. It checks requests and hands them to the engine loop (`worker.rs`), which
+//! alone touches device memory; deployments change the data directory (`catalog.rs`) and are then announced to it.
 
 mod api;
+mod catalog;
+mod model;
+mod sequence;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tangram_checkpoint::TOKENIZER_FILE;
+use tangram_device::cpu::CpuDevice;
+use tangram_engine::sampling::Sampler;
+use tangram_pool::Pool;
+use tokio::sync::{mpsc, oneshot};
 
 pub use api::*;
+use catalog::{Catalog, Deployment};
+pub use catalog::CatalogError;
+use model::ModelPlan;
+use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
+use worker::{Command, Shared, Worker};
+
+/// How a node is set up.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Data directory; made if it does not exist.
+    pub data: PathBuf,
+    /// Size of the device pool in bytes, for weights and KV together.
+    pub device_memory: u64,
+    /// Threads of the executor; `None` means as many as this process may use.
+    pub threads: Option<usize>,
+    /// Requests that may wait before further ones are refused.
+    pub max_waiting: usize,
+}
+
+/// Smallest pool that makes sense, bytes.
+const MIN_DEVICE_MEMORY: u64 = 1 << 20;
+
+/// Why a node could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data directory cannot be used.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The device cannot be used.
+    #[error("device memory of {bytes} bytes cannot be set up: {reason}")]
+    Device {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What went wrong and what to do.
+        reason: String,
+    },
+    /// A thread could not be started.
+    #[error("starting the engine loop: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// A running node.
+pub struct Node {
+    catalog: Mutex<Catalog>,
+    models: RwLock<BTreeMap<String, Arc<DeployedModel>>>,
+    commands: Sender<Command>,
+    shared: Arc<Shared>,
+    worker: Mutex<Option<JoinHandle<()>>>,
+    page_bytes: u64,
+    page_count: u64,
+    max_waiting: usize,
+    next_index: AtomicUsize,
+    next_arrival: AtomicU64,
+    closing: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Node {
+    /// Opens the data directory, makes the device pool and starts the engine loop.
+    ///
+    /// # Errors
+    /// When another process holds the data directory, or it or the pool cannot be set up.
+    pub fn open(config: NodeConfig) -> Result<Arc<Node>, NodeError> {
+        let device_error = |reason: String| NodeError::Device { bytes: config.device_memory, reason };
+        if config.device_memory < MIN_DEVICE_MEMORY {
+            return Err(device_error(format!("at least {MIN_DEVICE_MEMORY} bytes are needed")));
+        }
+        let (catalog, problems) = Catalog::open(&config.data)?;
+        for problem in problems {
+            tracing::error!("{problem}");
+        }
+        let pool_bytes = config.device_memory as usize;
+        let memory = CpuDevice::open(pool_bytes, CpuDevice::default_page_bytes(pool_bytes))
+            .map_err(|error| device_error(error.to_string()))?;
+        let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
+        let threads = config
+            .threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
+        let (commands, receiver) = channel();
+        let shared = Arc::new(Shared::default());
+        let worker = Worker::new(Pool::new(memory), threads, receiver, commands.clone(), shared.clone());
+        let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
+        let node = Arc::new(Node {
+            catalog: Mutex::new(catalog),
+            models: RwLock::default(),
+            commands,
+            shared,
+            worker: Mutex::new(Some(worker)),
+            page_bytes,
+            page_count,
+            max_waiting: config.max_waiting,
+            next_index: AtomicUsize::new(0),
+            next_arrival: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
+        });
+        let catalog = lock(&node.catalog);
+        for (name, deployment) in catalog.models() {
+            if let Err(reason) = node.announce(&catalog, name, deployment) {
+                tracing::error!("model '{name}' cannot be used: {reason}");
+            }
+        }
+        drop(catalog);
+        Ok(node)
+    }
+
+    /// Makes a catalogued deployment available to requests.
+    fn announce(&self, catalog: &Catalog, name: &str, deployment: &Deployment) -> Result<Arc<DeployedModel>, String> {
+        let plan = ModelPlan::new(catalog, deployment, self.page_bytes)?;
+        let manifest = &deployment.manifest;
+        let directory = catalog.checkpoint_dir(&manifest.checkpoint);
+        let tokenizer = match manifest.has_tokenizer {
+            true => {
+                let path = directory.join(TOKENIZER_FILE);
+                let bytes = std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+                Some(blake3::hash(&bytes).to_hex().to_string())
+            }
+            false => None,
+        };
+        let deployed = Arc::new(DeployedModel {
+            name: name.to_owned(),
+            spec: manifest.spec.clone(),
+            directory,
+            tokenizer,
+            chat_template: manifest.chat_template.clone(),
+            special_tokens: manifest.special_tokens.clone(),
+            generation: manifest.generation.clone(),
+            context: plan.context_on(self.page_count, self.page_bytes),
+            weight_bytes: plan.unique_bytes(),
+            kv_bytes_per_token: plan.kv_bytes_per_token(),
+            created: deployment.created,
+            index: self.next_index.fetch_add(1, Ordering::Relaxed),
+        });
+        let (answer, answered) = channel();
+        let command = Command::Register { deployed: deployed.clone(), plan: Box::new(plan), answer };
+        self.commands.send(command).map_err(|_| "the engine loop has ended".to_owned())?;
+        answered.recv().map_err(|_| "the engine loop has ended".to_owned())??;
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        models.insert(name.to_owned(), deployed.clone());
+        Ok(deployed)
+    }
+
+    /// Deployed models by name.
+    pub fn models(&self) -> Vec<Arc<DeployedModel>> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// A deployed model.
+    pub fn model(&self, name: &str) -> Option<Arc<DeployedModel>> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Imports the checkpoint at `source` and deploys it as `name`, replacing an older deployment of that name (its
+    /// running requests finish). Blocks for as long as reading the checkpoint takes.
+    ///
+    /// # Errors
+    /// When the checkpoint is unusable, does not fit, the disk is full, or `progress` breaks; nothing is left behind.
+    pub fn deploy(
+        self: &Arc<Self>,
+        name: &str,
+        source: &Path,
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Arc<DeployedModel>, DeployError> {
+        check_name(name)?;
+        let source = tangram_checkpoint::open(source)?;
+        for warning in source.warnings() {
+            tracing::warn!(model = name, "{warning}");
+        }
+        let mut catalog = lock(&self.catalog);
+        if self.closing.load(Ordering::Acquire) {
+            return Err(DeployError::Cancelled);
+        }
+        let pool_bytes = self.page_count * self.page_bytes;
+        if source.weight_bytes() > pool_bytes {
+            return Err(does_not_fit(name, source.weight_bytes(), 0, pool_bytes));
+        }
+        let old = catalog.models().get(name).cloned();
+        let old_index = self.model(name).map(|model| model.index);
+        let deployment = catalog.deploy(name, &source, progress)?;
+        let announced = self.announce(&catalog, name, &deployment);
+        let problem = match announced {
+            Ok(deployed) if deployed.context > 0 => {
+                drop(catalog);
+                if let (Some(old), Some(index)) = (old, old_index) {
+                    self.retire(index, &old);
+                }
+                return Ok(deployed);
+            }
+            // The weights fit, but not one KV block beside them.
+            Ok(deployed) => {
+                does_not_fit(name, deployed.weight_bytes, deployed.kv_bytes_per_token, pool_bytes)
+            }
+            Err(reason) => DeployError::DoesNotFit(format!("model '{name}' cannot be run: {reason}")),
+        };
+        drop(catalog);
+        // An older deployment was replaced by one that cannot run; both are gone, which the user is told.
+        let _ = self.remove(name);
+        if let (Some(old), Some(index)) = (old, old_index) {
+            self.retire(index, &old);
+        }
+        Err(problem)
+    }
+
+    /// Takes a model out of service: new requests are refused, accepted ones finish, then its files go unless other
+    /// models refer to them.
+    ///
+    /// # Errors
+    /// When there is no such model or the catalogue cannot be written.
+    pub fn remove(self: &Arc<Self>, name: &str) -> Result<(), DeployError> {
+        let mut catalog = lock(&self.catalog);
+        let deployment = catalog.models().get(name).cloned();
+        let deployment = deployment.ok_or_else(|| DeployError::UnknownModel(name.to_owned()))?;
+        catalog.remove(name)?;
+        drop(catalog);
+        let removed = self.models.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        // A model that could not be announced has no key: its files can go at once.
+        self.retire(removed.map_or(usize::MAX, |model| model.index), &deployment);
+        Ok(())
+    }
+
+    fn retire(self: &Arc<Self>, index: usize, deployment: &Deployment) {
+        // Weak: a node that is gone has nothing to clean up, its next start does it.
+        let (node, manifest) = (Arc::downgrade(self), deployment.manifest.clone());
+        let done = Box::new(move || {
+            if let Some(node) = node.upgrade() {
+                lock(&node.catalog).retired(&manifest);
+            }
+        });
+        let _ = self.commands.send(Command::Retire { model: index, done });
+    }
+
+    /// Submits a request for tokens.
+    ///
+    /// # Errors
+    /// When the request can never be served, too many are waiting, or the node is closing.
+    pub fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+        let GenerateRequest { model, prompt, sampling, max_tokens, ignore_eos, stop_token_ids } = request;
+        if !model.spec.generates() {
+            let name = &model.name;
+            return Err(RequestError::Invalid(format!("model '{name}' gives embeddings; use /v1/embeddings")));
+        }
+        check_tokens(&model, &prompt)?;
+        let room = model.context.saturating_sub(prompt.len());
+        if room == 0 || max_tokens.is_some_and(|max| max > room) {
+            return Err(too_long(&model, prompt.len(), max_tokens));
+        }
+        if max_tokens == Some(0) {
+            return Err(RequestError::Invalid("max_tokens must be at least 1".to_owned()));
+        }
+        sampling.validate().map_err(RequestError::Invalid)?;
+        let mut end_tokens = stop_token_ids;
+        if !ignore_eos {
+            end_tokens.extend(&model.generation.eos);
+        }
+        let (events, receiver) = mpsc::unbounded_channel();
+        let sampler = Sampler::new(sampling, &prompt, model.spec.vocab);
+        let sink = Sink::Generate(Box::new(Generate {
+            sampler,
+            max_tokens: max_tokens.unwrap_or(room),
+            end_tokens,
+            generated: 0,
+            events,
+        }));
+        let cancel = Cancel::new(&self.commands);
+        self.submit(&model, vec![(prompt, sink)], &cancel)?;
+        Ok(Generation { events: receiver, _cancel: cancel })
+    }
+
+    /// Submits texts for embedding, as token ids with the special tokens already in place.
+    ///
+    /// # Errors
+    /// As [`Node::generate`].
+    pub fn embed(&self, model: &Arc<DeployedModel>, inputs: Vec<Vec<u32>>) -> Result<Embedding, RequestError> {
+        if model.spec.generates() {
+            let name = &model.name;
+            return Err(RequestError::Invalid(format!("model '{name}' generates text; it gives no embeddings")));
+        }
+        if inputs.is_empty() {
+            return Err(RequestError::Invalid("input must not be empty".to_owned()));
+        }
+        for input in &inputs {
+            check_tokens(model, input)?;
+            if input.len() > model.context {
+                return Err(too_long(model, input.len(), None));
+            }
+        }
+        let (result, receiver) = oneshot::channel();
+        let state = EmbedState {
+            vectors: vec![None; inputs.len()],
+            timing: Timing::default(),
+            result: Some(result),
+        };
+        let group = Arc::new(EmbedGroup { state: Mutex::new(state) });
+        let cancel = Cancel::new(&self.commands);
+        let inputs = inputs
+            .into_iter()
+            .enumerate()
+            .map(|(index, input)| (input, Sink::Embed { group: group.clone(), index }))
+            .collect();
+        self.submit(model, inputs, &cancel)?;
+        Ok(Embedding { result: receiver, _cancel: cancel })
+    }
+
+    fn submit(
+        &self,
+        model: &DeployedModel,
+        sequences: Vec<(Vec<u32>, Sink)>,
+        cancel: &Cancel,
+    ) -> Result<(), RequestError> {
+        if self.closing.load(Ordering::Acquire) {
+            return Err(RequestError::ShuttingDown);
+        }
+        let waiting = self.shared.waiting.load(Ordering::Acquire);
+        if waiting >= self.max_waiting {
+            return Err(RequestError::QueueFull { waiting });
+        }
+        for (tokens, sink) in sequences {
+            self.shared.waiting.fetch_add(1, Ordering::AcqRel);
+            self.shared.in_flight.fetch_add(1, Ordering::AcqRel);
+            let sequence = Sequence {
+                arrival: self.next_arrival.fetch_add(1, Ordering::Relaxed),
+                model: model.index,
+                tokens,
+                computed: 0,
+                kv: Vec::new(),
+                cancelled: cancel.flag.clone(),
+                sink,
+                submitted: Instant::now(),
+                admitted: None,
+                started: false,
+                first_token: None,
+                timing: Timing::default(),
+            };
+            if self.commands.send(Command::Submit(Box::new(sequence))).is_err() {
+                self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+                self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+                return Err(RequestError::ShuttingDown);
+            }
+        }
+        Ok(())
+    }
+
+    /// Every deployed model, by name. At most a few hundredths of a second old while work is going on.
+    pub fn list(&self) -> Vec<ModelStatus> {
+        let mut listed = lock(&self.shared.status).1.clone();
+        // The engine loop may not have published yet what is deployed or removed already.
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        listed.retain(|status| models.get(&status.name).is_some_and(|model| model.created == status.created));
+        listed
+    }
+
+    /// Device memory and counters.
+    pub fn status(&self) -> NodeStatus {
+        lock(&self.shared.status).0.clone()
+    }
+
+    /// Refuses new requests from now on and returns when everything accepted has ended.
+    pub async fn drain(&self) {
+        self.closing.store(true, Ordering::Release);
+        while self.shared.in_flight.load(Ordering::Acquire) > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Stop);
+        if let Some(worker) = lock(&self.worker).take() {
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Ends requests whose client has gone: set on drop, seen by the engine loop before its next step.
+struct Cancel {
+    flag: Arc<AtomicBool>,
+    commands: Sender<Command>,
+}
+
+impl Cancel {
+    fn new(commands: &Sender<Command>) -> Cancel {
+        Cancel { flag: Arc::new(AtomicBool::new(false)), commands: commands.clone() }
+    }
+}
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.flag.store(true, Ordering::Release);
+        let _ = self.commands.send(Command::Wake);
+    }
+}
+
+/// A generation under way. Dropping it cancels the request; its KV is free before the next step.
+pub struct Generation {
+    events: mpsc::UnboundedReceiver<GenerateEvent>,
+    _cancel: Cancel,
+}
+
+impl Generation {
+    /// The next event; `None` after [`GenerateEvent::Finished`] or [`GenerateEvent::Failed`].
+    pub async fn next(&mut self) -> Option<GenerateEvent> {
+        self.events.recv().await
+    }
+
+    /// As [`Generation::next`], blocking the thread; not for use inside an async runtime.
+    pub fn next_blocking(&mut self) -> Option<GenerateEvent> {
+        self.events.blocking_recv()
+    }
+}
+
+/// An embedding request under way. Dropping it cancels the request.
+pub struct Embedding {
+    result: oneshot::Receiver<Result<Embeddings, RequestError>>,
+    _cancel: Cancel,
+}
+
+impl Embedding {
+    /// Waits for the result.
+    ///
+    /// # Errors
+    /// When the request failed.
+    pub async fn result(self) -> Result<Embeddings, RequestError> {
+        self.result.await.unwrap_or(Err(RequestError::ShuttingDown))
+    }
+
+    /// As [`Embedding::result`], blocking the thread; not for use inside an async runtime.
+    ///
+    /// # Errors
+    /// When the request failed.
+    pub fn result_blocking(self) -> Result<Embeddings, RequestError> {
+        self.result.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
+    }
+}
+
+fn check_name(name: &str) -> Result<(), DeployError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':' | '/' | '@');
+    if name.is_empty() || name.len() > 200 || !name.chars().all(plain) {
+        return Err(DeployError::BadName(format!(
+            "model name {name:?} is not usable: 1 to 200 letters, digits and - _ . : / @ are"
+        )));
+    }
+    Ok(())
+}
+
+fn check_tokens(model: &DeployedModel, tokens: &[u32]) -> Result<(), RequestError> {
+    if tokens.is_empty() {
+        return Err(RequestError::Invalid("the prompt is empty; it needs at least one token".to_owned()));
+    }
+    if model.context == 0 {
+        return Err(RequestError::Invalid(format!(
+            "model '{}' ({} bytes) does not fit into this server's device memory; start it with more",
+            model.name, model.weight_bytes
+        )));
+    }
+    match tokens.iter().find(|&&token| token as usize >= model.spec.vocab) {
+        Some(token) => Err(RequestError::Invalid(format!(
+            "token id {token} is outside the vocabulary of '{}' ({} tokens)",
+            model.name, model.spec.vocab
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn too_long(model: &DeployedModel, prompt: usize, max_tokens: Option<usize>) -> RequestError {
+    let asked = match max_tokens {
+        Some(max) => format!("{} tokens ({prompt} in the prompt, {max} to generate)", prompt + max),
+        None => format!("{prompt} tokens in the prompt"),
+    };
+    let limit = if model.context < model.spec.context {
+        format!("{} tokens (what this server's device memory holds beside the weights)", model.context)
+    } else {
+        format!("{} tokens", model.context)
+    };
+    RequestError::Invalid(format!("This model's maximum context length is {limit}, but you asked for {asked}."))
+}
+
+fn does_not_fit(name: &str, weights: u64, kv_per_token: u64, pool: u64) -> DeployError {
+    DeployError::DoesNotFit(format!(
+        "model '{name}' does not fit: it needs {weights} bytes for weights and {kv_per_token} bytes of KV per token, \
+         the device pool has {pool} bytes; start the server with a larger --device-memory"
+    ))
+}

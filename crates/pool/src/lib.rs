@@ -11,5 +11,5 @@ mod pool;
 mod tensor;
 
 pub use kv::KvArena;
-pub use pool::{Activation, CatalogueEntry, Lease, Pool, PoolStats, Shortage};
+pub use pool::{Activation, CatalogueEntry, Lease, Pool, PoolStats, Shortage, pages_alone};
 pub use tensor::{LoadFailure, Part, Tensor, Vacancy};

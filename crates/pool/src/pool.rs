@@ -2,7 +2,7 @@
 //!
 //! Everything that is decided is decided by [`Retention`]; this file carries it out and must not rank anything itself.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use tangram_checkpoint::ContentId;
@@ -25,6 +25,16 @@ pub struct CatalogueEntry {
     pub bytes: u64,
     /// Place in the model's forward pass, 0 (first) to 1 (last).
     pub depth: f64,
+}
+
+/// Pages of `page_bytes` that tensors at these places (checkpoint, offset, bytes) take when all of them are resident
+/// and nothing else is.
+pub fn pages_alone<'a>(tensors: impl Iterator<Item = (&'a str, u64, u64)>, page_bytes: u64) -> u64 {
+    let mut pages = BTreeSet::new();
+    for (checkpoint, offset, bytes) in tensors {
+        pages.extend((offset / page_bytes..(offset + bytes).div_ceil(page_bytes)).map(|page| (checkpoint, page)));
+    }
+    pages.len() as u64
 }
 
 /// The request cannot be met now: what is leased leaves too little room, or (`needed` is 0) the loader still holds the
@@ -260,15 +270,11 @@ impl Pool {
         keys.iter().map(resident).sum()
     }
 
-    /// Pages that these tensors take when all of them are resident and nothing else is.
-    pub fn pages_alone(&self, keys: &[TensorKey]) -> usize {
-        let page_bytes = self.memory.page_bytes();
-        let mut pages: BTreeMap<&str, std::collections::BTreeSet<usize>> = BTreeMap::new();
-        for slot in keys.iter().filter_map(|&key| self.slot(key)) {
-            let span = slot.offset / page_bytes..(slot.offset + slot.bytes).div_ceil(page_bytes);
-            pages.entry(&slot.checkpoint).or_default().extend(span);
-        }
-        pages.values().map(|pages| pages.len()).sum()
+    /// Bytes of these tensors that more than one catalogued model has.
+    pub fn shared_bytes(&self, keys: &[TensorKey]) -> u64 {
+        let shared =
+            |key: &TensorKey| self.slot(*key).filter(|slot| slot.models > 1).map_or(0, |slot| slot.bytes as u64);
+        keys.iter().map(shared).sum()
     }
 
     /// Leases all of these tensors (no key twice): resident ones at once, ones that are arriving by joining, missing
@@ -517,6 +523,11 @@ impl Pool {
         self.stats.evicted_total += len as u64;
         self.apply(Event::Evicted { tensor: key });
         len
+    }
+
+    /// Pages that are free or that evicting everything idle would free.
+    pub fn available_pages(&self) -> usize {
+        self.memory.free_pages() + self.retention.idle_bytes() as usize / self.memory.page_bytes()
     }
 
     /// Takes a KV block, evicting idle tensors if there is no free page for it.

@@ -18,29 +18,17 @@ pub struct GgufOptions {
 
 impl Default for GgufOptions {
     fn default() -> Self {
-        GgufOptions {
-            version: 3,
-            dtype: GgmlType::F32,
-        }
+        GgufOptions { version: 3, dtype: GgmlType::F32 }
     }
 }
 
 /// Writes a decoder model with the values that [`crate::write_hf_model`] gives for the same arguments. Llama's query
 /// and key rows are in Meta's order. From a vocabulary of 259 on the file holds a gpt2-style byte tokenizer and a
-/// chat template. Panics for BERT, for biases and for llama3 scaling, which such files express otherwise.
+/// chat template. Panics for BERT and for llama3 scaling, which such files express otherwise.
 pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
-    assert!(model.family != Family::Bert && !model.bias, "not written as GGUF");
-    let mut writer = Writer {
-        version: options.version,
-        bytes: Vec::new(),
-    };
-    let mut metadata = Metadata {
-        writer: Writer {
-            version: options.version,
-            bytes: Vec::new(),
-        },
-        count: 0,
-    };
+    assert!(model.family != Family::Bert, "not written as GGUF");
+    let mut writer = Writer { version: options.version, bytes: Vec::new() };
+    let mut metadata = Metadata { writer: Writer { version: options.version, bytes: Vec::new() }, count: 0 };
     let family = model.family.name();
     metadata.text("general.architecture", family);
     metadata.text("general.name", "random");
@@ -72,9 +60,8 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
         metadata.text("tokenizer.ggml.model", "gpt2");
         metadata.text("tokenizer.ggml.pre", "gpt-2");
         metadata.texts("tokenizer.ggml.tokens", &token_texts(model.vocab, model.family));
-        let types: Vec<i32> = (0..model.vocab)
-            .map(|id| if (256..259).contains(&id) { 3 } else { 1 })
-            .collect();
+        let types: Vec<i32> =
+            (0..model.vocab).map(|id| if (256..259).contains(&id) { 3 } else { 1 }).collect();
         metadata.integers("tokenizer.ggml.token_type", &types);
         metadata.texts("tokenizer.ggml.merges", &[]);
         metadata.number("tokenizer.ggml.bos_token_id", 257);
@@ -96,11 +83,7 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
         for &dim in tensor.shape.iter().rev() {
             writer.count(dim);
         }
-        let dtype = if tensor.shape.len() == 1 {
-            GgmlType::F32
-        } else {
-            options.dtype
-        };
+        let dtype = if tensor.shape.len() == 1 { GgmlType::F32 } else { options.dtype };
         writer.u32(dtype.number());
         writer.bytes.extend((data.len() as u64).to_le_bytes());
         data.extend(dtype.encode(&values_in_file_order(model, &tensor)));
@@ -112,11 +95,11 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
 
 /// Llama's query and key rows pairwise interleaved, everything else as it is.
 fn values_in_file_order(model: &RandomModel, tensor: &Tensor) -> Vec<f32> {
-    let rotated = tensor.name.ends_with("q_proj.weight") || tensor.name.ends_with("k_proj.weight");
+    let rotated = tensor.name.contains("q_proj.") || tensor.name.contains("k_proj.");
     if model.family != Family::Llama || !rotated {
         return tensor.values.clone();
     }
-    let rows: Vec<&[f32]> = tensor.values.chunks(model.hidden).collect();
+    let rows: Vec<&[f32]> = tensor.values.chunks(tensor.values.len() / tensor.shape[0]).collect();
     let half = model.head_dim / 2;
     let mut values = Vec::with_capacity(tensor.values.len());
     for head in rows.chunks(model.head_dim) {

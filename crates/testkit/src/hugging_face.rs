@@ -24,10 +24,7 @@ pub fn write_hf_model(dir: &Path, model: &RandomModel) {
             write_safetensors(&dir.join(&name), shard, model.dtype);
             weight_map.extend(shard.iter().map(|tensor| (tensor.name.clone(), json!(name))));
         }
-        write_json(
-            "model.safetensors.index.json",
-            &json!({"metadata": {}, "weight_map": weight_map}),
-        );
+        write_json("model.safetensors.index.json", &json!({"metadata": {}, "weight_map": weight_map}));
     }
     if model.family == Family::Bert {
         let module = |idx: u32, path: &str, kind: &str| {
@@ -41,15 +38,9 @@ pub fn write_hf_model(dir: &Path, model: &RandomModel) {
         ];
         write_json("modules.json", &json!(modules));
         fs::create_dir_all(dir.join("1_Pooling")).unwrap();
-        write_json(
-            "1_Pooling/config.json",
-            &json!({"pooling_mode_mean_tokens": true}),
-        );
+        write_json("1_Pooling/config.json", &json!({"pooling_mode_mean_tokens": true}));
     } else {
-        write_json(
-            "generation_config.json",
-            &json!({"eos_token_id": tokenizer::EOS_TOKEN}),
-        );
+        write_json("generation_config.json", &json!({"eos_token_id": tokenizer::EOS_TOKEN}));
     }
     if let Some(tokenizer) = tokenizer::tokenizer_json(model) {
         write_json("tokenizer.json", &tokenizer);
@@ -63,11 +54,7 @@ fn config(model: &RandomModel) -> Value {
         Float::F16 => "float16",
         Float::BF16 => "bfloat16",
     };
-    let dtype_key = if model.new_config_keys {
-        "dtype"
-    } else {
-        "torch_dtype"
-    };
+    let dtype_key = if model.new_config_keys { "dtype" } else { "torch_dtype" };
     if model.family == Family::Bert {
         return json!({
             "architectures": ["BertModel"], "model_type": "bert", "vocab_size": model.vocab,
@@ -154,10 +141,7 @@ pub fn mutate_layer(source: &Path, target: &Path, layer: usize) {
                 let file = file.unwrap().path();
                 fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
             }
-        } else if path
-            .extension()
-            .is_some_and(|extension| extension == "safetensors")
-        {
+        } else if path.extension().is_some_and(|extension| extension == "safetensors") {
             let mut bytes = fs::read(&path).unwrap();
             changed += mutate_safetensors(&mut bytes, layer);
             fs::write(&copy, bytes).unwrap();
@@ -186,11 +170,7 @@ fn mutate_safetensors(file: &mut [u8], layer: usize) -> usize {
         };
         let offset = |index: usize| entry["data_offsets"][index].as_u64().unwrap() as usize;
         let bytes = &mut data[offset(0)..offset(1)];
-        let values: Vec<f32> = dtype
-            .decode(bytes)
-            .iter()
-            .map(|value| value * 0.875 + 0.015625)
-            .collect();
+        let values: Vec<f32> = dtype.decode(bytes).iter().map(|value| value * 0.875 + 0.015625).collect();
         bytes.copy_from_slice(&dtype.encode(&values));
         changed += 1;
     }

@@ -116,47 +116,18 @@ impl RandomModel {
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize], centre: f32, spread: f32| {
             let count = shape.iter().product();
-            let values = (0..count)
-                .map(|_| centre + rng.random_range(-spread..=spread))
-                .collect();
-            tensors.push(Tensor {
-                name,
-                shape: shape.to_vec(),
-                values,
-            });
+            let values = (0..count).map(|_| centre + rng.random_range(-spread..=spread)).collect();
+            tensors.push(Tensor { name, shape: shape.to_vec(), values });
         };
         // Uniform values of this spread keep the size of what a matrix with `inputs` columns is applied to.
         let spread = |inputs: usize| (3.0 / inputs as f32).sqrt();
-        let (hidden, queries, keys) = (
-            self.hidden,
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        );
+        let (hidden, queries, keys) =
+            (self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim);
         if self.family == Family::Bert {
-            let norm = |name: &str| {
-                [
-                    format!("{name}.LayerNorm.weight"),
-                    format!("{name}.LayerNorm.bias"),
-                ]
-            };
-            add(
-                "embeddings.word_embeddings.weight".into(),
-                &[self.vocab, hidden],
-                0.0,
-                1.0,
-            );
-            add(
-                "embeddings.position_embeddings.weight".into(),
-                &[self.context, hidden],
-                0.0,
-                0.5,
-            );
-            add(
-                "embeddings.token_type_embeddings.weight".into(),
-                &[2, hidden],
-                0.0,
-                0.5,
-            );
+            let norm = |name: &str| [format!("{name}.LayerNorm.weight"), format!("{name}.LayerNorm.bias")];
+            add("embeddings.word_embeddings.weight".into(), &[self.vocab, hidden], 0.0, 1.0);
+            add("embeddings.position_embeddings.weight".into(), &[self.context, hidden], 0.0, 0.5);
+            add("embeddings.token_type_embeddings.weight".into(), &[2, hidden], 0.0, 0.5);
             let [weight, bias] = norm("embeddings");
             add(weight, &[hidden], 1.0, 0.2);
             add(bias, &[hidden], 0.0, 0.2);
@@ -170,12 +141,7 @@ impl RandomModel {
                     ("intermediate.dense", self.intermediate, hidden),
                     ("output.dense", hidden, self.intermediate),
                 ] {
-                    add(
-                        format!("{prefix}.{name}.weight"),
-                        &[rows, columns],
-                        0.0,
-                        spread(columns),
-                    );
+                    add(format!("{prefix}.{name}.weight"), &[rows, columns], 0.0, spread(columns));
                     add(format!("{prefix}.{name}.bias"), &[rows], 0.0, 0.2);
                 }
                 for name in ["attention.output", "output"] {
@@ -186,71 +152,31 @@ impl RandomModel {
             }
             return tensors;
         }
-        add(
-            "model.embed_tokens.weight".into(),
-            &[self.vocab, hidden],
-            0.0,
-            1.0,
-        );
+        add("model.embed_tokens.weight".into(), &[self.vocab, hidden], 0.0, 1.0);
         let llama_bias = self.bias && self.family == Family::Llama;
         let attention_bias = llama_bias || (self.bias && self.family == Family::Qwen3);
         for layer in 0..self.layers {
             let prefix = format!("model.layers.{layer}");
             for (name, rows, columns, bias) in [
-                (
-                    "self_attn.q_proj",
-                    queries,
-                    hidden,
-                    attention_bias || self.family == Family::Qwen2,
-                ),
-                (
-                    "self_attn.k_proj",
-                    keys,
-                    hidden,
-                    attention_bias || self.family == Family::Qwen2,
-                ),
-                (
-                    "self_attn.v_proj",
-                    keys,
-                    hidden,
-                    attention_bias || self.family == Family::Qwen2,
-                ),
+                ("self_attn.q_proj", queries, hidden, attention_bias || self.family == Family::Qwen2),
+                ("self_attn.k_proj", keys, hidden, attention_bias || self.family == Family::Qwen2),
+                ("self_attn.v_proj", keys, hidden, attention_bias || self.family == Family::Qwen2),
                 ("self_attn.o_proj", hidden, queries, attention_bias),
                 ("mlp.gate_proj", self.intermediate, hidden, llama_bias),
                 ("mlp.up_proj", self.intermediate, hidden, llama_bias),
                 ("mlp.down_proj", hidden, self.intermediate, llama_bias),
             ] {
-                add(
-                    format!("{prefix}.{name}.weight"),
-                    &[rows, columns],
-                    0.0,
-                    spread(columns),
-                );
+                add(format!("{prefix}.{name}.weight"), &[rows, columns], 0.0, spread(columns));
                 if bias {
                     add(format!("{prefix}.{name}.bias"), &[rows], 0.0, 0.2);
                 }
             }
             if self.family == Family::Qwen3 {
-                add(
-                    format!("{prefix}.self_attn.q_norm.weight"),
-                    &[self.head_dim],
-                    1.0,
-                    0.2,
-                );
-                add(
-                    format!("{prefix}.self_attn.k_norm.weight"),
-                    &[self.head_dim],
-                    1.0,
-                    0.2,
-                );
+                add(format!("{prefix}.self_attn.q_norm.weight"), &[self.head_dim], 1.0, 0.2);
+                add(format!("{prefix}.self_attn.k_norm.weight"), &[self.head_dim], 1.0, 0.2);
             }
             add(format!("{prefix}.input_layernorm.weight"), &[hidden], 1.0, 0.2);
-            add(
-                format!("{prefix}.post_attention_layernorm.weight"),
-                &[hidden],
-                1.0,
-                0.2,
-            );
+            add(format!("{prefix}.post_attention_layernorm.weight"), &[hidden], 1.0, 0.2);
         }
         add("model.norm.weight".into(), &[hidden], 1.0, 0.2);
         if !self.tied {

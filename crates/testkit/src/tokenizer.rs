@@ -34,11 +34,7 @@ fn byte_character(byte: u8) -> char {
 
 /// The text of every token up to `vocab`, at least 259: bytes, specials, then fillers that only decoding gives.
 pub(crate) fn token_texts(vocab: usize, family: Family) -> Vec<String> {
-    let specials = if family == Family::Bert {
-        BERT_TOKENS
-    } else {
-        SPECIAL_TOKENS
-    };
+    let specials = if family == Family::Bert { BERT_TOKENS } else { SPECIAL_TOKENS };
     let mut texts: Vec<String> = (0..=255).map(|byte| byte_character(byte).to_string()).collect();
     texts.extend(specials.map(str::to_owned));
     texts.extend((texts.len()..vocab).map(|id| format!("t{id}_")));

@@ -115,8 +115,9 @@ pub fn prepare(
             let angles = &preparation.angles[row * preparation.half * 2..(row + 1) * preparation.half * 2];
             let (cos, sin) = angles.split_at(preparation.half);
             // SAFETY: spans are disjoint sets of rows.
-            let (query, key) =
-                unsafe { (queries.part(row * query_width, query_width), key_rows.part(row * key_width, key_width)) };
+            let (query, key) = unsafe {
+                (queries.part(row * query_width, query_width), key_rows.part(row * key_width, key_width))
+            };
             prepare_heads(isa, query, shape.head_dim, preparation.query_norm, cos, sin);
             prepare_heads(isa, key, shape.head_dim, preparation.key_norm, cos, sin);
             if let Some((view, layer)) = keys {
@@ -198,8 +199,16 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Attend { shape: Heads { heads, kv_heads, head_dim }, span, head, keys, queries, out, memory, scratch } =
-            self;
+        let Attend {
+            shape: Heads { heads, kv_heads, head_dim },
+            span,
+            head,
+            keys,
+            queries,
+            out,
+            memory,
+            scratch,
+        } = self;
         let group = heads / kv_heads;
         let Memory { rows, stride, positions } = memory;
         let limit = |row: usize| span.limit(row / group);
@@ -289,7 +298,9 @@ fn load_tile<S: Simd>(
             let first = (span.row - span.position + start) * kv_heads * head_dim + head * head_dim;
             assert!(first + (count - 1) * kv_heads * head_dim + head_dim <= rows.len());
             // SAFETY: the last row ends inside the slice (asserted).
-            unsafe { widen_rows_f32(s, rows.as_ptr().add(first), kv_heads * head_dim, head_dim, count, tile) };
+            unsafe {
+                widen_rows_f32(s, rows.as_ptr().add(first), kv_heads * head_dim, head_dim, count, tile)
+            };
         }
     }
 }
@@ -317,7 +328,6 @@ fn dots<S: Simd>(s: S, query: &[f32], keys: &[f32]) -> S::V {
 fn softmax<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
     let (whole, tail) = (scores.len() / LANES, scores.len() % LANES);
     let p = scores.as_mut_ptr();
-    let mut highest = f32::NEG_INFINITY;
     let mut max = s.splat(f32::NEG_INFINITY);
     let mut sum = s.splat(0.0);
     // SAFETY: all offsets are below the length.
@@ -327,12 +337,8 @@ fn softmax<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
         }
         let mut lanes = [0.0f32; LANES];
         s.store(lanes.as_mut_ptr(), max);
-        for &score in lanes.iter().chain(&scores[whole * LANES..]) {
-            // Not `f32::max`: a NaN must stay.
-            if !(score <= highest) {
-                highest = score;
-            }
-        }
+        // A NaN is lost here but not below, where its weight makes the sum NaN.
+        let highest = lanes.iter().chain(&scores[whole * LANES..]).copied().fold(f32::NEG_INFINITY, f32::max);
         let highest = s.splat(highest);
         let p = scores.as_mut_ptr();
         for i in (0..whole).map(|i| i * LANES) {

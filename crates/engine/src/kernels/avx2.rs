@@ -192,10 +192,16 @@ impl Simd for Avx2 {
             let (a, b, c, d) =
                 (halves(v[0], v[4]), halves(v[1], v[5]), halves(v[2], v[6]), halves(v[3], v[7]));
             let quarters = |a: __m256, b: __m256| {
-                _mm256_add_ps(_mm256_shuffle_ps::<0b01_00_01_00>(a, b), _mm256_shuffle_ps::<0b11_10_11_10>(a, b))
+                _mm256_add_ps(
+                    _mm256_shuffle_ps::<0b01_00_01_00>(a, b),
+                    _mm256_shuffle_ps::<0b11_10_11_10>(a, b),
+                )
             };
             let (ab, cd) = (quarters(a, b), quarters(c, d));
-            _mm256_add_ps(_mm256_shuffle_ps::<0b10_00_10_00>(ab, cd), _mm256_shuffle_ps::<0b11_01_11_01>(ab, cd))
+            _mm256_add_ps(
+                _mm256_shuffle_ps::<0b10_00_10_00>(ab, cd),
+                _mm256_shuffle_ps::<0b11_01_11_01>(ab, cd),
+            )
         }
     }
 }

@@ -230,7 +230,10 @@ impl Kernel for Narrow<'_> {
             }
             if tail > 0 {
                 let mut narrow = [0u8; LANES * 2];
-                s.store_f16(narrow.as_mut_ptr(), load_partial(s, self.head.as_ptr().add(whole * LANES), tail));
+                s.store_f16(
+                    narrow.as_mut_ptr(),
+                    load_partial(s, self.head.as_ptr().add(whole * LANES), tail),
+                );
                 std::ptr::copy_nonoverlapping(narrow.as_ptr(), self.row.add(whole * LANES * 2), tail * 2);
             }
         }

@@ -132,7 +132,15 @@ pub fn matmul<const N: usize>(
         if let Some((product, rows)) = find(task % row_tasks) {
             let block = task / row_tasks;
             let range = block * groups.count / blocks..(block + 1) * groups.count / blocks;
-            product.many_tokens(isa, packed, columns, &groups, range, rows, &mut panel[..PANEL_ROWS * padded]);
+            product.many_tokens(
+                isa,
+                packed,
+                columns,
+                &groups,
+                range,
+                rows,
+                &mut panel[..PANEL_ROWS * padded],
+            );
         }
     });
 }
@@ -163,7 +171,13 @@ impl Product<'_> {
         let out = unsafe { self.out.part(rows.start, rows.len()) };
         macro_rules! run {
             ($format:ty) => {
-                isa.dispatch(OneToken::<$format> { product: self, x, first: rows.start, out, format: PhantomData })
+                isa.dispatch(OneToken::<$format> {
+                    product: self,
+                    x,
+                    first: rows.start,
+                    out,
+                    format: PhantomData,
+                })
             };
         }
         match self.dtype {
@@ -209,7 +223,15 @@ impl Product<'_> {
                 DType::Q4_0 => widen!(Q4_0),
                 DType::Q4_1 => widen!(Q4_1),
             }
-            isa.dispatch(ManyTokens { product: self, packed, groups, range: range.clone(), first, count, panel });
+            isa.dispatch(ManyTokens {
+                product: self,
+                packed,
+                groups,
+                range: range.clone(),
+                first,
+                count,
+                panel,
+            });
         }
     }
 
@@ -249,7 +271,8 @@ impl<F: Format> Kernel for OneToken<'_, F> {
         x_tail[..tail].copy_from_slice(&self.x[columns - tail..]);
         for (index, out) in self.out.iter_mut().enumerate() {
             let row = self.first + index;
-            let bytes = &self.product.weight[row * self.product.row_bytes..(row + 1) * self.product.row_bytes];
+            let bytes =
+                &self.product.weight[row * self.product.row_bytes..(row + 1) * self.product.row_bytes];
             let mut weights = bytes.as_ptr();
             let mut x = self.x.as_ptr();
             let mut parts = [s.splat(0.0); PARTS];
@@ -351,7 +374,8 @@ impl Kernel for ManyTokens<'_> {
             }
             for (token, sums) in tokens.zip(sums.chunks_exact(PANEL_ROWS)) {
                 // SAFETY: this task alone writes these rows of these tokens.
-                let out = unsafe { self.product.out.part(token * self.product.rows + self.first, self.count) };
+                let out =
+                    unsafe { self.product.out.part(token * self.product.rows + self.first, self.count) };
                 for (index, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
                     self.product.finish(self.first + index, sum, out);
                 }

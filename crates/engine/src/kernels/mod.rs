@@ -81,3 +81,6 @@ trait Kernel {
 unsafe fn run_avx2<K: Kernel>(proof: avx2::Avx2, kernel: K) -> K::Output {
     kernel.run(proof)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,353 @@
+//! Forward passes: what goes into one, the state of one under way, and who runs it.
+//!
+//! A pass advances stage by stage, so that it can wait for weights that are still being loaded; waiting is the
+//! caller's business. A chunk's results are bit-identical whatever else is in the batch, however its sequence was
+//! cut into chunks, and whenever the pass was interrupted.
+
+use std::sync::{Mutex, PoisonError};
+
+use tangram_checkpoint::Attention;
+use tangram_device::Extent;
+
+use crate::forward;
+use crate::kernels::attention::Span;
+use crate::kernels::kv::{KvProblem, KvTable};
+use crate::kernels::{Buffer, Isa};
+use crate::model::Model;
+use crate::pool::Pool;
+
+/// Sets of activation buffers kept for later passes.
+const SPARE_MEMORY: usize = 2;
+
+/// Where the bytes of a model's tensors are.
+pub trait Weights: Sync {
+    /// The bytes of a tensor, by its index in the slice given to [`Model::new`]. Called only for tensors of stages
+    /// that the caller declared ready.
+    fn tensor(&self, index: usize) -> &[u8];
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// Consecutive tokens of the sequence.
+    pub tokens: &'a [u32],
+    /// Position of the first of them; everything before is in the sequence's KV blocks.
+    pub position: usize,
+    /// Which tokens' logits are wanted. Embedding models ignore it and always give the chunk's vector.
+    pub logits: LogitRows,
+}
+
+/// Which tokens of a chunk get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    /// None: the prompt goes on in a later chunk.
+    None,
+    /// The last token.
+    Last,
+    /// Every token.
+    All,
+}
+
+/// Why a pass cannot run.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PassError {
+    /// There is nothing to do.
+    #[error("the batch is empty")]
+    EmptyBatch,
+    /// A chunk has no tokens.
+    #[error("chunk {chunk} has no tokens")]
+    EmptyChunk {
+        /// Which chunk.
+        chunk: usize,
+    },
+    /// A token id is outside the vocabulary.
+    #[error("token {token} of chunk {chunk} is outside the vocabulary of {vocab}")]
+    Token {
+        /// Which chunk.
+        chunk: usize,
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A chunk ends beyond the model's context (or beyond its learned positions).
+    #[error("chunk {chunk} ends at position {end}, the context is {context} tokens")]
+    TooLong {
+        /// Which chunk.
+        chunk: usize,
+        /// One past the last position.
+        end: usize,
+        /// Longest sequence.
+        context: usize,
+    },
+    /// A bidirectional model was given a part of a sequence.
+    #[error("chunk {chunk} starts at position {position}, but this model reads whole sequences")]
+    Partial {
+        /// Which chunk.
+        chunk: usize,
+        /// Its start.
+        position: usize,
+    },
+    /// The pass was begun with another model.
+    #[error("the pass belongs to another model")]
+    OtherModel,
+    /// There must be one list of KV blocks per chunk.
+    #[error("{chunks} chunks but KV blocks for {given}")]
+    KvCount {
+        /// Chunks in the batch.
+        chunks: usize,
+        /// Lists given.
+        given: usize,
+    },
+    /// The KV blocks of a chunk cannot be used.
+    #[error("KV blocks: {0}")]
+    Kv(String),
+    /// A tensor has not as many bytes as its type and shape demand.
+    #[error("tensor {index} has {found} bytes, expected are {expected}")]
+    TensorBytes {
+        /// Index of the tensor.
+        index: usize,
+        /// Bytes its type and shape demand.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+}
+
+impl From<KvProblem> for PassError {
+    fn from(problem: KvProblem) -> PassError {
+        PassError::Kv(match problem {
+            KvProblem::TooFew { chunk, needed, given } => {
+                format!("chunk {chunk} needs {needed}, has {given}")
+            }
+            KvProblem::Short { chunk } => format!("an extent of chunk {chunk} is shorter than a block"),
+            KvProblem::NotHost { chunk } => format!("the processor cannot reach the memory of chunk {chunk}"),
+        })
+    }
+}
+
+/// A chunk's place in the batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// Row of its first token.
+    pub(crate) row: usize,
+    pub(crate) tokens: usize,
+    pub(crate) position: usize,
+    /// Its first row in the output, and how many it has.
+    pub(crate) output_row: usize,
+    pub(crate) output_rows: usize,
+}
+
+/// The memory of a pass, reused by later passes.
+#[derive(Default)]
+pub(crate) struct Memory {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) places: Vec<Place>,
+    /// The pieces that attention works on; together all rows of the batch.
+    pub(crate) spans: Vec<Span>,
+    /// Residual stream, `[rows, hidden]`.
+    pub(crate) x: Buffer,
+    /// Normalised input of a block, `[rows, hidden]`, then the result of attention, `[rows, heads · head_dim]`.
+    pub(crate) h: Buffer,
+    pub(crate) query: Buffer,
+    pub(crate) key: Buffer,
+    pub(crate) value: Buffer,
+    pub(crate) gate: Buffer,
+    pub(crate) up: Buffer,
+    /// Input of a matrix product, rearranged.
+    pub(crate) packed: Buffer,
+    /// Per row: cosines, then sines of the rotary angles.
+    pub(crate) angles: Buffer,
+    /// Norm weights and biases, widened.
+    pub(crate) vectors: Buffer,
+    pub(crate) output: Buffer,
+    pub(crate) kv: KvTable,
+}
+
+/// A forward pass under way.
+pub struct Pass {
+    pub(crate) model: u64,
+    pub(crate) stage: usize,
+    pub(crate) rows: usize,
+    pub(crate) output_rows: usize,
+    pub(crate) output_width: usize,
+    pub(crate) generates: bool,
+    pub(crate) memory: Memory,
+}
+
+impl Pass {
+    /// The stage that runs next; [`tangram_checkpoint::ModelSpec::stages`] when the pass is done.
+    pub fn stage(&self) -> usize {
+        self.stage
+    }
+
+    /// The logits of a chunk, `[rows, vocab]`, once the pass is done: no row, one, or one per token, as its
+    /// [`LogitRows`] said. Empty for embedding models.
+    pub fn logits(&self, chunk: usize) -> &[f32] {
+        if self.generates { self.output(chunk) } else { &[] }
+    }
+
+    /// [`Pass::logits`] for changing in place, as samplers do.
+    pub fn logits_mut(&mut self, chunk: usize) -> &mut [f32] {
+        if !self.generates {
+            return &mut [];
+        }
+        let place = self.memory.places[chunk];
+        let all = self.memory.output.get_mut(self.output_rows * self.output_width);
+        &mut all[place.output_row * self.output_width..][..place.output_rows * self.output_width]
+    }
+
+    /// The vector of a chunk, `[hidden]`, once the pass is done. Empty for models that generate.
+    pub fn embedding(&self, chunk: usize) -> &[f32] {
+        if self.generates { &[] } else { self.output(chunk) }
+    }
+
+    fn output(&self, chunk: usize) -> &[f32] {
+        let place = self.memory.places[chunk];
+        let all = self.memory.output.get(self.output_rows * self.output_width);
+        &all[place.output_row * self.output_width..][..place.output_rows * self.output_width]
+    }
+}
+
+/// Runs passes: threads, instruction set, and activation memory for reuse.
+pub struct Executor {
+    pub(crate) isa: Isa,
+    pub(crate) pool: Pool,
+    spare: Mutex<Vec<Memory>>,
+}
+
+impl Executor {
+    /// An executor with `threads` threads, the one that calls [`Executor::advance`] included (at least 1).
+    pub fn new(threads: usize) -> Executor {
+        Executor::with_isa(threads, Isa::detect())
+    }
+
+    /// [`Executor::new`] with a chosen instruction set.
+    pub fn with_isa(threads: usize, isa: Isa) -> Executor {
+        Executor { isa, pool: Pool::new(threads), spare: Mutex::new(Vec::new()) }
+    }
+
+    /// Begins a pass over one step's chunks. Nothing is computed yet.
+    ///
+    /// # Errors
+    /// [`PassError`] for an empty batch or chunk, a token outside the vocabulary, a position beyond the context, or a
+    /// part of a sequence for a model that reads whole sequences.
+    pub fn begin(&self, model: &Model, batch: &[Chunk<'_>]) -> Result<Pass, PassError> {
+        check(model, batch)?;
+        let spec = model.spec();
+        let mut memory = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        memory.tokens.clear();
+        memory.places.clear();
+        memory.spans.clear();
+        let mut output_rows = 0;
+        for (index, chunk) in batch.iter().enumerate() {
+            let row = memory.tokens.len();
+            let rows = match (spec.generates(), chunk.logits) {
+                (false, _) | (true, LogitRows::Last) => 1,
+                (true, LogitRows::None) => 0,
+                (true, LogitRows::All) => chunk.tokens.len(),
+            };
+            memory.places.push(Place {
+                row,
+                tokens: chunk.tokens.len(),
+                position: chunk.position,
+                output_row: output_rows,
+                output_rows: rows,
+            });
+            let (visible, growth) = match spec.attention {
+                Attention::Causal => (chunk.position + 1, 1),
+                Attention::Bidirectional => (chunk.tokens.len(), 0),
+            };
+            let span = Span {
+                chunk: index,
+                row,
+                tokens: chunk.tokens.len(),
+                position: chunk.position,
+                visible,
+                growth,
+            };
+            memory.spans.extend(span.pieces(spec.heads / spec.kv_heads));
+            memory.tokens.extend_from_slice(chunk.tokens);
+            output_rows += rows;
+        }
+        let rows = memory.tokens.len();
+        let half = model.frequencies.len();
+        let angles = memory.angles.get_mut(rows * half * 2);
+        for place in &memory.places {
+            for token in 0..place.tokens {
+                let row = place.row + token;
+                let (cos, sin) = angles[row * half * 2..(row + 1) * half * 2].split_at_mut(half);
+                for (pair, frequency) in model.frequencies.iter().enumerate() {
+                    // The angle is rounded to f32 as in the reference implementation, its sine is then exact.
+                    let angle = f64::from((place.position + token) as f32 * frequency);
+                    cos[pair] = angle.cos() as f32;
+                    sin[pair] = angle.sin() as f32;
+                }
+            }
+        }
+        Ok(Pass {
+            model: model.id,
+            stage: 0,
+            rows,
+            output_rows,
+            output_width: model.output_width(),
+            generates: spec.generates(),
+            memory,
+        })
+    }
+
+    /// Runs stages while `pass.stage() < ready_stages` and says whether the pass is done. `kv[i]` are the blocks of
+    /// chunk `i` in order, at least enough for all its tokens up to and including this step's, each at least
+    /// `block_bytes` long; `kv` is ignored by models that cache nothing. After an error the pass is worthless, and
+    /// so are the chunks' positions in the KV blocks from [`Chunk::position`] on.
+    ///
+    /// # Errors
+    /// [`PassError`] if the model is not the one the pass was begun with, if blocks are missing or short, or if a
+    /// tensor has the wrong size.
+    pub fn advance(
+        &self,
+        pass: &mut Pass,
+        model: &Model,
+        weights: &dyn Weights,
+        kv: &mut [&mut [Extent]],
+        ready_stages: usize,
+    ) -> Result<bool, PassError> {
+        if pass.model != model.id {
+            return Err(PassError::OtherModel);
+        }
+        forward::run(self, pass, model, weights, kv, ready_stages)?;
+        Ok(pass.stage >= model.spec.stages())
+    }
+
+    /// Takes the memory of a pass back for later ones.
+    pub fn recycle(&self, pass: Pass) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < SPARE_MEMORY {
+            spare.push(pass.memory);
+        }
+    }
+}
+
+fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
+    let spec = model.spec();
+    let context = spec.context.min(spec.learned_positions.unwrap_or(usize::MAX));
+    if batch.is_empty() {
+        return Err(PassError::EmptyBatch);
+    }
+    for (index, chunk) in batch.iter().enumerate() {
+        if chunk.tokens.is_empty() {
+            return Err(PassError::EmptyChunk { chunk: index });
+        }
+        if spec.attention == Attention::Bidirectional && chunk.position > 0 {
+            return Err(PassError::Partial { chunk: index, position: chunk.position });
+        }
+        let end = chunk.position.saturating_add(chunk.tokens.len());
+        if end > context {
+            return Err(PassError::TooLong { chunk: index, end, context });
+        }
+        if let Some(&token) = chunk.tokens.iter().find(|&&token| token as usize >= spec.vocab) {
+            return Err(PassError::Token { chunk: index, token, vocab: spec.vocab });
+        }
+    }
+    Ok(())
+}

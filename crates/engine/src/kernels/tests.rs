@@ -1,0 +1,467 @@
+//! Kernels against plain f64 arithmetic, and the bitwise rules.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{Rng, SeedableRng};
+use tangram_checkpoint::{DType, Norm};
+
+use super::attention::{Heads, Keys, Preparation, Span, attend, prepare};
+use super::elementwise::{NormWeights, gelu, length, normalise, normalise_in_place, silu_mul};
+use super::matmul::{Linear, matmul};
+use super::simd::{LANES, Scalar, Simd, exp};
+use super::{Buffer, Isa, Kernel, dequantise_row};
+use crate::pool::Pool;
+
+const DTYPES: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1];
+
+struct Random(Xoshiro256PlusPlus);
+
+impl Random {
+    fn new(seed: u64) -> Random {
+        Random(Xoshiro256PlusPlus::seed_from_u64(seed))
+    }
+
+    /// Roughly normal, variance 1.
+    fn value(&mut self) -> f32 {
+        (0..4).map(|_| self.0.next_u32() as f32 / u32::MAX as f32 - 0.5).sum::<f32>() * 1.7
+    }
+
+    fn values(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.value()).collect()
+    }
+
+    /// Stored elements and what they mean.
+    fn weights(&mut self, dtype: DType, count: usize) -> (Vec<u8>, Vec<f64>) {
+        let mut bytes = Vec::new();
+        let mut values = Vec::new();
+        match dtype {
+            DType::F32 => self.values(count).iter().for_each(|x| {
+                bytes.extend(x.to_le_bytes());
+                values.push(f64::from(*x));
+            }),
+            DType::F16 => self.values(count).iter().for_each(|&x| {
+                bytes.extend(f16::from_f32(x).to_le_bytes());
+                values.push(f16::from_f32(x).to_f64());
+            }),
+            DType::BF16 => self.values(count).iter().for_each(|&x| {
+                bytes.extend(bf16::from_f32(x).to_le_bytes());
+                values.push(bf16::from_f32(x).to_f64());
+            }),
+            DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
+                for _ in 0..count / 32 {
+                    let d = f16::from_f32(self.value() * 0.05);
+                    let m = f16::from_f32(self.value());
+                    bytes.extend(d.to_le_bytes());
+                    if dtype == DType::Q4_1 {
+                        bytes.extend(m.to_le_bytes());
+                    }
+                    let mut block = vec![0u8; if dtype == DType::Q8_0 { 32 } else { 16 }];
+                    self.0.fill_bytes(&mut block);
+                    bytes.extend(&block);
+                    values.extend((0..32).map(|i| match dtype {
+                        DType::Q8_0 => d.to_f64() * f64::from(block[i] as i8),
+                        _ => {
+                            let nibble = if i < 16 { block[i] & 15 } else { block[i - 16] >> 4 };
+                            if dtype == DType::Q4_0 {
+                                d.to_f64() * (f64::from(nibble) - 8.0)
+                            } else {
+                                d.to_f64() * f64::from(nibble) + m.to_f64()
+                            }
+                        }
+                    }));
+                }
+            }
+        }
+        (bytes, values)
+    }
+}
+
+/// Copies bytes to an address that is aligned to nothing.
+fn misaligned(bytes: &[u8]) -> Vec<u8> {
+    let mut copy = vec![0u8];
+    copy.extend(bytes);
+    copy
+}
+
+fn close(found: f32, expected: f64, scale: f64) -> bool {
+    (f64::from(found) - expected).abs() <= 1e-5 * scale.max(1e-3)
+}
+
+fn isas() -> Vec<Isa> {
+    vec![Isa::detect(), Isa::scalar()]
+}
+
+#[test]
+fn every_vector_operation_equals_the_portable_one() {
+    struct All<'a> {
+        a: &'a [f32; 8],
+        b: &'a [f32; 8],
+    }
+    impl Kernel for All<'_> {
+        type Output = Vec<u32>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Vec<u32> {
+            let mut out = Vec::new();
+            let mut put = |v: S::V| {
+                let mut lanes = [0.0f32; LANES];
+                // SAFETY: eight lanes.
+                unsafe { s.store(lanes.as_mut_ptr(), v) };
+                out.extend(lanes.map(f32::to_bits));
+            };
+            // SAFETY: all operands are arrays of eight f32, 32 bytes.
+            unsafe {
+                let (a, b) = (s.load(self.a.as_ptr()), s.load(self.b.as_ptr()));
+                for v in [s.add(a, b), s.sub(a, b), s.mul(a, b), s.div(a, b), s.max(a, b), s.min(a, b)] {
+                    put(v);
+                }
+                for v in [s.round(a), s.copysign(a, b), s.abs(a), s.keep_from(a, b, a), s.splat(self.a[3])] {
+                    put(v);
+                }
+                put(s.pow2(s.round(s.max(s.splat(-120.0), s.min(s.splat(120.0), b)))));
+                let bytes = self.a.as_ptr().cast::<u8>();
+                put(s.load_f16(bytes));
+                put(s.load_bf16(bytes));
+                put(s.load_i8(bytes));
+                s.load_nibbles(bytes).into_iter().for_each(&mut put);
+                put(s.sums(std::array::from_fn(|i| s.mul(a, s.splat(i as f32 - 2.5)))));
+                let mut narrow = [0u8; 32];
+                s.store_f16(narrow.as_mut_ptr(), b);
+                put(s.load(narrow.as_ptr().cast()));
+                put(s.splat(s.sum(a)));
+            }
+            out
+        }
+    }
+    let mut random = Random::new(1);
+    for round in 0..500 {
+        let scale = [1.0, 1e-7, 1e5, 1e30][round % 4];
+        let a: [f32; 8] = std::array::from_fn(|_| random.value() * scale);
+        let b: [f32; 8] = std::array::from_fn(|_| random.value() * scale);
+        let expected = All { a: &a, b: &b }.run(Scalar);
+        let found = Isa::detect().dispatch(All { a: &a, b: &b });
+        for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let nan = f32::from_bits(*found).is_nan() && f32::from_bits(*expected).is_nan();
+            assert!(found == expected || nan, "value {index}: {found:x} {expected:x} of {a:?} {b:?}");
+        }
+    }
+}
+
+#[test]
+fn every_f16_scale_is_widened_exactly() {
+    for isa in isas() {
+        for bits in 0..=u16::MAX {
+            let mut block = [1u8; 34];
+            block[..2].copy_from_slice(&bits.to_le_bytes());
+            let mut out = [0.0f32; 32];
+            dequantise_row(isa, DType::Q8_0, &block, &mut out);
+            let expected = f16::from_bits(bits).to_f32();
+            assert!(out[0] == expected || (out[0].is_nan() && expected.is_nan()), "{bits:x}");
+        }
+    }
+}
+
+#[test]
+fn exp_is_accurate_and_bounded() {
+    struct Exp<'a>(&'a mut [f32; 8]);
+    impl Kernel for Exp<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            // SAFETY: eight lanes.
+            unsafe { s.store(self.0.as_mut_ptr(), exp(s, s.load(self.0.as_ptr()))) }
+        }
+    }
+    for isa in isas() {
+        for i in -87_000..88_000i32 {
+            let x = i as f32 * 1e-3;
+            let mut lanes = [x; 8];
+            isa.dispatch(Exp(&mut lanes));
+            let expected = f64::from(x).exp();
+            assert!((f64::from(lanes[0]) / expected - 1.0).abs() < 3e-7, "{x}: {} {expected}", lanes[0]);
+        }
+        let mut lanes = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, 1e30, f32::INFINITY, f32::NAN, -0.0];
+        isa.dispatch(Exp(&mut lanes));
+        assert_eq!(lanes[..4], [0.0, 0.0, 0.0, 1.0]);
+        assert!(lanes[4] > 1e38 && lanes[4] == lanes[5] && lanes[5].is_finite() && lanes[6].is_nan());
+    }
+}
+
+#[test]
+fn a_token_has_the_same_product_in_every_company() {
+    let mut random = Random::new(2);
+    for isa in isas() {
+        for (dtype, columns) in DTYPES
+            .iter()
+            .flat_map(|&d| [(d, 32), (d, 160), (d, 1056)])
+            .chain([(DType::BF16, 77), (DType::F32, 3)])
+        {
+            let rows = 21;
+            let (weight, _) = random.weights(dtype, rows * columns);
+            let x = random.values(40 * columns);
+            let bias = random.values(rows);
+            let start = random.values(40 * rows);
+            let run = |pool: &Pool, first: usize, tokens: usize, accumulate: bool| {
+                let mut out = start[first * rows..(first + tokens) * rows].to_vec();
+                let linear =
+                    Linear { weight: &weight, dtype, rows, bias: Some(&bias), out: &mut out, accumulate };
+                let x = &x[first * columns..(first + tokens) * columns];
+                matmul(isa, pool, &mut Buffer::new(), x, columns, tokens, [linear]);
+                out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            let pools = [Pool::new(1), Pool::new(3)];
+            for accumulate in [false, true] {
+                let alone: Vec<u32> =
+                    (0..40).flat_map(|token| run(&pools[0], token, 1, accumulate)).collect();
+                for tokens in 1..=40 {
+                    let found = run(&pools[tokens % 2], 0, tokens, accumulate);
+                    assert_eq!(found, alone[..tokens * rows], "{dtype} {columns} {tokens}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn token_blocks_do_not_change_products() {
+    // Wide enough that 60 tokens make several blocks.
+    let (columns, rows, tokens) = (8192, 6, 60);
+    let mut random = Random::new(3);
+    let (weight, _) = random.weights(DType::BF16, rows * columns);
+    let x = random.values(tokens * columns);
+    let run = |x: &[f32], tokens| {
+        let mut out = vec![0.0; tokens * rows];
+        let linear = Linear {
+            weight: &weight,
+            dtype: DType::BF16,
+            rows,
+            bias: None,
+            out: &mut out,
+            accumulate: false,
+        };
+        matmul(Isa::detect(), &Pool::new(2), &mut Buffer::new(), x, columns, tokens, [linear]);
+        out
+    };
+    let all = run(&x, tokens);
+    for token in 0..tokens {
+        assert_eq!(run(&x[token * columns..(token + 1) * columns], 1), all[token * rows..(token + 1) * rows]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn products_are_right(
+        dtype in prop::sample::select(DTYPES.to_vec()),
+        columns in 1usize..300,
+        rows in 1usize..50,
+        tokens in 1usize..40,
+        scalar: bool,
+        threads in 1usize..4,
+        seed: u64,
+    ) {
+        let columns = if dtype.is_quantised() { columns.next_multiple_of(32) } else { columns };
+        let mut random = Random::new(seed);
+        let (bytes, weights) = random.weights(dtype, rows * columns);
+        let (other_bytes, other) = random.weights(DType::F32, 5 * columns);
+        let x = random.values(tokens * columns);
+        let bytes = misaligned(&bytes);
+        let isa = if scalar { Isa::scalar() } else { Isa::detect() };
+        let (mut out, mut other_out) = (vec![f32::NAN; tokens * rows], vec![1.0; tokens * 5]);
+        let linears = [
+            Linear { weight: &bytes[1..], dtype, rows, bias: None, out: &mut out, accumulate: false },
+            Linear {
+                weight: &other_bytes, dtype: DType::F32, rows: 5, bias: Some(&[0.0, 1.0, 2.0, 3.0, 4.0]),
+                out: &mut other_out, accumulate: true,
+            },
+        ];
+        matmul(isa, &Pool::new(threads), &mut Buffer::new(), &x, columns, tokens, linears);
+        for token in 0..tokens {
+            let x = &x[token * columns..(token + 1) * columns];
+            let dot = |row: &[f64]| {
+                let products = || row.iter().zip(x).map(|(w, &x)| w * f64::from(x));
+                (products().sum::<f64>(), products().map(f64::abs).sum::<f64>())
+            };
+            for row in 0..rows {
+                let (expected, scale) = dot(&weights[row * columns..(row + 1) * columns]);
+                prop_assert!(close(out[token * rows + row], expected, scale), "token {} row {}", token, row);
+            }
+            for row in 0..5 {
+                let (expected, scale) = dot(&other[row * columns..(row + 1) * columns]);
+                prop_assert!(close(other_out[token * 5 + row], expected + 1.0 + row as f64, scale + 6.0));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_widened_right(
+        dtype in prop::sample::select(DTYPES.to_vec()), count in 1usize..200, seed: u64,
+    ) {
+        let count = if dtype.is_quantised() { count.next_multiple_of(32) } else { count };
+        let (bytes, expected) = Random::new(seed).weights(dtype, count);
+        let bytes = misaligned(&bytes);
+        for isa in isas() {
+            let mut out = vec![0.0; count];
+            dequantise_row(isa, dtype, &bytes[1..], &mut out);
+            for (out, expected) in out.iter().zip(&expected) {
+                prop_assert!((f64::from(*out) - expected).abs() <= expected.abs() * 1.3e-7 + 1e-6 * f64::from(dtype == DType::Q4_1));
+            }
+        }
+    }
+
+    #[test]
+    fn norms_are_right(width in 1usize..300, rows in 1usize..20, layer: bool, with_bias: bool, seed: u64) {
+        let mut random = Random::new(seed);
+        let (x, weight, bias) = (random.values(rows * width), random.values(width), random.values(width));
+        let epsilon = 1e-2;
+        let norm = if layer { Norm::Layer { epsilon } } else { Norm::Rms { epsilon } };
+        let weights = NormWeights { norm, weight: &weight, bias: with_bias.then_some(&bias[..]) };
+        for isa in isas() {
+            let pool = Pool::new(2);
+            let mut out = vec![0.0; rows * width];
+            normalise(isa, &pool, weights, &x, &mut out);
+            let mut in_place = x.clone();
+            normalise_in_place(isa, &pool, weights, &mut in_place);
+            prop_assert_eq!(&out, &in_place);
+            for (x, out) in x.chunks(width).zip(out.chunks(width)) {
+                let n = width as f64;
+                let mean = if layer { x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
+                let square = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+                for i in 0..width {
+                    let bias = if layer && with_bias { f64::from(bias[i]) } else { 0.0 };
+                    let scale = f64::from(weight[i]) / (square + f64::from(epsilon)).sqrt();
+                    let expected = (f64::from(x[i]) - mean) * scale + bias;
+                    prop_assert!(close(out[i], expected, 30.0), "{} {}", out[i], expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn activations_are_right_at_every_place(len in 1usize..70, seed: u64) {
+        let mut random = Random::new(seed);
+        let x: Vec<f32> = random.values(len).iter().map(|x| x * 5.0).collect();
+        let up = random.values(len);
+        let pool = Pool::new(1);
+        for isa in isas() {
+            let mut silu = x.clone();
+            silu_mul(isa, &pool, &mut silu, &up);
+            let mut gelued = x.clone();
+            gelu(isa, &pool, &mut gelued);
+            for i in 0..len {
+                let wide = f64::from(x[i]);
+                prop_assert!(close(silu[i], wide / (1.0 + (-wide).exp()) * f64::from(up[i]), 1.0 + wide.abs()));
+                let phi = 0.5 * (1.0 + erf(wide / std::f64::consts::SQRT_2));
+                prop_assert!(close(gelued[i], wide * phi, 1.0 + wide.abs()), "{} {}", gelued[i], wide * phi);
+                let mut alone = [x[i]];
+                silu_mul(isa, &pool, &mut alone, &up[i..=i]);
+                prop_assert_eq!(alone[0].to_bits(), silu[i].to_bits());
+                alone[0] = x[i];
+                gelu(isa, &pool, &mut alone);
+                prop_assert_eq!(alone[0].to_bits(), gelued[i].to_bits());
+            }
+            let expected = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            prop_assert!(close(length(isa, &x), expected, expected));
+        }
+    }
+
+    /// Attention over the rows of the batch, rotation and head norm included, against the textbook.
+    #[test]
+    fn attention_is_right(
+        kv_heads in 1usize..3,
+        group in 1usize..4,
+        head_dim in (1usize..40).prop_map(|half| half * 2),
+        lengths in prop::collection::vec(1usize..50, 1..4),
+        causal: bool,
+        normed: bool,
+        scalar: bool,
+        seed: u64,
+    ) {
+        let shape = Heads { heads: kv_heads * group, kv_heads, head_dim };
+        let rows: usize = lengths.iter().sum();
+        let mut random = Random::new(seed);
+        let queries = random.values(rows * shape.heads * head_dim);
+        let keys = random.values(rows * kv_heads * head_dim);
+        let values = random.values(rows * kv_heads * head_dim);
+        let half = head_dim / 2 - head_dim / 4;
+        let angles = random.values(rows * half);
+        let table: Vec<f32> = angles
+            .chunks(half)
+            .flat_map(|row| row.iter().map(|a| a.cos()).chain(row.iter().map(|a| a.sin())).collect::<Vec<_>>())
+            .collect();
+        let norm_weight = random.values(head_dim);
+        let norm = NormWeights { norm: Norm::Rms { epsilon: 1e-3 }, weight: &norm_weight, bias: None };
+
+        let mut spans = Vec::new();
+        let mut row = 0;
+        for (chunk, &tokens) in lengths.iter().enumerate() {
+            let (visible, growth) = if causal { (1, 1) } else { (tokens, 0) };
+            spans.extend(Span { chunk, row, tokens, position: 0, visible, growth }.pieces(group));
+            row += tokens;
+        }
+        let isa = if scalar { Isa::scalar() } else { Isa::detect() };
+        let pool = Pool::new(2);
+        let (mut query, mut key) = (queries.clone(), keys.clone());
+        let norm = normed.then_some(norm);
+        let preparation = Preparation { query_norm: norm, key_norm: norm, angles: &table, half };
+        prepare(isa, &pool, shape, preparation, &spans, None, &mut query, &mut key, &values);
+        let mut out = vec![0.0; query.len()];
+        attend(isa, &pool, shape, &spans, Keys::Fresh(&key, &values), &query, &mut out);
+
+        let ready = |x: &[f32], row: usize, heads: usize, head: usize| -> Vec<f64> {
+            let start = (row * heads + head) * head_dim;
+            let mut x: Vec<f64> = x[start..start + head_dim].iter().map(|&x| f64::from(x)).collect();
+            if normed {
+                let square = x.iter().map(|x| x * x).sum::<f64>() / head_dim as f64;
+                let epsilon = f64::from(1e-3f32);
+                x.iter_mut().zip(&norm_weight).for_each(|(x, &w)| *x *= f64::from(w) / (square + epsilon).sqrt());
+            }
+            for i in 0..half {
+                let (sin, cos) = f64::from(angles[row * half + i]).sin_cos();
+                (x[i], x[i + half]) = (x[i] * cos - x[i + half] * sin, x[i + half] * cos + x[i] * sin);
+            }
+            x
+        };
+        let mut first = 0;
+        for &tokens in &lengths {
+            for token in 0..tokens {
+                for head in 0..shape.heads {
+                    let q = ready(&queries, first + token, shape.heads, head);
+                    let seen = if causal { token + 1 } else { tokens };
+                    let weights: Vec<f64> = (0..seen)
+                        .map(|position| {
+                            let k = ready(&keys, first + position, kv_heads, head / group);
+                            let dot: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
+                            (dot / (head_dim as f64).sqrt()).exp()
+                        })
+                        .collect();
+                    for i in 0..head_dim {
+                        let value = |p: usize| f64::from(values[((first + p) * kv_heads + head / group) * head_dim + i]);
+                        let sum: f64 = weights.iter().enumerate().map(|(p, w)| w * value(p)).sum();
+                        let expected = sum / weights.iter().sum::<f64>();
+                        let found = out[((first + token) * shape.heads + head) * head_dim + i];
+                        prop_assert!(close(found, expected, 10.0), "{} {}", found, expected);
+                    }
+                }
+            }
+            first += tokens;
+        }
+    }
+}
+
+/// erf by its power series, for moderate arguments, and its limit beyond.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let mut term = x;
+    let mut sum = x;
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * std::f64::consts::FRAC_2_SQRT_PI
+}

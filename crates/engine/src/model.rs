@@ -1,0 +1,419 @@
+//! A model as the executor sees it: which tensor is used where, checked once.
+//!
+//! Nothing here touches weights; a [`Model`] holds indices, shapes and small tables only, and never changes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tangram_checkpoint::{
+    Attention, DType, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Role, Rope, RopeScaling,
+};
+
+use crate::kernels::kv::{BLOCK_TOKENS, KvElement, KvShape};
+
+/// Largest width of anything (hidden, intermediate, all heads together) in elements: keeps products in range.
+const MAX_WIDTH: usize = 1 << 24;
+/// Largest vocabulary and context.
+const MAX_ROWS: usize = 1 << 28;
+/// Most layers.
+const MAX_LAYERS: usize = 1 << 16;
+
+/// A tensor of a model: what it is for and how it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorDesc {
+    /// What the tensor is for.
+    pub role: Role,
+    /// How its elements are stored.
+    pub dtype: DType,
+    /// Outermost dimension first.
+    pub shape: Vec<u64>,
+}
+
+/// Why tensors do not make a model.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum ModelError {
+    /// The spec contradicts itself or is out of range.
+    #[error("unusable model description: {0}")]
+    Spec(String),
+    /// A required tensor is not there.
+    #[error("tensor {0:?} is missing")]
+    Missing(Role),
+    /// Two tensors have the same role.
+    #[error("tensor {0:?} is there twice")]
+    Twice(Role),
+    /// The spec has no use for a tensor.
+    #[error("tensor {0:?} has no place in a model of this description")]
+    Unexpected(Role),
+    /// A tensor has the wrong shape.
+    #[error("tensor {role:?} has shape {found:?}, the model needs {expected:?}")]
+    Shape {
+        /// Which tensor.
+        role: Role,
+        /// The shape the spec demands.
+        expected: Vec<u64>,
+        /// The shape given.
+        found: Vec<u64>,
+    },
+    /// A tensor's rows do not divide into the blocks of its type, or a vector is quantised.
+    #[error("tensor {role:?} cannot be stored as {dtype}")]
+    DType {
+        /// Which tensor.
+        role: Role,
+        /// The type given.
+        dtype: DType,
+    },
+}
+
+/// Sizes of the blocks in which keys and values are cached, `[layer][key|value][kv head][token][head_dim]`, in f32 if
+/// the token embedding is stored in f32, else in f16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    /// Tokens per block.
+    pub block_tokens: usize,
+    /// Bytes per block, all layers.
+    pub block_bytes: usize,
+}
+
+/// A tensor in its place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tensor {
+    /// Index in the slice given to [`Model::new`].
+    pub(crate) index: usize,
+    pub(crate) dtype: DType,
+    /// 1 for vectors.
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    /// All of it.
+    pub(crate) bytes: usize,
+}
+
+impl Tensor {
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.bytes / self.rows
+    }
+}
+
+/// A norm's parameters.
+pub(crate) struct NormTensors {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Option<Tensor>,
+}
+
+/// A matrix with its bias.
+pub(crate) struct LinearTensors {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Option<Tensor>,
+}
+
+/// The tensors of a layer.
+pub(crate) struct Layer {
+    pub(crate) attn_norm: NormTensors,
+    pub(crate) query: LinearTensors,
+    pub(crate) key: LinearTensors,
+    pub(crate) value: LinearTensors,
+    pub(crate) query_norm: Option<Tensor>,
+    pub(crate) key_norm: Option<Tensor>,
+    pub(crate) attn_out: LinearTensors,
+    pub(crate) mlp_norm: NormTensors,
+    /// Only gated.
+    pub(crate) gate: Option<LinearTensors>,
+    pub(crate) up: LinearTensors,
+    pub(crate) down: LinearTensors,
+}
+
+/// The plan of a model: its spec, where its tensors are used, and what its passes need.
+pub struct Model {
+    /// Different for every model of the process; ties a pass to its model.
+    pub(crate) id: u64,
+    pub(crate) spec: ModelSpec,
+    pub(crate) token_embedding: Tensor,
+    pub(crate) position_embedding: Option<Tensor>,
+    pub(crate) type_embedding: Option<Tensor>,
+    pub(crate) embedding_norm: Option<NormTensors>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) final_norm: Option<NormTensors>,
+    /// The token embedding where tied; `None` in embedding models.
+    pub(crate) output: Option<Tensor>,
+    /// Rotary frequency per pair, radians per token; empty without rotation.
+    pub(crate) frequencies: Vec<f32>,
+    /// `None` where nothing is cached.
+    pub(crate) kv_shape: Option<KvShape>,
+    kv: Option<KvLayout>,
+}
+
+impl Model {
+    /// Checks that `tensors` are exactly what `spec` describes. A tensor's index in the slice is its index in
+    /// [`crate::Weights`]. An output matrix beside tied embeddings is ignored.
+    ///
+    /// # Errors
+    /// [`ModelError`] for a contradictory spec, missing, doubled or superfluous tensors, wrong shapes or types.
+    pub fn new(spec: ModelSpec, tensors: &[TensorDesc]) -> Result<Model, ModelError> {
+        check_spec(&spec)?;
+        let mut roles = Roles { spec: &spec, tensors: HashMap::new() };
+        for (index, desc) in tensors.iter().enumerate() {
+            roles.add(index, desc)?;
+        }
+        let token_embedding = roles.take(Role::TokenEmbedding)?;
+        let position_embedding =
+            spec.learned_positions.map(|_| roles.take(Role::PositionEmbedding)).transpose()?;
+        let type_embedding = spec.token_types.map(|_| roles.take(Role::TypeEmbedding)).transpose()?;
+        let post = spec.norm_placement == NormPlacement::Post;
+        let embedding_norm =
+            post.then(|| roles.norm(Role::EmbeddingNorm, Role::EmbeddingNormBias)).transpose()?;
+        let layers = (0..spec.layers as u32).map(|layer| roles.layer(layer)).collect::<Result<_, _>>()?;
+        let final_norm = (!post).then(|| roles.norm(Role::FinalNorm, Role::FinalNormBias)).transpose()?;
+        let output = match spec.output {
+            Output::Logits { tied: true } => {
+                roles.tensors.remove(&Role::Output);
+                Some(token_embedding)
+            }
+            Output::Logits { tied: false } => Some(roles.take(Role::Output)?),
+            Output::Embedding { .. } => None,
+        };
+        if let Some(&role) = roles.tensors.keys().min() {
+            return Err(ModelError::Unexpected(role));
+        }
+        let kv_shape = (spec.attention == Attention::Causal).then_some(KvShape {
+            layers: spec.layers,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            element: if token_embedding.dtype == DType::F32 { KvElement::F32 } else { KvElement::F16 },
+        });
+        let kv = match kv_shape {
+            Some(shape) => {
+                let block_bytes =
+                    shape.block_bytes().ok_or_else(|| ModelError::Spec("KV blocks are too large".into()))?;
+                Some(KvLayout { block_tokens: BLOCK_TOKENS, block_bytes })
+            }
+            None => None,
+        };
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        Ok(Model {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            token_embedding,
+            position_embedding,
+            type_embedding,
+            embedding_norm,
+            layers,
+            final_norm,
+            output,
+            frequencies: spec.rope.as_ref().map(frequencies).unwrap_or_default(),
+            kv_shape,
+            kv,
+            spec,
+        })
+    }
+
+    /// The description the model was made from.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The KV blocks that sequences need; `None` where nothing is cached (embedding models).
+    pub fn kv(&self) -> Option<KvLayout> {
+        self.kv
+    }
+
+    /// Bytes of activations and outputs that a pass over `tokens` tokens with `logit_rows` rows of logits (for
+    /// embedding models: sequences) holds. The executor's own per-thread memory, below 1 MiB per thread for contexts
+    /// up to some 10,000 tokens, is not included.
+    pub fn scratch_bytes(&self, tokens: usize, logit_rows: usize) -> usize {
+        self.activation_elements(tokens, logit_rows).iter().sum::<usize>() * size_of::<f32>()
+    }
+
+    /// Widths of what a pass holds per token and per output row.
+    pub(crate) fn activation_elements(&self, tokens: usize, output_rows: usize) -> [usize; 10] {
+        let spec = &self.spec;
+        let queries = spec.heads * spec.head_dim;
+        let keys = spec.kv_heads * spec.head_dim;
+        let widest = spec.hidden.max(queries).max(spec.intermediate).next_multiple_of(32);
+        let rows = tokens.max(output_rows);
+        [
+            tokens * spec.hidden,
+            rows * spec.hidden.max(queries),
+            tokens * queries,
+            tokens * keys,
+            tokens * keys,
+            tokens * spec.intermediate,
+            if spec.mlp == Mlp::GatedSilu { tokens * spec.intermediate } else { 0 },
+            rows * widest,
+            tokens * self.frequencies.len() * 2,
+            output_rows * self.output_width(),
+        ]
+    }
+
+    /// Elements of an output row.
+    pub(crate) fn output_width(&self) -> usize {
+        match self.spec.output {
+            Output::Logits { .. } => self.spec.vocab,
+            Output::Embedding { .. } => self.spec.hidden,
+        }
+    }
+}
+
+/// Tensors that have not found their place yet.
+struct Roles<'a> {
+    spec: &'a ModelSpec,
+    tensors: HashMap<Role, Tensor>,
+}
+
+impl Roles<'_> {
+    fn add(&mut self, index: usize, desc: &TensorDesc) -> Result<(), ModelError> {
+        let role = desc.role;
+        let expected = self.spec.shape(role);
+        if desc.shape != expected {
+            return Err(ModelError::Shape { role, expected, found: desc.shape.clone() });
+        }
+        let vector = expected.len() == 1;
+        let bytes = desc.dtype.tensor_bytes(&expected).and_then(|bytes| usize::try_from(bytes).ok());
+        let (Some(bytes), false) = (bytes, vector && desc.dtype.is_quantised()) else {
+            return Err(ModelError::DType { role, dtype: desc.dtype });
+        };
+        let columns = expected[expected.len() - 1] as usize;
+        let rows = if vector { 1 } else { expected[0] as usize };
+        match self.tensors.insert(role, Tensor { index, dtype: desc.dtype, rows, columns, bytes }) {
+            Some(_) => Err(ModelError::Twice(role)),
+            None => Ok(()),
+        }
+    }
+
+    fn take(&mut self, role: Role) -> Result<Tensor, ModelError> {
+        self.tensors.remove(&role).ok_or(ModelError::Missing(role))
+    }
+
+    fn norm(&mut self, weight: Role, bias: Role) -> Result<NormTensors, ModelError> {
+        let bias = match self.spec.norm {
+            Norm::Layer { .. } => Some(self.take(bias)?),
+            Norm::Rms { .. } => None,
+        };
+        Ok(NormTensors { weight: self.take(weight)?, bias })
+    }
+
+    fn layer(&mut self, layer: u32) -> Result<Layer, ModelError> {
+        use LayerRole::*;
+        let role = |role| Role::Layer(layer, role);
+        let spec = self.spec;
+        let mut linear = |weight, bias| -> Result<LinearTensors, ModelError> {
+            Ok(LinearTensors { weight: self.take(role(weight))?, bias: self.tensors.remove(&role(bias)) })
+        };
+        let query = linear(Query, QueryBias)?;
+        let key = linear(Key, KeyBias)?;
+        let value = linear(Value, ValueBias)?;
+        let attn_out = linear(AttnOut, AttnOutBias)?;
+        let gate = (spec.mlp == Mlp::GatedSilu).then(|| linear(Gate, GateBias)).transpose()?;
+        let up = linear(Up, UpBias)?;
+        let down = linear(Down, DownBias)?;
+        Ok(Layer {
+            attn_norm: self.norm(role(AttnNorm), role(AttnNormBias))?,
+            query,
+            key,
+            value,
+            query_norm: spec.qk_norm.then(|| self.take(role(QueryNorm))).transpose()?,
+            key_norm: spec.qk_norm.then(|| self.take(role(KeyNorm))).transpose()?,
+            attn_out,
+            mlp_norm: self.norm(role(MlpNorm), role(MlpNormBias))?,
+            gate,
+            up,
+            down,
+        })
+    }
+}
+
+fn check_spec(spec: &ModelSpec) -> Result<(), ModelError> {
+    let fail = |message: String| Err(ModelError::Spec(message));
+    let within = |name: &str, value: usize, most: usize| {
+        if value == 0 || value > most {
+            fail(format!("{name} is {value}, allowed is 1 to {most}"))
+        } else {
+            Ok(())
+        }
+    };
+    within("vocabulary", spec.vocab, MAX_ROWS)?;
+    within("context", spec.context, MAX_ROWS)?;
+    within("hidden size", spec.hidden, MAX_WIDTH)?;
+    within("intermediate size", spec.intermediate, MAX_WIDTH)?;
+    within("number of layers", spec.layers, MAX_LAYERS)?;
+    within("number of heads", spec.heads, MAX_WIDTH)?;
+    within("number of key/value heads", spec.kv_heads, spec.heads)?;
+    within("head size", spec.head_dim, MAX_WIDTH / spec.heads)?;
+    within("learned positions", spec.learned_positions.unwrap_or(1), MAX_ROWS)?;
+    within("token types", spec.token_types.unwrap_or(1), MAX_ROWS)?;
+    if !spec.heads.is_multiple_of(spec.kv_heads) {
+        return fail(format!("{} heads do not divide among {} key/value heads", spec.heads, spec.kv_heads));
+    }
+    let (Norm::Rms { epsilon } | Norm::Layer { epsilon }) = spec.norm;
+    if !(epsilon.is_finite() && epsilon >= 0.0) {
+        return fail(format!("norm epsilon is {epsilon}"));
+    }
+    if let Some(rope) = &spec.rope {
+        if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > spec.head_dim {
+            return fail(format!("{} of {} elements of a head are rotated", rope.dims, spec.head_dim));
+        }
+        if let RopeScaling::Factors { factors } = &rope.scaling
+            && factors.len() != rope.dims / 2
+        {
+            return fail(format!("{} rotary factors for {} pairs", factors.len(), rope.dims / 2));
+        }
+        if !frequencies(rope).iter().all(|frequency| frequency.is_finite()) {
+            return fail("rotary frequencies are not finite".into());
+        }
+    }
+    Ok(())
+}
+
+/// The frequency of every rotated pair, as Hugging Face transformers computes them.
+fn frequencies(rope: &Rope) -> Vec<f32> {
+    let plain = (0..rope.dims / 2).map(|pair| 1.0 / rope.theta.powf((2 * pair) as f64 / rope.dims as f64));
+    match &rope.scaling {
+        RopeScaling::None => plain.map(|f| f as f32).collect(),
+        RopeScaling::Linear { factor } => plain.map(|f| (f / factor) as f32).collect(),
+        RopeScaling::Factors { factors } => {
+            plain.zip(factors).map(|(f, &factor)| (f / f64::from(factor)) as f32).collect()
+        }
+        &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => plain
+            .map(|f| {
+                let wavelength = 2.0 * std::f64::consts::PI / f;
+                let scaled = if wavelength > original_context / low_freq_factor {
+                    f / factor
+                } else if wavelength < original_context / high_freq_factor {
+                    f
+                } else {
+                    let smooth = (original_context / wavelength - low_freq_factor)
+                        / (high_freq_factor - low_freq_factor);
+                    (1.0 - smooth) * f / factor + smooth * f
+                };
+                scaled as f32
+            })
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(scaling: RopeScaling) -> Rope {
+        Rope { theta: 10000.0, dims: 8, scaling }
+    }
+
+    #[test]
+    fn frequencies_follow_the_published_formulas() {
+        let plain = frequencies(&rope(RopeScaling::None));
+        assert_eq!(plain, [1.0, 0.1, 0.01, 0.001]);
+        let linear = frequencies(&rope(RopeScaling::Linear { factor: 4.0 }));
+        assert_eq!(linear, [0.25, 0.025, 0.0025, 0.00025]);
+        let factors = frequencies(&rope(RopeScaling::Factors { factors: vec![1.0, 2.0, 4.0, 8.0] }));
+        assert_eq!(factors, [1.0, 0.05, 0.0025, 0.000125]);
+        // Wavelengths 6.28, 62.8, 628, 6283 with borders at 64 / 4 and 64 / 1.
+        let llama3 = frequencies(&rope(RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 64.0,
+        }));
+        let smooth = (64.0 / (20.0 * std::f64::consts::PI) - 1.0) / 3.0;
+        assert_eq!(llama3[0], 1.0);
+        assert_eq!(llama3[1], ((1.0 - smooth) * 0.1 / 8.0 + smooth * 0.1) as f32);
+        assert_eq!(llama3[2..], [0.00125, 0.000125]);
+    }
+}

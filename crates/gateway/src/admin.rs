@@ -1,0 +1,159 @@
+//! `/admin/`: deploying, removing and watching models. The `tangram` command line uses it.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use tangram_node::{DeployError, DeployProgress, DeployedModel};
+use tokio::sync::mpsc;
+
+use crate::Gateway;
+use crate::body::RequestBody;
+use crate::openai::error::ApiError;
+use crate::openai::fields::Fields;
+
+/// Least time between two progress lines.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// `GET /admin/models`.
+pub(crate) async fn list(State(gateway): State<Arc<Gateway>>) -> Response {
+    Json(json!({"models": gateway.node.list()})).into_response()
+}
+
+/// `GET /admin/status`: the node's figures and its models.
+pub(crate) async fn status(State(gateway): State<Arc<Gateway>>) -> Response {
+    Json(json!({"node": gateway.node.status(), "models": gateway.node.list()})).into_response()
+}
+
+/// `DELETE /admin/models/{name}`.
+pub(crate) async fn remove(State(gateway): State<Arc<Gateway>>, Path(name): Path<String>) -> Result<Response, ApiError> {
+    let remover = gateway.clone();
+    let removed = tokio::task::spawn_blocking(move || {
+        remover.node.remove(&name)?;
+        remover.texts.retain(&remover.node.models());
+        Ok::<_, DeployError>(name)
+    });
+    let name = removed.await.map_err(|_| ApiError::internal("the removal failed"))??;
+    Ok(Json(json!({"removed": name})).into_response())
+}
+
+enum DeployEvent {
+    Progress(DeployProgress),
+    End(Box<Result<Arc<DeployedModel>, DeployError>>),
+}
+
+/// `POST /admin/models` with `{"name", "source"}`: answers with one JSON object per line, progress first, then the
+/// model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
+/// cancelled.
+pub(crate) async fn deploy(
+    State(gateway): State<Arc<Gateway>>,
+    headers: HeaderMap,
+    body: RequestBody,
+) -> Result<Response, ApiError> {
+    // A page in a browser cannot send this type to another origin without asking, and nobody here answers yes.
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if content_type.split(';').next().map(str::trim) != Some("application/json") {
+        return Err(ApiError::not_json());
+    }
+    let fields = Fields::parse(&body.0)?;
+    let required = |name: &str| {
+        let value = fields.string(name)?.filter(|value| !value.is_empty());
+        value.ok_or_else(|| ApiError::param(name, format!("'{name}' is required")))
+    };
+    let (name, source) = (required("name")?, required("source")?);
+    // Room for one progress line that waits to be sent and for the end.
+    let (sender, mut events) = mpsc::channel(2);
+    let deployer = gateway.clone();
+    tokio::task::spawn_blocking(move || {
+        let result = run(&deployer, &name, PathBuf::from(source), &sender);
+        if let Ok(model) = &result {
+            deployer.texts.retain(&deployer.node.models());
+            deployer.texts.warm(model);
+        }
+        // Fails if the client has gone; then nobody wants to know.
+        let _ = sender.blocking_send(DeployEvent::End(Box::new(result)));
+    });
+    let first = match events.recv().await {
+        Some(DeployEvent::End(result)) => Line::Ready(ready(&gateway, &*result.map_err(ApiError::from)?)),
+        Some(DeployEvent::Progress(progress)) => Line::Progress(progress),
+        None => return Err(ApiError::internal("the deployment failed")),
+    };
+    let stream = futures::stream::unfold((Some(first), events, gateway), async |(line, mut events, gateway)| {
+        let line = line?;
+        let next = match line {
+            Line::Ready(_) => None,
+            Line::Progress(_) => match events.recv().await {
+                Some(DeployEvent::Progress(progress)) => Some(Line::Progress(progress)),
+                Some(DeployEvent::End(result)) => Some(Line::Ready(match *result {
+                    Ok(model) => ready(&gateway, &model),
+                    Err(error) => failed(&error.into()),
+                })),
+                None => Some(Line::Ready(failed(&ApiError::internal("the deployment failed")))),
+            },
+        };
+        Some((Ok::<_, std::convert::Infallible>(line.bytes()), (next, events, gateway)))
+    });
+    let mut response = Body::from_stream(stream).into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"));
+    Ok(response)
+}
+
+/// Deploys; blocking. Stops when the receiver is gone or the server goes down.
+fn run(
+    gateway: &Gateway,
+    name: &str,
+    source: PathBuf,
+    sender: &mpsc::Sender<DeployEvent>,
+) -> Result<Arc<DeployedModel>, DeployError> {
+    let mut last: Option<Instant> = None;
+    gateway.node.deploy(name, &source, &mut |progress| {
+        if sender.is_closed() || gateway.stopping.load(Ordering::Relaxed) {
+            return ControlFlow::Break(());
+        }
+        let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_INTERVAL);
+        // The second place in the channel is for the end.
+        if due && sender.capacity() > 1 && sender.try_send(DeployEvent::Progress(progress)).is_ok() {
+            last = Some(Instant::now());
+        }
+        ControlFlow::Continue(())
+    })
+}
+
+enum Line {
+    Progress(DeployProgress),
+    /// The last line.
+    Ready(Value),
+}
+
+impl Line {
+    fn bytes(&self) -> Bytes {
+        let value = match self {
+            Line::Progress(progress) => json!({
+                "status": "importing",
+                "bytes_done": progress.bytes_done,
+                "bytes_total": progress.bytes_total,
+                "bytes_reused": progress.bytes_reused,
+            }),
+            Line::Ready(value) => value.clone(),
+        };
+        Bytes::from(format!("{value}\n"))
+    }
+}
+
+fn ready(gateway: &Gateway, model: &DeployedModel) -> Value {
+    let status = gateway.node.list().into_iter().find(|status| status.name == model.name);
+    json!({"status": "ready", "model": status})
+}
+
+fn failed(error: &ApiError) -> Value {
+    let body = error.body();
+    json!({"status": "error", "error": body.get("error")})
+}

@@ -1,0 +1,337 @@
+//! The data directory: which models are deployed, and the imported checkpoints on disk.
+//!
+//! ```text
+//! DIR/catalog.redb              deployed name -> checkpoint id, time; locked by the running node
+//! DIR/checkpoints/ID/           data.bin, manifest.json, tokenizer.json
+//! DIR/staging/ID/               an import under way
+//! ```
+//! Invariants: a checkpoint becomes part of the catalogue by one committed transaction after its files are durable
+//! under their final name; whatever no catalogued model refers to is litter and is removed at the next start. So a
+//! process killed at any moment leaves either the whole model or nothing.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::io;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+use tangram_checkpoint::{self as checkpoint, ContentId, DATA_FILE, KnownTensor, Manifest, Source};
+
+use crate::api::{DeployError, DeployProgress};
+
+const MODELS: TableDefinition<&str, &[u8]> = TableDefinition::new("models");
+
+/// What the catalogue stores per deployed name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    checkpoint: String,
+    created: u64,
+}
+
+/// A deployed model on disk.
+#[derive(Clone, Debug)]
+pub(crate) struct Deployment {
+    pub(crate) created: u64,
+    pub(crate) manifest: Arc<Manifest>,
+}
+
+/// Why the data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// Another process has it.
+    #[error(
+        "data directory {} is in use by another tangram process; stop it, or choose another directory with --data",
+        .0.display()
+    )]
+    Locked(PathBuf),
+    /// The system refused.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was attempted, with the path.
+        what: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The database refused.
+    #[error("catalogue {}: {message}", path.display())]
+    Database {
+        /// The database file.
+        path: PathBuf,
+        /// Its answer.
+        message: String,
+    },
+}
+
+impl From<CatalogError> for DeployError {
+    fn from(error: CatalogError) -> Self {
+        match error {
+            CatalogError::Io { what, source } => DeployError::Storage { what, source },
+            other => DeployError::Catalogue(other.to_string()),
+        }
+    }
+}
+
+fn io_error(what: &str, path: &Path) -> impl FnOnce(io::Error) -> CatalogError {
+    let what = format!("{what} {}", path.display());
+    move |source| CatalogError::Io { what, source }
+}
+
+/// The deployed models and their files.
+pub(crate) struct Catalog {
+    root: PathBuf,
+    database: Database,
+    models: BTreeMap<String, Deployment>,
+    contents: HashMap<ContentId, KnownTensor>,
+    /// Checkpoints that no deployed model refers to any more but that running requests may still read.
+    retiring: BTreeMap<String, usize>,
+}
+
+impl Catalog {
+    /// Opens or makes the data directory, takes its lock and removes litter. A deployed model whose manifest cannot be
+    /// read is reported in the second value and left out, its files untouched.
+    pub(crate) fn open(root: &Path) -> Result<(Catalog, Vec<String>), CatalogError> {
+        for dir in [root.to_path_buf(), root.join("checkpoints"), root.join("staging")] {
+            fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
+        }
+        let path = root.join("catalog.redb");
+        let database = Database::create(&path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => CatalogError::Locked(root.to_path_buf()),
+            other => CatalogError::Database { path: path.clone(), message: other.to_string() },
+        })?;
+        let mut catalog = Catalog {
+            root: root.to_path_buf(),
+            database,
+            models: BTreeMap::new(),
+            contents: HashMap::new(),
+            retiring: BTreeMap::new(),
+        };
+        let mut problems = Vec::new();
+        let mut unreadable = BTreeSet::new();
+        for (name, record) in catalog.records()? {
+            match checkpoint::read_manifest(&catalog.checkpoint_dir(&record.checkpoint)) {
+                Ok(manifest) => {
+                    let manifest = Arc::new(manifest);
+                    catalog.models.insert(name, Deployment { created: record.created, manifest });
+                }
+                Err(error) => {
+                    problems.push(format!("model '{name}' cannot be used, deploy it again: {error}"));
+                    unreadable.insert(record.checkpoint);
+                }
+            }
+        }
+        catalog.index_contents();
+        catalog.remove_litter(&unreadable)?;
+        Ok((catalog, problems))
+    }
+
+    fn database_error(&self, error: impl std::fmt::Display) -> CatalogError {
+        CatalogError::Database { path: self.root.join("catalog.redb"), message: error.to_string() }
+    }
+
+    fn records(&self) -> Result<Vec<(String, Record)>, CatalogError> {
+        let error = |error: &dyn std::fmt::Display| self.database_error(error);
+        let read = self.database.begin_read().map_err(|e| error(&e))?;
+        let table = match read.open_table(MODELS) {
+            Ok(table) => table,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+            Err(other) => return Err(error(&other)),
+        };
+        let mut records = Vec::new();
+        for row in table.iter().map_err(|e| error(&e))? {
+            let (name, value) = row.map_err(|e| error(&e))?;
+            let record = serde_json::from_slice(value.value()).map_err(|e| error(&e))?;
+            records.push((name.value().to_owned(), record));
+        }
+        Ok(records)
+    }
+
+    /// Removes everything from the checkpoint and staging directories that nothing refers to.
+    fn remove_litter(&self, keep: &BTreeSet<String>) -> Result<(), CatalogError> {
+        let referenced = self.referenced();
+        for (dir, all) in [("staging", true), ("checkpoints", false)] {
+            let dir = self.root.join(dir);
+            for entry in fs::read_dir(&dir).map_err(io_error("listing", &dir))? {
+                let entry = entry.map_err(io_error("listing", &dir))?;
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if all || !(referenced.contains(name.as_str()) || keep.contains(&name)) {
+                    fs::remove_dir_all(entry.path()).map_err(io_error("removing", &entry.path()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checkpoints that a deployed model is, or whose file holds a tensor of one, or that are still being read.
+    fn referenced(&self) -> BTreeSet<&str> {
+        let of_models = self.models.values().flat_map(|deployment| {
+            let tensors = deployment.manifest.tensors.iter().map(|tensor| tensor.checkpoint.as_str());
+            tensors.chain([deployment.manifest.checkpoint.as_str()])
+        });
+        of_models.chain(self.retiring.keys().map(String::as_str)).collect()
+    }
+
+    fn index_contents(&mut self) {
+        self.contents.clear();
+        for deployment in self.models.values() {
+            for tensor in &deployment.manifest.tensors {
+                self.contents.entry(tensor.id).or_insert_with(|| KnownTensor {
+                    checkpoint: tensor.checkpoint.clone(),
+                    offset: tensor.offset,
+                    chunks: tensor.chunks.clone(),
+                });
+            }
+        }
+    }
+
+    /// Deployed models by name.
+    pub(crate) fn models(&self) -> &BTreeMap<String, Deployment> {
+        &self.models
+    }
+
+    /// Directory of a checkpoint.
+    pub(crate) fn checkpoint_dir(&self, checkpoint: &str) -> PathBuf {
+        self.root.join("checkpoints").join(checkpoint)
+    }
+
+    /// Size of a checkpoint's data file, bytes; 0 if it cannot be read.
+    pub(crate) fn data_bytes(&self, checkpoint: &str) -> u64 {
+        fs::metadata(self.checkpoint_dir(checkpoint).join(DATA_FILE)).map_or(0, |metadata| metadata.len())
+    }
+
+    /// Imports a checkpoint and commits it under `name`. An older deployment of that name is replaced; its files are
+    /// kept until [`Catalog::retired`] is called with its manifest.
+    pub(crate) fn deploy(
+        &mut self,
+        name: &str,
+        source: &Source,
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Deployment, DeployError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let id = format!("{:016x}", now.as_nanos() as u64);
+        let staging = self.root.join("staging").join(&id);
+        fs::create_dir(&staging).map_err(io_error("creating", &staging))?;
+        let imported = self.import_and_publish(name, &id, now.as_secs(), source, &staging, progress);
+        if imported.is_err() {
+            // What is left over, if even this fails, goes at the next start.
+            let _ = fs::remove_dir_all(&staging);
+            let _ = fs::remove_dir_all(self.checkpoint_dir(&id));
+        }
+        let deployment = imported?;
+        let replaced = self.models.insert(name.to_owned(), deployment.clone());
+        self.index_contents();
+        if let Some(replaced) = replaced {
+            self.retire(&replaced);
+        }
+        Ok(deployment)
+    }
+
+    fn import_and_publish(
+        &self,
+        name: &str,
+        id: &str,
+        created: u64,
+        source: &Source,
+        staging: &Path,
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Deployment, DeployError> {
+        let known = |content: &ContentId| self.contents.get(content).cloned();
+        let manifest = checkpoint::import(source, staging, id, &known, &mut |import| {
+            let checkpoint::ImportProgress { bytes_done, bytes_total, bytes_reused } = import;
+            progress(DeployProgress { bytes_done, bytes_total, bytes_reused })
+        })
+        .map_err(|error| match error {
+            checkpoint::CheckpointError::Cancelled => DeployError::Cancelled,
+            other => DeployError::Checkpoint(other),
+        })?;
+        let published = self.checkpoint_dir(id);
+        fs::rename(staging, &published).map_err(io_error("publishing", &published))?;
+        let parent = self.root.join("checkpoints");
+        File::open(&parent).and_then(|dir| dir.sync_all()).map_err(io_error("syncing", &parent))?;
+        let record = Record { checkpoint: id.to_owned(), created };
+        self.commit(name, Some(&record))?;
+        Ok(Deployment { created, manifest: Arc::new(manifest) })
+    }
+
+    fn commit(&self, name: &str, record: Option<&Record>) -> Result<(), CatalogError> {
+        let error = |error: &dyn std::fmt::Display| self.database_error(error);
+        let write = self.database.begin_write().map_err(|e| error(&e))?;
+        {
+            let mut table = write.open_table(MODELS).map_err(|e| error(&e))?;
+            match record {
+                Some(record) => {
+                    let value = serde_json::to_vec(record).map_err(|e| error(&e))?;
+                    table.insert(name, value.as_slice()).map_err(|e| error(&e))?;
+                }
+                None => {
+                    table.remove(name).map_err(|e| error(&e))?;
+                }
+            }
+        }
+        write.commit().map_err(|e| error(&e))
+    }
+
+    /// Takes a model out of the catalogue; its files are kept until [`Catalog::retired`] is called with its manifest.
+    pub(crate) fn remove(&mut self, name: &str) -> Result<(), DeployError> {
+        if !self.models.contains_key(name) {
+            return Err(DeployError::UnknownModel(name.to_owned()));
+        }
+        self.commit(name, None)?;
+        let deployment = self.models.remove(name).ok_or_else(|| DeployError::UnknownModel(name.to_owned()))?;
+        self.index_contents();
+        self.retire(&deployment);
+        Ok(())
+    }
+
+    fn retire(&mut self, deployment: &Deployment) {
+        for checkpoint in checkpoints_of(&deployment.manifest) {
+            *self.retiring.entry(checkpoint).or_insert(0) += 1;
+        }
+    }
+
+    /// The last request of a replaced or removed deployment has ended: removes files that nothing needs any more and
+    /// gives the room of dead tensors in files that others still refer to back to the file system.
+    pub(crate) fn retired(&mut self, manifest: &Manifest) {
+        let checkpoints = checkpoints_of(manifest);
+        for checkpoint in &checkpoints {
+            if let Some(readers) = self.retiring.get_mut(checkpoint) {
+                *readers -= 1;
+                if *readers == 0 {
+                    self.retiring.remove(checkpoint);
+                }
+            }
+        }
+        let referenced = self.referenced();
+        for checkpoint in checkpoints.iter().filter(|checkpoint| !referenced.contains(checkpoint.as_str())) {
+            if let Err(error) = fs::remove_dir_all(self.checkpoint_dir(checkpoint)) {
+                tracing::warn!(%checkpoint, %error, "could not remove a checkpoint; the next start will");
+            }
+        }
+        let live: BTreeSet<(&str, u64)> = self
+            .models
+            .values()
+            .flat_map(|deployment| &deployment.manifest.tensors)
+            .map(|tensor| (tensor.checkpoint.as_str(), tensor.offset))
+            .collect();
+        for tensor in &manifest.tensors {
+            let key = (tensor.checkpoint.as_str(), tensor.offset);
+            if referenced.contains(key.0) && !live.contains(&key) && !self.retiring.contains_key(key.0) {
+                let path = self.checkpoint_dir(&tensor.checkpoint).join(DATA_FILE);
+                // Saves room where the file system can; where it cannot, the bytes stay until the file goes.
+                let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                if let Ok(file) = fs::OpenOptions::new().write(true).open(&path) {
+                    let _ = rustix::fs::fallocate(&file, flags, tensor.offset, tensor.bytes);
+                }
+            }
+        }
+    }
+}
+
+/// The checkpoints whose files a model needs.
+fn checkpoints_of(manifest: &Manifest) -> BTreeSet<String> {
+    let tensors = manifest.tensors.iter().map(|tensor| tensor.checkpoint.clone());
+    tensors.chain([manifest.checkpoint.clone()]).collect()
+}

@@ -1,0 +1,158 @@
+//! A deployed model made ready to run: the executor's plan, where each tensor lies, what it needs of the pool.
+//!
+//! Costs no device memory: a model is only a list of tensors until a request asks for it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tangram_checkpoint::{Hash, Manifest, Role};
+use tangram_engine::{Model, TensorDesc, Weights};
+use tangram_pool::{CatalogueEntry, Tensor, pages_alone};
+
+use crate::catalog::{Catalog, Deployment};
+
+/// Where a tensor's bytes are on disk.
+#[derive(Clone, Debug)]
+pub(crate) struct Location {
+    pub(crate) file: PathBuf,
+    pub(crate) offset: u64,
+    pub(crate) chunks: Arc<[Hash]>,
+    pub(crate) name: String,
+}
+
+/// Everything about a deployed model that does not change while it runs. "Unique" tensors are those of the manifest
+/// without the ones whose content came earlier in it; residency and leases speak of unique tensors.
+pub(crate) struct ModelPlan {
+    pub(crate) engine: Model,
+    pub(crate) manifest: Arc<Manifest>,
+    /// Catalogue entries of the unique tensors, in execution order.
+    pub(crate) entries: Vec<CatalogueEntry>,
+    /// Where the unique tensors lie.
+    pub(crate) locations: Vec<Location>,
+    /// Unique tensor of each tensor in the manifest.
+    pub(crate) unique_of: Vec<usize>,
+    /// For each stage of the forward pass, how many unique tensors it and all earlier ones need.
+    pub(crate) needed_by_stage: Vec<usize>,
+    /// Sizes of the data files that the entries refer to, bytes.
+    pub(crate) data_bytes: Vec<(String, u64)>,
+    /// Pages that the weights take alone on the device.
+    pub(crate) weight_pages: u64,
+}
+
+impl ModelPlan {
+    /// Builds the plan; the error is for the user.
+    pub(crate) fn new(catalog: &Catalog, deployment: &Deployment, page_bytes: u64) -> Result<ModelPlan, String> {
+        let manifest = deployment.manifest.clone();
+        let descs: Vec<TensorDesc> = manifest
+            .tensors
+            .iter()
+            .map(|tensor| TensorDesc { role: tensor.role, dtype: tensor.dtype, shape: tensor.shape.clone() })
+            .collect();
+        let engine = Model::new(manifest.spec.clone(), &descs).map_err(|error| error.to_string())?;
+        let stages = manifest.spec.stages();
+        let (mut entries, mut locations, mut unique_of) = (Vec::<CatalogueEntry>::new(), Vec::new(), Vec::new());
+        let mut needed_by_stage = vec![0; stages];
+        let mut seen = std::collections::HashMap::new();
+        for tensor in &manifest.tensors {
+            let stage = tensor.stage as usize;
+            let unique = *seen.entry(tensor.id).or_insert_with(|| {
+                entries.push(CatalogueEntry {
+                    id: tensor.id,
+                    checkpoint: tensor.checkpoint.clone(),
+                    offset: tensor.offset,
+                    bytes: tensor.bytes,
+                    depth: stage as f64 / stages as f64,
+                });
+                locations.push(Location {
+                    file: catalog.checkpoint_dir(&tensor.checkpoint).join(tangram_checkpoint::DATA_FILE),
+                    offset: tensor.offset,
+                    chunks: tensor.chunks.clone().into(),
+                    name: role_name(tensor.role),
+                });
+                entries.len() - 1
+            });
+            unique_of.push(unique);
+            if let Some(needed) = needed_by_stage.get_mut(stage) {
+                *needed = entries.len();
+            }
+        }
+        // A stage without tensors of its own needs what came before it.
+        for stage in 1..stages {
+            needed_by_stage[stage] = needed_by_stage[stage].max(needed_by_stage[stage - 1]);
+        }
+        let mut data_bytes: Vec<(String, u64)> = Vec::new();
+        for entry in &entries {
+            if !data_bytes.iter().any(|(checkpoint, _)| *checkpoint == entry.checkpoint) {
+                data_bytes.push((entry.checkpoint.clone(), catalog.data_bytes(&entry.checkpoint)));
+            }
+        }
+        for entry in &entries {
+            let size = data_bytes.iter().find(|(checkpoint, _)| *checkpoint == entry.checkpoint);
+            if size.is_none_or(|&(_, size)| entry.offset + entry.bytes > size) {
+                return Err("its data file is missing or truncated; deploy the model again".to_owned());
+            }
+        }
+        let places = entries.iter().map(|entry| (entry.checkpoint.as_str(), entry.offset, entry.bytes));
+        let weight_pages = pages_alone(places, page_bytes);
+        Ok(ModelPlan { engine, manifest, entries, locations, unique_of, needed_by_stage, data_bytes, weight_pages })
+    }
+
+    /// Bytes of the unique tensors: what the model takes on a device.
+    pub(crate) fn unique_bytes(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.bytes).sum()
+    }
+
+    /// KV blocks for a sequence of this many tokens (0 for models without a KV cache).
+    pub(crate) fn kv_blocks(&self, tokens: usize) -> usize {
+        self.engine.kv().map_or(0, |kv| tokens.div_ceil(kv.block_tokens))
+    }
+
+    /// Bytes of one KV block.
+    pub(crate) fn kv_block_bytes(&self) -> usize {
+        self.engine.kv().map_or(0, |kv| kv.block_bytes)
+    }
+
+    /// KV bytes per token.
+    pub(crate) fn kv_bytes_per_token(&self) -> u64 {
+        self.engine.kv().map_or(0, |kv| (kv.block_bytes / kv.block_tokens) as u64)
+    }
+
+    /// Longest sequence that fits beside the weights on a device of `pages` pages, up to the model's own limit; 0 if
+    /// the weights alone do not fit.
+    pub(crate) fn context_on(&self, pages: u64, page_bytes: u64) -> usize {
+        let limit = self.manifest.spec.context;
+        let Some(left) = pages.checked_sub(self.weight_pages) else { return 0 };
+        match self.engine.kv() {
+            None => limit,
+            Some(kv) => {
+                let blocks = (left * page_bytes) as usize / kv.block_bytes;
+                limit.min(blocks.saturating_mul(kv.block_tokens))
+            }
+        }
+    }
+}
+
+fn role_name(role: Role) -> String {
+    match serde_json::to_value(role) {
+        Ok(serde_json::Value::String(name)) => name,
+        Ok(value) => value.to_string(),
+        Err(_) => "?".to_owned(),
+    }
+}
+
+/// The weights of a leased model, as the executor asks for them.
+pub(crate) struct LeasedWeights<'a> {
+    pub(crate) tensors: &'a [Arc<Tensor>],
+    pub(crate) unique_of: &'a [usize],
+}
+
+impl Weights for LeasedWeights<'_> {
+    fn tensor(&self, index: usize) -> &[u8] {
+        // Empty if it has not arrived, which the executor refuses; the worker only declares stages ready that are.
+        self.unique_of
+            .get(index)
+            .and_then(|&unique| self.tensors.get(unique))
+            .and_then(|tensor| tensor.bytes())
+            .unwrap_or_default()
+    }
+}

@@ -1,0 +1,131 @@
+//! One sequence from submission to its last event: a generation, or one input of an embedding request.
+//!
+//! It owns its KV blocks; whoever drops a sequence gives them back to the pool first.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tangram_device::Extent;
+use tangram_engine::sampling::Sampler;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::api::{Embeddings, FinishReason, GenerateEvent, RequestError, Timing};
+
+/// Where a sequence's results go.
+pub(crate) enum Sink {
+    /// Tokens of a generation.
+    Generate(Box<Generate>),
+    /// Input `index` of an embedding request.
+    Embed { group: Arc<EmbedGroup>, index: usize },
+}
+
+/// The generating side of a sequence.
+pub(crate) struct Generate {
+    pub(crate) sampler: Sampler,
+    pub(crate) max_tokens: usize,
+    pub(crate) end_tokens: Vec<u32>,
+    pub(crate) generated: usize,
+    pub(crate) events: mpsc::UnboundedSender<GenerateEvent>,
+}
+
+/// The inputs of one embedding request, which end together.
+pub(crate) struct EmbedGroup {
+    pub(crate) state: Mutex<EmbedState>,
+}
+
+pub(crate) struct EmbedState {
+    pub(crate) vectors: Vec<Option<Vec<f32>>>,
+    pub(crate) timing: Timing,
+    pub(crate) result: Option<oneshot::Sender<Result<Embeddings, RequestError>>>,
+}
+
+/// A sequence, waiting or running.
+pub(crate) struct Sequence {
+    /// Order of arrival on this node; a preempted sequence keeps it.
+    pub(crate) arrival: u64,
+    /// Key of the model.
+    pub(crate) model: usize,
+    /// Prompt and generated tokens.
+    pub(crate) tokens: Vec<u32>,
+    /// Tokens whose keys and values are in the KV blocks.
+    pub(crate) computed: usize,
+    pub(crate) kv: Vec<Extent>,
+    pub(crate) cancelled: Arc<AtomicBool>,
+    pub(crate) sink: Sink,
+    pub(crate) submitted: Instant,
+    /// First admission; a preemption does not reset it.
+    pub(crate) admitted: Option<Instant>,
+    pub(crate) started: bool,
+    pub(crate) first_token: Option<Instant>,
+    pub(crate) timing: Timing,
+}
+
+impl Sequence {
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Tokens that the next steps have to compute.
+    pub(crate) fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// The first result is there: fixes the phases before it.
+    pub(crate) fn first_result(&mut self, now: Instant) {
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            self.timing.first_token = now.duration_since(self.submitted);
+        }
+    }
+
+    /// Ends the sequence with an error. The KV must have been given back.
+    pub(crate) fn fail(self, error: RequestError) {
+        match self.sink {
+            Sink::Generate(generate) => {
+                // Nobody listens any more when the client has gone; that is no error of ours.
+                let _ = generate.events.send(GenerateEvent::Failed(error));
+            }
+            Sink::Embed { group, .. } => {
+                let mut state = group.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(result) = state.result.take() {
+                    let _ = result.send(Err(error));
+                }
+            }
+        }
+    }
+
+    /// Ends a generation in good order. The KV must have been given back.
+    pub(crate) fn finish(mut self, reason: FinishReason, now: Instant) {
+        self.timing.decode = self.first_token.map_or(Duration::ZERO, |first| now.duration_since(first));
+        if let Sink::Generate(generate) = self.sink {
+            let _ = generate.events.send(GenerateEvent::Finished { reason, timing: self.timing });
+        }
+    }
+
+    /// Delivers the vector of an embedding input; the last one of its request sends the result.
+    pub(crate) fn deliver(mut self, vector: Vec<f32>, now: Instant) {
+        self.first_result(now);
+        let Sink::Embed { group, index } = self.sink else { return };
+        let mut state = group.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = state.vectors.get_mut(index) {
+            *place = Some(vector);
+        }
+        let (sum, own) = (&mut state.timing, self.timing);
+        sum.queue = sum.queue.max(own.queue);
+        sum.load = sum.load.max(own.load);
+        sum.prefill = sum.prefill.max(own.prefill);
+        sum.first_token = sum.first_token.max(own.first_token);
+        // One activation serves all inputs: only the input that caused it has loaded bytes.
+        if own.bytes_loaded >= sum.bytes_loaded {
+            sum.bytes_loaded = own.bytes_loaded;
+            sum.bytes_reused = own.bytes_reused;
+        }
+        if state.vectors.iter().all(Option::is_some)
+            && let Some(result) = state.result.take()
+        {
+            let vectors = state.vectors.iter_mut().filter_map(Option::take).collect();
+            let _ = result.send(Ok(Embeddings { vectors, timing: state.timing }));
+        }
+    }
+}
