@@ -25,6 +25,7 @@ pub(crate) fn prepare(json: Vec<u8>, add_bos: Option<&str>) -> Result<Prepared, 
         .filter(|_| tokenizer.get_post_processor().is_none())
         .and_then(|bos| Some((bos, tokenizer.token_to_id(bos)?)));
     if tokenizer.get_truncation().is_none() && tokenizer.get_padding().is_none() && bos.is_none() {
+        try_out(&tokenizer)?;
         return Ok(Prepared { json, tokenizer });
     }
     let mut value: Value = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
@@ -42,11 +43,28 @@ pub(crate) fn prepare(json: Vec<u8>, add_bos: Option<&str>) -> Result<Prepared, 
 pub(crate) fn from_value(value: &Value) -> Result<Prepared, String> {
     let json = serde_json::to_vec(value).map_err(|error| error.to_string())?;
     let tokenizer = parse(&json)?;
+    try_out(&tokenizer)?;
     Ok(Prepared { json, tokenizer })
 }
 
 fn parse(json: &[u8]) -> Result<Tokenizer, String> {
-    Tokenizer::from_bytes(json).map_err(|error| format!("the tokenizer cannot be read: {error}"))
+    guarded(|| Tokenizer::from_bytes(json))
+}
+
+/// Encodes and decodes a short text, because some faults (a template that names an undefined token) show only then.
+fn try_out(tokenizer: &Tokenizer) -> Result<(), String> {
+    guarded(|| {
+        let encoding = tokenizer.encode("Hello, 1 2", true)?;
+        tokenizer.decode(encoding.get_ids(), false).map(drop)
+    })
+}
+
+/// Calls the library, which answers some inconsistent files with a panic instead of an error.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| format!("the tokenizer cannot be read: {error}")),
+        Err(_) => Err("the tokenizer cannot be read: it contradicts itself".into()),
+    }
 }
 
 /// A post-processor that puts `bos` in front of every sequence.

@@ -113,11 +113,18 @@ fn a_missing_tokenizer_is_fine_and_a_broken_one_is_not() {
 }
 
 #[test]
+fn tokenizers_that_make_the_library_panic_are_refused() {
+    let dir = model(Family::Bert);
+    edit(dir.path(), "tokenizer.json", |tokenizer| tokenizer["post_processor"]["special_tokens"] = json!({}));
+    refused(dir.path(), &["tokenizer.json", "cannot be read"]);
+}
+
+#[test]
 fn truncation_and_padding_are_taken_out_and_bos_is_put_in() {
     let dir = model(Family::Llama);
     edit(dir.path(), "tokenizer.json", |tokenizer| {
         tokenizer["truncation"] =
-            json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+            json!({"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 0});
         tokenizer["padding"] = json!({"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null,
                                       "pad_id": 0, "pad_type_id": 0, "pad_token": "x"});
     });

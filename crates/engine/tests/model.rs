@@ -1,5 +1,6 @@
 //! Whole models: right against an independent f64 forward pass, and bit-identical in every batch, chunking, thread
 //! count and order of arrival of the weights.
+#![expect(clippy::expect_used, reason = "helpers of tests, not tests themselves")]
 
 mod support;
 

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -85,7 +86,8 @@ pub(crate) struct Catalog {
     root: PathBuf,
     database: Database,
     models: BTreeMap<String, Deployment>,
-    contents: HashMap<ContentId, KnownTensor>,
+    /// Where each content is, and its bytes.
+    contents: HashMap<ContentId, (KnownTensor, u64)>,
     /// Checkpoints that no deployed model refers to any more but that running requests may still read.
     retiring: BTreeMap<String, usize>,
 }
@@ -178,13 +180,25 @@ impl Catalog {
         self.contents.clear();
         for deployment in self.models.values() {
             for tensor in &deployment.manifest.tensors {
-                self.contents.entry(tensor.id).or_insert_with(|| KnownTensor {
-                    checkpoint: tensor.checkpoint.clone(),
-                    offset: tensor.offset,
-                    chunks: tensor.chunks.clone(),
+                self.contents.entry(tensor.id).or_insert_with(|| {
+                    let (checkpoint, chunks) = (tensor.checkpoint.clone(), tensor.chunks.clone());
+                    (KnownTensor { checkpoint, offset: tensor.offset, chunks }, tensor.bytes)
                 });
             }
         }
+    }
+
+    /// Whether the stored bytes of a tensor still match their hashes. A deployment must not refer to damaged bytes:
+    /// deploying again is how a damaged model is repaired.
+    fn is_intact(&self, known: &KnownTensor, bytes: u64) -> bool {
+        let Ok(file) = File::open(self.checkpoint_dir(&known.checkpoint).join(DATA_FILE)) else { return false };
+        let mut buffer = vec![0; checkpoint::CHUNK_BYTES.min(bytes) as usize];
+        known.chunks.iter().zip(0u64..).all(|(hash, index)| {
+            let start = index * checkpoint::CHUNK_BYTES;
+            let len = checkpoint::CHUNK_BYTES.min(bytes.saturating_sub(start)) as usize;
+            let Some(chunk) = buffer.get_mut(..len) else { return false };
+            file.read_exact_at(chunk, known.offset + start).is_ok() && *blake3::hash(chunk).as_bytes() == hash.0
+        })
     }
 
     /// Deployed models by name.
@@ -238,7 +252,10 @@ impl Catalog {
         staging: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Deployment, DeployError> {
-        let known = |content: &ContentId| self.contents.get(content).cloned();
+        let known = |content: &ContentId| {
+            let (known, bytes) = self.contents.get(content)?;
+            self.is_intact(known, *bytes).then(|| known.clone())
+        };
         let manifest = checkpoint::import(source, staging, id, &known, &mut |import| {
             let checkpoint::ImportProgress { bytes_done, bytes_total, bytes_reused } = import;
             progress(DeployProgress { bytes_done, bytes_total, bytes_reused })

@@ -407,14 +407,11 @@ fn panel_times_tokens<S: Simd, const T: usize>(
             // SAFETY: over the four passes, `w` advances by PARTS · groups · PANEL_ROWS · LANES and `x` by
             // PARTS · groups · T · LANES elements, the asserted lengths.
             unsafe {
-                let mut token = [zero; T];
-                for (t, token) in token.iter_mut().enumerate() {
-                    *token = s.load(x.add(t * LANES));
-                }
-                for r in 0..PANEL_ROWS {
-                    let weight = s.load(w.add(r * LANES));
-                    for t in 0..T {
-                        acc[t][r] = s.fma(weight, token[t], acc[t][r]);
+                let token: [S::V; T] = std::array::from_fn(|t| s.load(x.add(t * LANES)));
+                for row in 0..PANEL_ROWS {
+                    let weight = s.load(w.add(row * LANES));
+                    for (acc, &token) in acc.iter_mut().zip(&token) {
+                        acc[row] = s.fma(weight, token, acc[row]);
                     }
                 }
                 w = w.add(PANEL_ROWS * LANES);
@@ -422,15 +419,12 @@ fn panel_times_tokens<S: Simd, const T: usize>(
             }
         }
         // The tree of `combine`, as the parts come in.
-        for t in 0..T {
-            for r in 0..PANEL_ROWS {
-                let i = t * PANEL_ROWS + r;
-                match part {
-                    0 => total[i] = acc[t][r],
-                    1 => total[i] = s.add(total[i], acc[t][r]),
-                    2 => third[i] = acc[t][r],
-                    _ => total[i] = s.add(total[i], s.add(third[i], acc[t][r])),
-                }
+        for (i, &acc) in acc.as_flattened().iter().enumerate() {
+            match part {
+                0 => total[i] = acc,
+                1 => total[i] = s.add(total[i], acc),
+                2 => third[i] = acc,
+                _ => total[i] = s.add(total[i], s.add(third[i], acc)),
             }
         }
     }
