@@ -82,21 +82,21 @@ pub(crate) async fn deploy(
         let _ = sender.blocking_send(DeployEvent::End(Box::new(result)));
     });
     let first = match events.recv().await {
-        Some(DeployEvent::End(result)) => Line::Ready(ready(&gateway, &*result.map_err(ApiError::from)?)),
+        Some(DeployEvent::End(result)) => Line::Last(ready(&gateway, &*result.map_err(ApiError::from)?).await),
         Some(DeployEvent::Progress(progress)) => Line::Progress(progress),
         None => return Err(ApiError::internal("the deployment failed")),
     };
     let stream = futures::stream::unfold((Some(first), events, gateway), async |(line, mut events, gateway)| {
         let line = line?;
         let next = match line {
-            Line::Ready(_) => None,
+            Line::Last(_) => None,
             Line::Progress(_) => match events.recv().await {
                 Some(DeployEvent::Progress(progress)) => Some(Line::Progress(progress)),
-                Some(DeployEvent::End(result)) => Some(Line::Ready(match *result {
-                    Ok(model) => ready(&gateway, &model),
+                Some(DeployEvent::End(result)) => Some(Line::Last(match *result {
+                    Ok(model) => ready(&gateway, &model).await,
                     Err(error) => failed(&error.into()),
                 })),
-                None => Some(Line::Ready(failed(&ApiError::internal("the deployment failed")))),
+                None => Some(Line::Last(failed(&ApiError::internal("the deployment failed")))),
             },
         };
         Some((Ok::<_, std::convert::Infallible>(line.bytes()), (next, events, gateway)))
@@ -129,8 +129,7 @@ fn run(
 
 enum Line {
     Progress(DeployProgress),
-    /// The last line.
-    Ready(Value),
+    Last(Value),
 }
 
 impl Line {
@@ -142,15 +141,21 @@ impl Line {
                 "bytes_total": progress.bytes_total,
                 "bytes_reused": progress.bytes_reused,
             }),
-            Line::Ready(value) => value.clone(),
+            Line::Last(value) => value.clone(),
         };
         Bytes::from(format!("{value}\n"))
     }
 }
 
-fn ready(gateway: &Gateway, model: &DeployedModel) -> Value {
-    let status = gateway.node.list().into_iter().find(|status| status.name == model.name);
-    json!({"status": "ready", "model": status})
+async fn ready(gateway: &Gateway, model: &DeployedModel) -> Value {
+    // The node publishes a new model's status within a few hundredths of a second.
+    for _ in 0..100 {
+        if let Some(status) = gateway.node.list().into_iter().find(|status| status.name == model.name) {
+            return json!({"status": "ready", "model": status});
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    failed(&ApiError::internal(format!("the model `{}` was removed again", model.name)))
 }
 
 fn failed(error: &ApiError) -> Value {

@@ -90,7 +90,7 @@ async fn answer(
     let prompt_tokens: usize = inputs.iter().map(Vec::len).sum();
     let mut cut = gateway.cut.subscribe();
     let embeddings = tokio::select! {
-        result = gateway.node.embed(model.clone(), inputs)?.result() => result?,
+        result = gateway.node.embed(&model, inputs)?.result() => result?,
         Ok(_) = cut.wait_for(|cut| *cut) => return Err(tangram_node::RequestError::ShuttingDown.into()),
     };
     let timing = embeddings.timing;

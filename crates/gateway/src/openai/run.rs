@@ -57,7 +57,6 @@ pub(crate) struct Prompt {
 }
 
 /// One generation that becomes text.
-#[derive(Debug)]
 struct Choice {
     /// `None` after the end.
     generation: Option<Generation>,

@@ -12,11 +12,12 @@ use super::tokenizer::TextTokenizer;
 /// Tokens of the prompt that the first window begins with (vLLM uses as many).
 const PROMPT_TOKENS: usize = 5;
 
-/// A character takes at most four bytes, so at most three replacement characters can stand for the beginning of one.
-const MAX_INCOMPLETE: usize = 3;
+/// Tokens that may wait for the end of a character. A character takes at most four bytes, so more of them are no
+/// character, or tokens without text.
+const MAX_PENDING: usize = 16;
 
-/// Tokens in a window before it is cut, however its text ends; bounds the work per token.
-const MAX_WINDOW: usize = 48;
+/// The most tokens that an incomplete character can have.
+const MAX_INCOMPLETE: usize = 3;
 
 /// Decodes one sequence.
 #[derive(Debug)]
@@ -51,15 +52,25 @@ impl Detokenizer {
         if end == text.len() && !delta.is_empty() {
             self.window.drain(..self.read);
             self.restart();
-        } else if self.window.len() > MAX_WINDOW {
-            let delta = delta + text.get(end.max(self.shown)..).unwrap_or_default();
+            return delta;
+        }
+        self.shown = self.shown.max(end);
+        if self.window.len() - self.read <= MAX_PENDING {
+            return delta;
+        }
+        if end == text.len() {
+            // Nothing but tokens without text.
             self.window.drain(..self.window.len() - PROMPT_TOKENS);
             self.restart();
             return delta;
-        } else {
-            self.shown = self.shown.max(end);
         }
-        delta
+        // Nothing but bytes that are no text: show them, except for what may still become a character.
+        let pending = self.window.split_off(self.window.len() - MAX_INCOMPLETE);
+        let rest = self.decode().get(self.shown..).unwrap_or_default().to_owned();
+        self.window = pending;
+        self.read = 0;
+        self.shown = 0;
+        delta + &rest
     }
 
     /// The rest at the end of the sequence: what `tokenizer.decode` gives for it, replacement characters included.
@@ -81,16 +92,10 @@ impl Detokenizer {
     }
 }
 
-/// Bytes of `text` without replacement characters at its end that may stand for an incomplete character.
+/// Bytes of `text` without the replacement characters at its end, which may stand for an incomplete character. There
+/// can be more than one: a byte-fallback decoder replaces every byte of a run that is not complete.
 fn complete(text: &str) -> usize {
-    let mut rest = text;
-    for _ in 0..MAX_INCOMPLETE {
-        match rest.strip_suffix('\u{FFFD}') {
-            Some(shorter) => rest = shorter,
-            None => break,
-        }
-    }
-    rest.len()
+    text.trim_end_matches(char::REPLACEMENT_CHARACTER).len()
 }
 
 #[cfg(test)]
@@ -151,8 +156,22 @@ mod tests {
     fn endless_invalid_bytes_are_shown_in_bounded_time() {
         let tokenizer = byte_level();
         let invalid = tokenizer.token_id("Ģ").unwrap(); // byte 0x80
-        let (pieces, rest) = stream(&tokenizer, &[], &vec![invalid; 500]);
+        let (pieces, rest) = stream(&tokenizer, &[], &[invalid; 500]);
         assert_eq!((pieces.concat() + &rest).chars().count(), 500);
+        let mut tokens = vec![invalid; 100];
+        tokens.extend(tokenizer.encode("€", false).unwrap());
+        assert!(stream(&tokenizer, &[], &tokens).0.concat().ends_with('€'));
+    }
+
+    #[test]
+    fn many_tokens_without_text_do_no_harm() {
+        let tokenizer = byte_level();
+        let mut tokens = vec![tokenizer.token_id("<|end|>").unwrap(); 100];
+        tokens.extend(tokenizer.encode("a€", false).unwrap());
+        let mut detokenizer = Detokenizer::new(tokenizer, &[], true);
+        let text: String = tokens.iter().map(|&token| detokenizer.push(token)).collect();
+        assert_eq!(text, "a€");
+        assert!(detokenizer.window.len() <= MAX_PENDING + PROMPT_TOKENS);
     }
 
     proptest! {
