@@ -1,4 +1,4 @@
-//! Speed of matrix products per weight type and number of tokens: `kernels [threads]`.
+//! Speed of matrix products per weight type and number of tokens: `kernels [threads] [instruction set]`.
 
 use std::time::Instant;
 
@@ -14,7 +14,10 @@ const BYTES: usize = 256 << 20;
 
 fn main() {
     let threads = std::env::args().nth(1).and_then(|arg| arg.parse().ok()).unwrap_or(2);
-    let (isa, pool) = (Isa::detect(), Pool::new(threads));
+    let name = std::env::args().nth(2);
+    let named = |isa: &Isa| name.as_deref() == Some(isa.name());
+    let isa = Isa::available().into_iter().find(named).unwrap_or(Isa::detect());
+    let pool = Pool::new(threads);
     println!("{} with {threads} threads, {ROWS} rows of {COLUMNS} columns", isa.name());
     println!("type     tokens   GFLOP/s      GB/s");
     for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1] {

@@ -1,1 +1,138 @@
-fn main() {}
+//! The command line: parses, then hands over to one file per command.
+
+mod client;
+mod commands;
+mod config;
+mod embedded;
+mod output;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::ServerOptions;
+
+/// Serve many models from one bounded memory pool, paying on each switch only for bytes that are not resident.
+#[derive(Parser)]
+#[command(name = "tangram", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the server.
+    Serve {
+        #[command(flatten)]
+        options: ServerOptions,
+    },
+    /// Fetch two small models, serve them from a pool that cannot hold both, and show what each request cost.
+    Quickstart(commands::quickstart::Options),
+    /// Import a model and make it available under a name.
+    Deploy {
+        /// Name that requests will use.
+        name: String,
+        /// Hugging Face directory, .safetensors file with its config.json beside it, or .gguf file.
+        source: PathBuf,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// List deployed models.
+    Ls {
+        #[command(flatten)]
+        listing: Listing,
+    },
+    /// Show what is running and what the pool holds.
+    Ps {
+        #[command(flatten)]
+        listing: Listing,
+    },
+    /// Take a model out of service and delete what only it had.
+    Rm {
+        /// Deployed name.
+        name: String,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Send one prompt and print the answer as it comes.
+    Run {
+        /// Deployed name.
+        name: String,
+        /// The prompt; a chat message if the model has a chat template, else text to continue.
+        prompt: String,
+        /// Most tokens to generate.
+        #[arg(long)]
+        max_tokens: Option<u32>,
+        /// Sampling temperature; 0 always takes the likeliest token.
+        #[arg(long)]
+        temperature: Option<f32>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Measure.
+    Bench {
+        #[command(subcommand)]
+        bench: commands::bench::Bench,
+    },
+}
+
+/// Which server a command talks to: the one named, else the one that runs on the data directory, else one that is
+/// started inside this process for as long as the command takes.
+#[derive(Args, Clone)]
+pub(crate) struct Target {
+    /// URL of a running server.
+    #[arg(long, env = "TANGRAM_SERVER")]
+    pub(crate) server: Option<String>,
+    #[command(flatten)]
+    pub(crate) options: ServerOptions,
+}
+
+#[derive(Args)]
+struct Listing {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    target: Target,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TANGRAM_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: starting the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(run(cli.command));
+    // Whatever is still blocked in the background (an import that was told to stop) must not hold up the exit.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve { options } => commands::serve::run(options).await,
+        Command::Quickstart(options) => commands::quickstart::run(options).await,
+        Command::Deploy { name, source, target } => commands::models::deploy(&name, &source, target).await,
+        Command::Ls { listing } => commands::models::ls(listing.target, listing.json).await,
+        Command::Ps { listing } => commands::models::ps(listing.target, listing.json).await,
+        Command::Rm { name, target } => commands::models::rm(&name, target).await,
+        Command::Run { name, prompt, max_tokens, temperature, target } => {
+            commands::run::run(&name, &prompt, max_tokens, temperature, target).await
+        }
+        Command::Bench { bench } => commands::bench::run(bench).await,
+    }
+}

@@ -8,8 +8,7 @@
 //! * One token: memory-bound. Weights are widened in registers, one row at a time with prefetch: a single linear
 //!   stream is what this kind of processor reads fastest.
 //! * More tokens: compute-bound. Four rows are widened into a panel in the first-level cache and multiplied with three
-//!   tokens at a time. Each of the four partial vectors takes its own pass over `k`, so that its 4 × 3 accumulators
-//!   fit the 16 registers of AVX2; panel and tokens are laid out in the order in which the passes read them.
+//!   tokens at a time; panel and tokens are laid out in the order in which the inner loop reads them.
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
@@ -19,16 +18,10 @@ use tangram_checkpoint::DType;
 
 use super::buffer::{Buffer, Disjoint};
 use super::format::{Bf16, F16, F32, Format, GROUP, Q4_0, Q4_1, Q8_0, load_tail};
-use super::simd::{LANES, Simd};
+use super::simd::{LANES, PANEL_ROWS, PANEL_TOKENS, PARTS, Simd};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
 
-/// Weight rows in a panel.
-const PANEL_ROWS: usize = 4;
-/// Tokens that share a pass over a panel.
-const MAX_GROUP: usize = 3;
-/// Partial vectors per output element.
-const PARTS: usize = GROUP / LANES;
 /// How far ahead of the reading position the single-token path prefetches, in bytes.
 const PREFETCH: usize = 2048;
 /// The tokens of a block should take no more than this many bytes of the second-level cache.
@@ -122,12 +115,12 @@ pub fn matmul<const N: usize>(
     }
 
     let padded = columns.next_multiple_of(GROUP);
-    let groups = Groups { tokens, count: tokens.div_ceil(MAX_GROUP) };
+    let groups = Groups { tokens, count: tokens.div_ceil(PANEL_TOKENS) };
     let packed = packed.get_mut(tokens * padded);
     pack(isa, pool, x, columns, &groups, packed);
     let packed = &*packed;
     let block_tokens = (TOKEN_BLOCK_BYTES / (padded * 4)).max(MIN_TOKEN_BLOCK);
-    let blocks = groups.count.div_ceil(block_tokens / MAX_GROUP);
+    let blocks = groups.count.div_ceil(block_tokens / PANEL_TOKENS);
     pool.run(blocks * row_tasks, PANEL_ROWS * padded, work, &|task, panel| {
         if let Some((product, rows)) = find(task % row_tasks) {
             let block = task / row_tasks;
@@ -300,7 +293,7 @@ impl<F: Format> Kernel for OneToken<'_, F> {
     }
 }
 
-/// Widens up to four rows into a panel laid out as `[part][group][row][lane]`.
+/// Widens up to four rows into a panel laid out for [`Simd::panel_times_tokens`].
 struct Widen<'a, F> {
     rows: &'a [u8],
     row_bytes: usize,
@@ -319,26 +312,26 @@ impl<F: Format> Kernel for Widen<'_, F> {
         let groups = self.columns.div_ceil(GROUP);
         assert_eq!(self.panel.len(), groups * GROUP * PANEL_ROWS);
         assert_eq!(self.rows.len(), self.count * self.row_bytes);
-        let part_stride = groups * PANEL_ROWS * LANES;
+        let layout = Interleaved::new::<S>(PANEL_ROWS, groups);
         for row in 0..self.count {
             // SAFETY: `rows` holds `count` rows of `columns` elements; the panel has room for four rows of `groups`
             // groups (both asserted).
             unsafe {
                 let mut weights = self.rows.as_ptr().add(row * self.row_bytes);
-                let mut to = self.panel.as_mut_ptr().add(row * LANES);
+                let mut to = self.panel.as_mut_ptr().add(row * layout.lanes);
                 for _ in 0..whole {
                     s.prefetch(weights.wrapping_add(PREFETCH));
                     let w = F::load32(s, weights);
                     for (u, &w) in w.iter().enumerate() {
-                        s.store(to.add(u * part_stride), w);
+                        s.store(to.add(layout.part(u)), w);
                     }
                     weights = weights.add(F::GROUP_BYTES);
-                    to = to.add(PANEL_ROWS * LANES);
+                    to = to.add(layout.group_stride);
                 }
                 if tail > 0 {
                     let w = load_tail::<S, F>(s, weights, tail);
                     for (u, &w) in w.iter().enumerate() {
-                        s.store(to.add(u * part_stride), w);
+                        s.store(to.add(layout.part(u)), w);
                     }
                 }
             }
@@ -366,7 +359,7 @@ impl Kernel for ManyTokens<'_> {
         for group in self.range.clone() {
             let tokens = self.groups.tokens(group);
             let x = &self.packed[tokens.start * padded..tokens.end * padded];
-            let mut sums = [0.0; PANEL_ROWS * (MAX_GROUP + 1)];
+            let mut sums = [0.0; PANEL_ROWS * (PANEL_TOKENS + 1)];
             match tokens.len() {
                 3 => panel_times_tokens::<S, 3>(s, self.panel, x, &mut sums),
                 2 => panel_times_tokens::<S, 2>(s, self.panel, x, &mut sums),
@@ -390,58 +383,52 @@ fn panel_times_tokens<S: Simd, const T: usize>(
     s: S,
     panel: &[f32],
     x: &[f32],
-    sums: &mut [f32; PANEL_ROWS * (MAX_GROUP + 1)],
+    sums: &mut [f32; PANEL_ROWS * (PANEL_TOKENS + 1)],
 ) {
     let groups = panel.len() / (GROUP * PANEL_ROWS);
     assert_eq!(panel.len(), groups * GROUP * PANEL_ROWS);
     assert_eq!(x.len(), groups * GROUP * T);
-    let zero = s.splat(0.0);
-    // After the passes: [token][row], padded to four tokens.
-    let mut total = [zero; PANEL_ROWS * (MAX_GROUP + 1)];
-    let mut third = [zero; PANEL_ROWS * MAX_GROUP];
-    let mut w = panel.as_ptr();
-    let mut x = x.as_ptr();
-    for part in 0..PARTS {
-        let mut acc = [[zero; PANEL_ROWS]; T];
-        for _ in 0..groups {
-            // SAFETY: over the four passes, `w` advances by PARTS · groups · PANEL_ROWS · LANES and `x` by
-            // PARTS · groups · T · LANES elements, the asserted lengths.
-            unsafe {
-                let token: [S::V; T] = std::array::from_fn(|t| s.load(x.add(t * LANES)));
-                for row in 0..PANEL_ROWS {
-                    let weight = s.load(w.add(row * LANES));
-                    for (acc, &token) in acc.iter_mut().zip(&token) {
-                        acc[row] = s.fma(weight, token, acc[row]);
-                    }
-                }
-                w = w.add(PANEL_ROWS * LANES);
-                x = x.add(T * LANES);
-            }
-        }
-        // The tree of `combine`, as the parts come in.
-        for (i, &acc) in acc.as_flattened().iter().enumerate() {
-            match part {
-                0 => total[i] = acc,
-                1 => total[i] = s.add(total[i], acc),
-                2 => third[i] = acc,
-                _ => total[i] = s.add(total[i], s.add(third[i], acc)),
-            }
-        }
-    }
+    // SAFETY: the lengths are asserted.
+    let totals = unsafe { s.panel_times_tokens::<T>(panel.as_ptr(), x.as_ptr(), groups) };
     for (half, out) in sums.chunks_exact_mut(LANES).enumerate().take((T * PANEL_ROWS).div_ceil(LANES)) {
-        let eight = std::array::from_fn(|i| total[half * LANES + i]);
+        let eight = std::array::from_fn(|i| totals[half * LANES + i]);
         // SAFETY: `out` has eight elements.
         unsafe { s.store(out.as_mut_ptr(), s.sums(eight)) };
     }
 }
 
-/// Rearranges tokens into their groups, each laid out as `[part][group of 32][token][lane]` and padded with zeros.
+/// Where the parts of interleaved rows are (see [`Simd::panel_times_tokens`]).
+struct Interleaved {
+    /// Lanes of a row in a group in a pass.
+    lanes: usize,
+    /// From a group to the next.
+    group_stride: usize,
+    /// From a pass to the next.
+    pass_stride: usize,
+}
+
+impl Interleaved {
+    #[inline(always)]
+    fn new<S: Simd>(rows: usize, groups: usize) -> Interleaved {
+        let lanes = GROUP / S::PASSES;
+        Interleaved { lanes, group_stride: rows * lanes, pass_stride: groups * rows * lanes }
+    }
+
+    /// From the beginning of a row in a group to its partial vector `part`.
+    #[inline(always)]
+    fn part(&self, part: usize) -> usize {
+        let vectors = self.lanes / LANES;
+        part / vectors * self.pass_stride + part % vectors * LANES
+    }
+}
+
+/// Rearranges tokens into their groups, each laid out for [`Simd::panel_times_tokens`] and padded with zeros.
 fn pack(isa: Isa, pool: &Pool, x: &[f32], columns: usize, groups: &Groups, packed: &mut [f32]) {
     let padded = columns.next_multiple_of(GROUP);
     assert_eq!(packed.len(), groups.tokens * padded);
     let packed_vectors = packed.len() / LANES;
     let packed = Disjoint::new(packed);
-    let per_task = (TASK_WEIGHTS / (padded * MAX_GROUP)).max(1);
+    let per_task = (TASK_WEIGHTS / (padded * PANEL_TOKENS)).max(1);
     pool.run(groups.count.div_ceil(per_task), 0, packed_vectors, &|task, _| {
         for group in task * per_task..groups.count.min((task + 1) * per_task) {
             let tokens = groups.tokens(group);
@@ -467,23 +454,23 @@ impl Kernel for Pack<'_> {
         let (whole, tail) = (self.columns / GROUP, self.columns % GROUP);
         let groups = self.columns.div_ceil(GROUP);
         assert_eq!(self.out.len(), groups * GROUP * tokens);
-        let part_stride = groups * tokens * LANES;
+        let layout = Interleaved::new::<S>(tokens, groups);
         for (token, x) in self.x.chunks_exact(self.columns).enumerate() {
             // SAFETY: `x` has `whole` groups and a tail; `out` has room for `groups` groups of every token (asserted).
             unsafe {
-                let mut to = self.out.as_mut_ptr().add(token * LANES);
+                let mut to = self.out.as_mut_ptr().add(token * layout.lanes);
                 for group in 0..whole {
                     let from = x.as_ptr().add(group * GROUP);
                     for u in 0..PARTS {
-                        s.store(to.add(u * part_stride), s.load(from.add(u * LANES)));
+                        s.store(to.add(layout.part(u)), s.load(from.add(u * LANES)));
                     }
-                    to = to.add(tokens * LANES);
+                    to = to.add(layout.group_stride);
                 }
                 if tail > 0 {
                     let mut padded = [0.0; GROUP];
                     padded[..tail].copy_from_slice(&x[whole * GROUP..]);
                     for u in 0..PARTS {
-                        s.store(to.add(u * part_stride), s.load(padded.as_ptr().add(u * LANES)));
+                        s.store(to.add(layout.part(u)), s.load(padded.as_ptr().add(u * LANES)));
                     }
                 }
             }

@@ -8,6 +8,8 @@
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod buffer;
 pub mod elementwise;
 mod format;
@@ -29,21 +31,25 @@ enum Kind {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
 }
 
 impl Isa {
     /// The best instruction set of this processor.
     pub fn detect() -> Isa {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(proof) = avx2::Avx2::detect() {
-            return Isa(Kind::Avx2(proof));
-        }
-        Isa::scalar()
+        Isa::available().last().copied().unwrap_or(Isa(Kind::Scalar))
     }
 
-    /// Plain code that runs everywhere.
-    pub fn scalar() -> Isa {
-        Isa(Kind::Scalar)
+    /// All that this processor can run, from plain code to the best.
+    pub fn available() -> Vec<Isa> {
+        let mut available = vec![Isa(Kind::Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            available.extend(avx2::Avx2::detect().map(|proof| Isa(Kind::Avx2(proof))));
+            available.extend(avx512::Avx512::detect().map(|proof| Isa(Kind::Avx512(proof))));
+        }
+        available
     }
 
     /// The name for logs.
@@ -52,6 +58,8 @@ impl Isa {
             Kind::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(_) => "avx512",
         }
     }
 
@@ -63,6 +71,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the token proves that the processor has the instructions.
             Kind::Avx2(proof) => unsafe { run_avx2(proof, kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Kind::Avx512(proof) => unsafe { run_avx512(proof, kernel) },
         }
     }
 }
@@ -79,6 +90,14 @@ trait Kernel {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn run_avx2<K: Kernel>(proof: avx2::Avx2, kernel: K) -> K::Output {
+    kernel.run(proof)
+}
+
+/// # Safety
+/// The processor has AVX-512 F, VL, BW and DQ, AVX2, FMA and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+unsafe fn run_avx512<K: Kernel>(proof: avx512::Avx512, kernel: K) -> K::Output {
     kernel.run(proof)
 }
 

@@ -88,10 +88,6 @@ fn close(found: f32, expected: f64, scale: f64) -> bool {
     (f64::from(found) - expected).abs() <= 1e-5 * scale.max(1e-3)
 }
 
-fn isas() -> Vec<Isa> {
-    vec![Isa::detect(), Isa::scalar()]
-}
-
 #[test]
 fn every_vector_operation_equals_the_portable_one() {
     struct All<'a> {
@@ -140,17 +136,23 @@ fn every_vector_operation_equals_the_portable_one() {
         let a: [f32; 8] = std::array::from_fn(|_| random.value() * scale);
         let b: [f32; 8] = std::array::from_fn(|_| random.value() * scale);
         let expected = All { a: &a, b: &b }.run(Scalar);
-        let found = Isa::detect().dispatch(All { a: &a, b: &b });
-        for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            let nan = f32::from_bits(*found).is_nan() && f32::from_bits(*expected).is_nan();
-            assert!(found == expected || nan, "value {index}: {found:x} {expected:x} of {a:?} {b:?}");
+        for isa in Isa::available() {
+            let found = isa.dispatch(All { a: &a, b: &b });
+            for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let nan = f32::from_bits(*found).is_nan() && f32::from_bits(*expected).is_nan();
+                assert!(
+                    found == expected || nan,
+                    "{} {index}: {found:x} {expected:x} of {a:?} {b:?}",
+                    isa.name()
+                );
+            }
         }
     }
 }
 
 #[test]
 fn every_f16_scale_is_widened_exactly() {
-    for isa in isas() {
+    for isa in Isa::available() {
         for bits in 0..=u16::MAX {
             let mut block = [1u8; 34];
             block[..2].copy_from_slice(&bits.to_le_bytes());
@@ -174,7 +176,7 @@ fn exp_is_accurate_and_bounded() {
             unsafe { s.store(self.0.as_mut_ptr(), exp(s, s.load(self.0.as_ptr()))) }
         }
     }
-    for isa in isas() {
+    for isa in Isa::available() {
         for i in -87_000..88_000i32 {
             let x = i as f32 * 1e-3;
             let mut lanes = [x; 8];
@@ -192,7 +194,7 @@ fn exp_is_accurate_and_bounded() {
 #[test]
 fn a_token_has_the_same_product_in_every_company() {
     let mut random = Random::new(2);
-    for isa in isas() {
+    for isa in Isa::available() {
         for (dtype, columns) in DTYPES
             .iter()
             .flat_map(|&d| [(d, 32), (d, 160), (d, 1056)])
@@ -259,7 +261,7 @@ proptest! {
         columns in 1usize..300,
         rows in 1usize..50,
         tokens in 1usize..40,
-        scalar: bool,
+        isa in prop::sample::select(Isa::available()),
         threads in 1usize..4,
         seed: u64,
     ) {
@@ -269,7 +271,6 @@ proptest! {
         let (other_bytes, other) = random.weights(DType::F32, 5 * columns);
         let x = random.values(tokens * columns);
         let bytes = misaligned(&bytes);
-        let isa = if scalar { Isa::scalar() } else { Isa::detect() };
         let (mut out, mut other_out) = (vec![f32::NAN; tokens * rows], vec![1.0; tokens * 5]);
         let linears = [
             Linear { weight: &bytes[1..], dtype, rows, bias: None, out: &mut out, accumulate: false },
@@ -303,7 +304,7 @@ proptest! {
         let count = if dtype.is_quantised() { count.next_multiple_of(32) } else { count };
         let (bytes, expected) = Random::new(seed).weights(dtype, count);
         let bytes = misaligned(&bytes);
-        for isa in isas() {
+        for isa in Isa::available() {
             let mut out = vec![0.0; count];
             dequantise_row(isa, dtype, &bytes[1..], &mut out);
             for (out, expected) in out.iter().zip(&expected) {
@@ -319,7 +320,7 @@ proptest! {
         let epsilon = 1e-2;
         let norm = if layer { Norm::Layer { epsilon } } else { Norm::Rms { epsilon } };
         let weights = NormWeights { norm, weight: &weight, bias: with_bias.then_some(&bias[..]) };
-        for isa in isas() {
+        for isa in Isa::available() {
             let pool = Pool::new(2);
             let mut out = vec![0.0; rows * width];
             normalise(isa, &pool, weights, &x, &mut out);
@@ -346,7 +347,7 @@ proptest! {
         let x: Vec<f32> = random.values(len).iter().map(|x| x * 5.0).collect();
         let up = random.values(len);
         let pool = Pool::new(1);
-        for isa in isas() {
+        for isa in Isa::available() {
             let mut silu = x.clone();
             silu_mul(isa, &pool, &mut silu, &up);
             let mut gelued = x.clone();
@@ -377,7 +378,7 @@ proptest! {
         lengths in prop::collection::vec(1usize..50, 1..4),
         causal: bool,
         normed: bool,
-        scalar: bool,
+        isa in prop::sample::select(Isa::available()),
         seed: u64,
     ) {
         let shape = Heads { heads: kv_heads * group, kv_heads, head_dim };
@@ -402,7 +403,6 @@ proptest! {
             spans.extend(Span { chunk, row, tokens, position: 0, visible, growth }.pieces(group));
             row += tokens;
         }
-        let isa = if scalar { Isa::scalar() } else { Isa::detect() };
         let pool = Pool::new(2);
         let (mut query, mut key) = (queries.clone(), keys.clone());
         let norm = normed.then_some(norm);

@@ -1,0 +1,180 @@
+//! `tangram deploy`, `ls`, `ps`, `rm`.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tangram_node::{ModelStatus, NodeStatus};
+
+use crate::Target;
+use crate::client::Client;
+use crate::output::{bytes, table};
+
+#[derive(Serialize, Deserialize)]
+struct Models {
+    models: Vec<ModelStatus>,
+}
+
+/// Imports a model with a progress bar.
+pub(crate) async fn deploy(name: &str, source: &Path, target: Target) -> anyhow::Result<()> {
+    let client = Client::connect(target).await?;
+    let result = deploy_on(&client, name, source).await;
+    client.close().await?;
+    let model = result?;
+    println!(
+        "{} is deployed: {} {}, {} of weights ({} shared with other models), {} of KV per token, context {}",
+        model.name,
+        model.family,
+        model.dtype,
+        bytes(model.weight_bytes),
+        bytes(model.shared_bytes),
+        bytes(model.kv_bytes_per_token),
+        model.context
+    );
+    Ok(())
+}
+
+/// Imports a model through a server, showing bytes, rate and time left.
+pub(crate) async fn deploy_on(client: &Client, name: &str, source: &Path) -> anyhow::Result<ModelStatus> {
+    let source = std::fs::canonicalize(source).with_context(|| format!("there is no {}", source.display()))?;
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.set_style(
+        ProgressStyle::with_template("{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+            .context("progress bar")?
+            .progress_chars("=> "),
+    );
+    bar.set_prefix(format!("deploying {name}"));
+    let body = json!({ "name": name, "source": source });
+    let mut deployed = None;
+    let figure = |value: &Value, key: &str| value.get(key).and_then(Value::as_u64).unwrap_or(0);
+    client
+        .post_lines("/admin/models", &body, |line| {
+            match line.get("model") {
+                Some(model) => deployed = Some(serde_json::from_value::<ModelStatus>(model.clone())?),
+                None => {
+                    bar.set_length(figure(&line, "bytes_total"));
+                    bar.set_position(figure(&line, "bytes_done"));
+                }
+            }
+            Ok(())
+        })
+        .await?;
+    bar.finish_and_clear();
+    deployed.context("the server ended the deployment without an answer")
+}
+
+/// Lists deployed models.
+pub(crate) async fn ls(target: Target, as_json: bool) -> anyhow::Result<()> {
+    let client = Client::connect(target).await?;
+    let result: anyhow::Result<Models> = client.get("/admin/models").await;
+    client.close().await?;
+    let models = result?;
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&models)?);
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = models
+        .models
+        .iter()
+        .map(|model| {
+            vec![
+                model.name.clone(),
+                model.family.clone(),
+                model.dtype.clone(),
+                model.task.clone(),
+                bytes(model.weight_bytes),
+                bytes(model.shared_bytes),
+                bytes(model.resident_bytes),
+                bytes(model.kv_bytes_per_token),
+                model.context.to_string(),
+                age(model.created),
+            ]
+        })
+        .collect();
+    let header =
+        ["NAME", "FAMILY", "DTYPE", "TASK", "WEIGHTS", "SHARED", "RESIDENT", "KV/TOKEN", "CONTEXT", "DEPLOYED"];
+    table(&header, &rows);
+    Ok(())
+}
+
+#[derive(Serialize, Deserialize)]
+struct Status {
+    #[serde(flatten)]
+    node: NodeStatus,
+    models: Vec<ModelStatus>,
+}
+
+/// Shows the pool and what runs.
+pub(crate) async fn ps(target: Target, as_json: bool) -> anyhow::Result<()> {
+    let client = Client::connect(target).await?;
+    let result: anyhow::Result<Status> = client.get("/admin/status").await;
+    client.close().await?;
+    let status = result?;
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+        return Ok(());
+    }
+    let node = &status.node;
+    println!(
+        "{}: pool {}, free {}, resident weights {} ({} in use), KV {} in {} blocks",
+        node.device,
+        bytes(node.pool_bytes),
+        bytes(node.free_bytes),
+        bytes(node.resident_bytes),
+        bytes(node.leased_bytes),
+        bytes(node.kv_bytes),
+        node.kv_blocks
+    );
+    println!(
+        "{} running, {} waiting; since the start: {} loaded, {} reused, {} evicted, {} preemptions",
+        node.running,
+        node.waiting,
+        bytes(node.bytes_loaded_total),
+        bytes(node.bytes_reused_total),
+        bytes(node.bytes_evicted_total),
+        node.preemptions_total
+    );
+    let rows: Vec<Vec<String>> = status
+        .models
+        .iter()
+        .filter(|model| model.resident_bytes > 0 || model.state != "idle" || model.waiting > 0)
+        .map(|model| {
+            let share = model.resident_bytes as f64 / model.weight_bytes.max(1) as f64;
+            vec![
+                model.name.clone(),
+                model.state.clone(),
+                format!("{} ({:.0} %)", bytes(model.resident_bytes), share * 100.0),
+                model.running.to_string(),
+                model.waiting.to_string(),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        table(&["NAME", "STATE", "RESIDENT", "RUNNING", "WAITING"], &rows);
+    }
+    Ok(())
+}
+
+/// Takes a model out of service.
+pub(crate) async fn rm(name: &str, target: Target) -> anyhow::Result<()> {
+    let client = Client::connect(target).await?;
+    let result = client.send(reqwest::Method::DELETE, &format!("/admin/models/{name}"), None).await;
+    client.close().await?;
+    result?;
+    println!("{name} is removed");
+    Ok(())
+}
+
+fn age(created: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = now.saturating_sub(Duration::from_secs(created)).as_secs();
+    match seconds {
+        0..120 => format!("{seconds} s ago"),
+        120..7200 => format!("{} min ago", seconds / 60),
+        7200..172_800 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} d ago", seconds / 86_400),
+    }
+}
