@@ -34,7 +34,10 @@ pub(crate) async fn status(State(gateway): State<Arc<Gateway>>) -> Response {
 }
 
 /// `DELETE /admin/models/{name}`.
-pub(crate) async fn remove(State(gateway): State<Arc<Gateway>>, Path(name): Path<String>) -> Result<Response, ApiError> {
+pub(crate) async fn remove(
+    State(gateway): State<Arc<Gateway>>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
     let remover = gateway.clone();
     let removed = tokio::task::spawn_blocking(move || {
         remover.node.remove(&name)?;
@@ -59,7 +62,8 @@ pub(crate) async fn deploy(
     body: RequestBody,
 ) -> Result<Response, ApiError> {
     // A page in a browser cannot send this type to another origin without asking, and nobody here answers yes.
-    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let content_type =
+        headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if content_type.split(';').next().map(str::trim) != Some("application/json") {
         return Err(ApiError::not_json());
     }
@@ -82,25 +86,28 @@ pub(crate) async fn deploy(
         let _ = sender.blocking_send(DeployEvent::End(Box::new(result)));
     });
     let first = match events.recv().await {
-        Some(DeployEvent::End(result)) => Line::Last(ready(&gateway, &*result.map_err(ApiError::from)?).await),
+        Some(DeployEvent::End(result)) => {
+            Line::Last(ready(&gateway, &*result.map_err(ApiError::from)?).await)
+        }
         Some(DeployEvent::Progress(progress)) => Line::Progress(progress),
         None => return Err(ApiError::internal("the deployment failed")),
     };
-    let stream = futures::stream::unfold((Some(first), events, gateway), async |(line, mut events, gateway)| {
-        let line = line?;
-        let next = match line {
-            Line::Last(_) => None,
-            Line::Progress(_) => match events.recv().await {
-                Some(DeployEvent::Progress(progress)) => Some(Line::Progress(progress)),
-                Some(DeployEvent::End(result)) => Some(Line::Last(match *result {
-                    Ok(model) => ready(&gateway, &model).await,
-                    Err(error) => failed(&error.into()),
-                })),
-                None => Some(Line::Last(failed(&ApiError::internal("the deployment failed")))),
-            },
-        };
-        Some((Ok::<_, std::convert::Infallible>(line.bytes()), (next, events, gateway)))
-    });
+    let stream =
+        futures::stream::unfold((Some(first), events, gateway), async |(line, mut events, gateway)| {
+            let line = line?;
+            let next = match line {
+                Line::Last(_) => None,
+                Line::Progress(_) => match events.recv().await {
+                    Some(DeployEvent::Progress(progress)) => Some(Line::Progress(progress)),
+                    Some(DeployEvent::End(result)) => Some(Line::Last(match *result {
+                        Ok(model) => ready(&gateway, &model).await,
+                        Err(error) => failed(&error.into()),
+                    })),
+                    None => Some(Line::Last(failed(&ApiError::internal("the deployment failed")))),
+                },
+            };
+            Some((Ok::<_, std::convert::Infallible>(line.bytes()), (next, events, gateway)))
+        });
     let mut response = Body::from_stream(stream).into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"));
     Ok(response)

@@ -37,7 +37,8 @@ async fn read(request: Request, limit: usize) -> Result<RequestBody, ApiError> {
     let mut received = 0usize;
     let mut stream = request.into_body().into_data_stream();
     while let Some(piece) = stream.next().await {
-        let piece = piece.map_err(|error| ApiError::invalid(format!("The request body cannot be read: {error}")))?;
+        let piece =
+            piece.map_err(|error| ApiError::invalid(format!("The request body cannot be read: {error}")))?;
         received = received.saturating_add(piece.len());
         if received <= limit {
             body.extend_from_slice(&piece);
@@ -48,5 +49,9 @@ async fn read(request: Request, limit: usize) -> Result<RequestBody, ApiError> {
             body = Vec::new();
         }
     }
-    if received > limit || announced > limit { Err(ApiError::body_too_large(limit)) } else { Ok(RequestBody(body.into())) }
+    if received > limit || announced > limit {
+        Err(ApiError::body_too_large(limit))
+    } else {
+        Ok(RequestBody(body.into()))
+    }
 }

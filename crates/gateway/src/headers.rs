@@ -8,7 +8,9 @@ use tangram_node::Timing;
 /// Adds `Server-Timing` (milliseconds) and the byte counters. Streams leave out `decode`: it is not over yet.
 pub(crate) fn add_timing(headers: &mut HeaderMap, timing: &Timing, with_decode: bool) {
     let entry = |name: &str, duration: Duration| format!("{name};dur={:.3}", duration.as_secs_f64() * 1000.0);
-    let mut value = [entry("queue", timing.queue), entry("load", timing.load), entry("prefill", timing.prefill)].join(", ");
+    let mut value =
+        [entry("queue", timing.queue), entry("load", timing.load), entry("prefill", timing.prefill)]
+            .join(", ");
     if with_decode {
         value = value + ", " + &entry("decode", timing.decode);
     }
@@ -33,7 +35,10 @@ mod tests {
             ..Timing::default()
         };
         add_timing(&mut headers, &timing, true);
-        assert_eq!(headers["server-timing"], "queue;dur=0.012, load;dur=1500.000, prefill;dur=0.000, decode;dur=0.000");
+        assert_eq!(
+            headers["server-timing"],
+            "queue;dur=0.012, load;dur=1500.000, prefill;dur=0.000, decode;dur=0.000"
+        );
         assert_eq!(headers["x-tangram-bytes-loaded"], "7");
         add_timing(&mut headers, &timing, false);
         assert_eq!(headers["server-timing"], "queue;dur=0.012, load;dur=1500.000, prefill;dur=0.000");

@@ -10,6 +10,7 @@ mod metrics;
 mod openai;
 mod text;
 
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
@@ -33,7 +34,7 @@ use crate::openai::error::ApiError;
 use crate::text::Texts;
 
 /// How the gateway behaves.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct GatewayConfig {
     /// Key that every call except `/health` must bring as `Authorization: Bearer`; `None` lets everybody in.
     pub api_key: Option<String>,
@@ -46,6 +47,18 @@ pub struct GatewayConfig {
 impl Default for GatewayConfig {
     fn default() -> Self {
         GatewayConfig { api_key: None, max_body_bytes: 32 << 20, shutdown_grace: Duration::from_secs(30) }
+    }
+}
+
+impl fmt::Debug for GatewayConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("GatewayConfig");
+        // Not the key itself: debug output ends up in logs.
+        debug.field("api_key", &self.api_key.as_ref().map(|_| "..."));
+        debug
+            .field("max_body_bytes", &self.max_body_bytes)
+            .field("shutdown_grace", &self.shutdown_grace)
+            .finish()
     }
 }
 
@@ -171,7 +184,10 @@ pub async fn serve(
     if let Ok(result) = tokio::time::timeout(grace, &mut drained).await {
         return result;
     }
-    tracing::warn!(seconds = grace.as_secs(), "requests still run after the grace of the shutdown; ending them");
+    tracing::warn!(
+        seconds = grace.as_secs(),
+        "requests still run after the grace of the shutdown; ending them"
+    );
     gateway.cut.send_replace(true);
     // A client that reads nothing can hold its connection, but not the server.
     tokio::time::timeout(Duration::from_secs(2), drained).await.unwrap_or(Ok(()))
@@ -220,15 +236,20 @@ fn bearer_token(value: &[u8]) -> Option<&[u8]> {
 /// Takes as long for a wrong key as for the right one, so that time does not tell how much of it was right. The
 /// length is no secret.
 fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
-    let differences = left.iter().zip(right).fold(0u8, |all, (left, right)| std::hint::black_box(all | (left ^ right)));
+    let differences =
+        left.iter().zip(right).fold(0u8, |all, (left, right)| std::hint::black_box(all | (left ^ right)));
     left.len() == right.len() && differences == 0
 }
 
 /// Gives the request its id and counts it, also if the client goes before the answer.
 async fn account(State(gateway): State<Arc<Gateway>>, mut request: Request, next: Next) -> Response {
     let id = gateway.ids.next();
-    let mut counted =
-        CountOnDrop { metrics: &gateway.metrics, endpoint: endpoint(request.uri().path()), model: String::new(), status: 499 };
+    let mut counted = CountOnDrop {
+        metrics: &gateway.metrics,
+        endpoint: endpoint(request.uri().path()),
+        model: String::new(),
+        status: 499,
+    };
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).await;
     if let Ok(value) = HeaderValue::from_str(&id.0) {

@@ -18,7 +18,8 @@ pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 
 /// Upper bounds in seconds: an activation takes microseconds, a cold load seconds.
 const SECONDS: [f64; 18] = [
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0,
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+    30.0, 120.0,
 ];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -66,7 +67,8 @@ impl Metrics {
         let load = histogram("request_load", "Time from admission until all weights were there");
         let prefill = histogram("request_prefill", "Time to process the prompt, without waiting for weights");
         let decode = histogram("request_decode", "Time from the first token to the last");
-        let first_token = histogram("request_first_token", "Time from submission to the first token or embedding");
+        let first_token =
+            histogram("request_first_token", "Time from submission to the first token or embedding");
         let mut counter = |name: &str, help: &str| {
             let family = Counters::default();
             registry.register(name, help, family.clone());
@@ -168,7 +170,9 @@ impl Collector for NodeCollector {
         type Value = fn(&ModelStatus) -> u64;
         let per_model: [(&str, &str, Value); 4] = [
             ("model_weight_bytes", "Bytes of a model's weights", |model| model.weight_bytes),
-            ("model_resident_bytes", "Bytes of a model's weights in device memory", |model| model.resident_bytes),
+            ("model_resident_bytes", "Bytes of a model's weights in device memory", |model| {
+                model.resident_bytes
+            }),
             ("model_running", "Sequences of a model running", |model| model.running as u64),
             ("model_waiting", "Requests for a model waiting", |model| model.waiting as u64),
         ];

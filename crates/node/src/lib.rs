@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tangram_checkpoint::TOKENIZER_FILE;
+use tangram_checkpoint::{Manifest, TOKENIZER_FILE};
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
 use tangram_pool::Pool;
@@ -68,11 +68,14 @@ pub enum NodeError {
 
 /// A running node.
 pub struct Node {
-    catalog: Mutex<Catalog>,
+    catalog: Arc<Mutex<Catalog>>,
     models: RwLock<BTreeMap<String, Arc<DeployedModel>>>,
     commands: Sender<Command>,
     shared: Arc<Shared>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    /// Takes the manifests of deployments whose last request has ended, and removes their files.
+    retired: Option<Sender<Arc<Manifest>>>,
+    worker: Option<JoinHandle<()>>,
+    janitor: Option<JoinHandle<()>>,
     page_bytes: u64,
     page_count: u64,
     max_waiting: usize,
@@ -110,12 +113,22 @@ impl Node {
         let shared = Arc::new(Shared::default());
         let worker = Worker::new(Pool::new(memory), threads, receiver, commands.clone(), shared.clone());
         let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
+        let catalog = Arc::new(Mutex::new(catalog));
+        let (retired, receiver) = channel::<Arc<Manifest>>();
+        let for_janitor = catalog.clone();
+        let janitor = std::thread::Builder::new().name("janitor".to_owned()).spawn(move || {
+            for manifest in receiver {
+                lock(&for_janitor).retired(&manifest);
+            }
+        })?;
         let node = Arc::new(Node {
-            catalog: Mutex::new(catalog),
+            catalog,
             models: RwLock::default(),
             commands,
             shared,
-            worker: Mutex::new(Some(worker)),
+            retired: Some(retired),
+            worker: Some(worker),
+            janitor: Some(janitor),
             page_bytes,
             page_count,
             max_waiting: config.max_waiting,
@@ -185,7 +198,7 @@ impl Node {
     /// # Errors
     /// When the checkpoint is unusable, does not fit, the disk is full, or `progress` breaks; nothing is left behind.
     pub fn deploy(
-        self: &Arc<Self>,
+        &self,
         name: &str,
         source: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
@@ -235,7 +248,7 @@ impl Node {
     ///
     /// # Errors
     /// When there is no such model or the catalogue cannot be written.
-    pub fn remove(self: &Arc<Self>, name: &str) -> Result<(), DeployError> {
+    pub fn remove(&self, name: &str) -> Result<(), DeployError> {
         let mut catalog = lock(&self.catalog);
         let deployment = catalog.models().get(name).cloned();
         let deployment = deployment.ok_or_else(|| DeployError::UnknownModel(name.to_owned()))?;
@@ -247,13 +260,11 @@ impl Node {
         Ok(())
     }
 
-    fn retire(self: &Arc<Self>, index: usize, deployment: &Deployment) {
-        // Weak: a node that is gone has nothing to clean up, its next start does it.
-        let (node, manifest) = (Arc::downgrade(self), deployment.manifest.clone());
+    fn retire(&self, index: usize, deployment: &Deployment) {
+        let (retired, manifest) = (self.retired.clone(), deployment.manifest.clone());
         let done = Box::new(move || {
-            if let Some(node) = node.upgrade() {
-                lock(&node.catalog).retired(&manifest);
-            }
+            // Without a janitor the node is going down, and its next start cleans up.
+            let _ = retired.map(|retired| retired.send(manifest));
         });
         let _ = self.commands.send(Command::Retire { model: index, done });
     }
@@ -395,8 +406,13 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Stop);
-        if let Some(worker) = lock(&self.worker).take() {
+        if let Some(worker) = self.worker.take() {
             let _ = worker.join();
+        }
+        // The loop is gone and with it every other sender, so the janitor ends when it has done its work.
+        self.retired = None;
+        if let Some(janitor) = self.janitor.take() {
+            let _ = janitor.join();
         }
     }
 }

@@ -44,7 +44,7 @@ pub(crate) enum Command {
         plan: Box<ModelPlan>,
         answer: Sender<Result<(), String>>,
     },
-    /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, on another thread.
+    /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, which must not block.
     Retire { model: usize, done: Box<dyn FnOnce() + Send> },
     /// Something happened elsewhere: a tensor arrived, a client went away.
     Wake,
@@ -256,9 +256,7 @@ impl Worker {
         {
             self.pool.forget(&entry.keys);
             if let Some(done) = entry.retire {
-                // Deleting files may take a while and is nobody's hurry. If no thread can be had, the files go at
-                // the next start.
-                let _ = std::thread::Builder::new().name("retire".to_owned()).spawn(done);
+                done();
             }
         }
     }
@@ -639,24 +637,19 @@ impl Worker {
     }
 
     fn fail_everything(&mut self) {
-        for model in 0..self.models.len() {
-            self.fail_model_quietly(model);
-        }
+        self.read_commands();
         for sequence in self.queue.remove(|_| true) {
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            if let Some(entry) = self.models[sequence.model].as_mut() {
+                entry.waiting -= 1;
+            }
             self.end(sequence, |sequence| sequence.fail(RequestError::ShuttingDown));
         }
-        while let Ok(command) = self.commands.try_recv() {
-            if let Command::Submit(sequence) = command {
-                self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-                self.end(*sequence, |sequence| sequence.fail(RequestError::ShuttingDown));
+        for model in 0..self.models.len() {
+            if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
+                self.fail_model(model, &RequestError::ShuttingDown);
             }
-        }
-    }
-
-    fn fail_model_quietly(&mut self, model: usize) {
-        if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
-            self.fail_model(model, &RequestError::ShuttingDown);
+            self.retire_if_over(model);
         }
     }
 

@@ -368,7 +368,10 @@ fn add_values<S: Simd>(s: S, weights: &[f32], values: &[f32], sums: &mut [f32]) 
     // SAFETY: `stride` is a multiple of the lanes; row `p` of `values` has `stride` elements (asserted).
     unsafe {
         while i + WIDE * LANES <= stride {
-            let mut acc: [S::V; WIDE] = std::array::from_fn(|u| s.load(sums.add(i + u * LANES)));
+            let mut acc = [s.splat(0.0); WIDE];
+            for (u, acc) in acc.iter_mut().enumerate() {
+                *acc = s.load(sums.add(i + u * LANES));
+            }
             for (p, &weight) in weights.iter().enumerate() {
                 let weight = s.splat(weight);
                 for (u, acc) in acc.iter_mut().enumerate() {

@@ -49,6 +49,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn splat_f16(self, p: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(p.cast::<i16>().read_unaligned())) }
+    }
+
+    #[inline(always)]
     unsafe fn store_f16(self, p: *mut u8, v: __m256) {
         // SAFETY: see above.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
@@ -186,22 +192,35 @@ impl Simd for Avx2 {
         // share a register after the first round, so that the results come out in order.
         // SAFETY: see above.
         unsafe {
-            let halves = |a: __m256, b: __m256| {
-                _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
-            };
-            let (a, b, c, d) =
-                (halves(v[0], v[4]), halves(v[1], v[5]), halves(v[2], v[6]), halves(v[3], v[7]));
-            let quarters = |a: __m256, b: __m256| {
-                _mm256_add_ps(
-                    _mm256_shuffle_ps::<0b01_00_01_00>(a, b),
-                    _mm256_shuffle_ps::<0b11_10_11_10>(a, b),
-                )
-            };
-            let (ab, cd) = (quarters(a, b), quarters(c, d));
+            let (a, b) = (add_halves(v[0], v[4]), add_halves(v[1], v[5]));
+            let (c, d) = (add_halves(v[2], v[6]), add_halves(v[3], v[7]));
+            let (ab, cd) = (add_quarters(a, b), add_quarters(c, d));
             _mm256_add_ps(
                 _mm256_shuffle_ps::<0b10_00_10_00>(ab, cd),
                 _mm256_shuffle_ps::<0b11_01_11_01>(ab, cd),
             )
         }
+    }
+}
+
+/// Lower plus upper half of `a`, then of `b`.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn add_halves(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: by contract.
+    unsafe { _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)) }
+}
+
+/// In each half: lower plus upper pair of lanes of `a`, then of `b`.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn add_quarters(a: __m256, b: __m256) -> __m256 {
+    // SAFETY: by contract.
+    unsafe {
+        _mm256_add_ps(_mm256_shuffle_ps::<0b01_00_01_00>(a, b), _mm256_shuffle_ps::<0b11_10_11_10>(a, b))
     }
 }

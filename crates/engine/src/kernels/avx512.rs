@@ -51,6 +51,7 @@ impl Simd for Avx512 {
         unsafe fn load(p: *const f32) -> __m256;
         unsafe fn store(p: *mut f32, v: __m256) -> ();
         unsafe fn load_f16(p: *const u8) -> __m256;
+        unsafe fn splat_f16(p: *const u8) -> __m256;
         unsafe fn store_f16(p: *mut u8, v: __m256) -> ();
         unsafe fn load_bf16(p: *const u8) -> __m256;
         unsafe fn load_i8(p: *const u8) -> __m256;

@@ -8,7 +8,7 @@ use tangram_checkpoint::Norm;
 
 use super::buffer::Disjoint;
 use super::format::GROUP;
-use super::simd::{LANES, Simd, exp, load_partial, store_partial};
+use super::simd::{LANES, PARTS, Simd, exp, load_partial, store_partial};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
 
@@ -62,42 +62,80 @@ fn for_rows(pool: &Pool, data: &mut [f32], width: usize, body: impl Fn(usize, &m
     });
 }
 
-/// The sum of `f(x)` in the crate's order of additions; `f` must map 0 to 0 or `x` be whole groups.
+/// The sum of the elements of `x`, or of their squares, in the order of additions of the crate.
 #[inline(always)]
-fn sum_by<S: Simd, F: Fn(S::V) -> S::V>(s: S, x: &[f32], f: F) -> f32 {
-    let mut parts = [s.splat(0.0); GROUP / LANES];
+fn sum<S: Simd, const SQUARED: bool>(s: S, x: &[f32]) -> f32 {
+    let mut parts = [s.splat(0.0); PARTS];
     let (groups, tail) = x.as_chunks::<GROUP>();
-    let mut add = |group: *const f32| {
+    let mut padded = [0.0; GROUP];
+    padded[..tail.len()].copy_from_slice(tail);
+    // Adding the zeros of an empty tail changes nothing.
+    for group in groups.iter().chain([&padded]) {
         for (u, part) in parts.iter_mut().enumerate() {
-            // SAFETY: `group` points to 32 elements.
-            *part = s.add(*part, f(unsafe { s.load(group.add(u * LANES)) }));
+            // SAFETY: a group has 32 elements.
+            let v = unsafe { s.load(group.as_ptr().add(u * LANES)) };
+            *part = s.add(*part, if SQUARED { s.mul(v, v) } else { v });
         }
-    };
-    groups.iter().for_each(|group| add(group.as_ptr()));
-    if !tail.is_empty() {
-        let mut padded = [0.0; GROUP];
-        padded[..tail.len()].copy_from_slice(tail);
-        add(padded.as_ptr());
     }
     s.sum(s.add(s.add(parts[0], parts[1]), s.add(parts[2], parts[3])))
 }
 
-/// Applies `f` to every vector of `x` with the vector at the same place in `y` (as long as `x`).
+/// A function of two vectors. Not a closure: those are not inlined reliably, and vector code that is not inlined is
+/// not compiled for the instruction set.
+trait Pairwise: Copy {
+    fn apply<S: Simd>(self, s: S, x: S::V, y: S::V) -> S::V;
+}
+
+/// Replaces every vector of `x` by its function with the vector at the same place in `y` (as long as `x`).
 #[inline(always)]
-fn update<S: Simd, F: Fn(S::V, S::V) -> S::V>(s: S, x: &mut [f32], y: &[f32], f: F) {
+fn update<S: Simd, F: Pairwise>(s: S, x: &mut [f32], y: &[f32], f: F) {
     assert_eq!(x.len(), y.len());
     let (whole, tail) = (x.len() / LANES, x.len() % LANES);
     let (x, y) = (x.as_mut_ptr(), y.as_ptr());
     // SAFETY: all offsets are below the common length.
     unsafe {
         for i in 0..whole {
-            s.store(x.add(i * LANES), f(s.load(x.add(i * LANES)), s.load(y.add(i * LANES))));
+            s.store(x.add(i * LANES), f.apply(s, s.load(x.add(i * LANES)), s.load(y.add(i * LANES))));
         }
         if tail > 0 {
             let (x, y) = (x.add(whole * LANES), y.add(whole * LANES));
-            let value = f(load_partial(s, x, tail), load_partial(s, y, tail));
+            let value = f.apply(s, load_partial(s, x, tail), load_partial(s, y, tail));
             store_partial(s, x, value, tail);
         }
+    }
+}
+
+/// x · scale · weight.
+#[derive(Clone, Copy)]
+struct Scale(f32);
+
+impl Pairwise for Scale {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V, weight: S::V) -> S::V {
+        s.mul(s.mul(x, s.splat(self.0)), weight)
+    }
+}
+
+/// x + y.
+#[derive(Clone, Copy)]
+struct Add;
+
+impl Pairwise for Add {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V, y: S::V) -> S::V {
+        s.add(x, y)
+    }
+}
+
+/// silu(gate) · up.
+#[derive(Clone, Copy)]
+struct SiluTimes;
+
+impl Pairwise for SiluTimes {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, gate: S::V, up: S::V) -> S::V {
+        let silu = s.div(gate, s.add(s.splat(1.0), exp(s, s.sub(s.splat(0.0), gate))));
+        s.mul(silu, up)
     }
 }
 
@@ -116,16 +154,15 @@ impl Kernel for NormRow<'_> {
         let epsilon = match norm {
             Norm::Rms { epsilon } => epsilon,
             Norm::Layer { epsilon } => {
-                let mean = sum_by(s, x, |v| v) / width;
+                let mean = sum::<S, false>(s, x) / width;
                 x.iter_mut().for_each(|x| *x -= mean);
                 epsilon
             }
         };
-        let mean_square = sum_by(s, x, |v| s.mul(v, v)) / width;
-        let scale = s.splat(1.0 / (mean_square + epsilon).sqrt());
-        update(s, x, weight, |x, weight| s.mul(s.mul(x, scale), weight));
+        let mean_square = sum::<S, true>(s, x) / width;
+        update(s, x, weight, Scale(1.0 / (mean_square + epsilon).sqrt()));
         if let (Norm::Layer { .. }, Some(bias)) = (norm, bias) {
-            update(s, x, bias, |x, bias| s.add(x, bias));
+            update(s, x, bias, Add);
         }
     }
 }
@@ -164,11 +201,7 @@ impl Kernel for SiluMul<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (zero, one) = (s.splat(0.0), s.splat(1.0));
-        update(s, self.gate, self.up, |gate, up| {
-            let silu = s.div(gate, s.add(one, exp(s, s.sub(zero, gate))));
-            s.mul(silu, up)
-        });
+        update(s, self.gate, self.up, SiluTimes);
     }
 }
 
@@ -247,27 +280,31 @@ impl Kernel for PrepareHeads<'_> {
             }
             let (a, b) = (head.as_mut_ptr(), head.as_mut_ptr().wrapping_add(half));
             let (cos, sin) = (self.cos.as_ptr(), self.sin.as_ptr());
-            let rotate = |a: S::V, b: S::V, cos: S::V, sin: S::V| {
-                (s.sub(s.mul(a, cos), s.mul(b, sin)), s.add(s.mul(b, cos), s.mul(a, sin)))
-            };
             // SAFETY: pairs are inside the head, angles inside the tables (asserted).
             unsafe {
                 for i in (0..whole).map(|i| i * LANES) {
-                    let (x, y) =
-                        rotate(s.load(a.add(i)), s.load(b.add(i)), s.load(cos.add(i)), s.load(sin.add(i)));
+                    let angle = (s.load(cos.add(i)), s.load(sin.add(i)));
+                    let (x, y) = rotate(s, s.load(a.add(i)), s.load(b.add(i)), angle);
                     s.store(a.add(i), x);
                     s.store(b.add(i), y);
                 }
                 if tail > 0 {
                     let i = whole * LANES;
-                    let part = |p: *const f32| load_partial(s, p, tail);
-                    let (x, y) = rotate(part(a.add(i)), part(b.add(i)), part(cos.add(i)), part(sin.add(i)));
+                    let angle = (load_partial(s, cos.add(i), tail), load_partial(s, sin.add(i), tail));
+                    let (x, y) =
+                        rotate(s, load_partial(s, a.add(i), tail), load_partial(s, b.add(i), tail), angle);
                     store_partial(s, a.add(i), x, tail);
                     store_partial(s, b.add(i), y, tail);
                 }
             }
         }
     }
+}
+
+/// The pair (a, b) turned by the angle with this cosine and sine.
+#[inline(always)]
+fn rotate<S: Simd>(s: S, a: S::V, b: S::V, (cos, sin): (S::V, S::V)) -> (S::V, S::V) {
+    (s.sub(s.mul(a, cos), s.mul(b, sin)), s.add(s.mul(b, cos), s.mul(a, sin)))
 }
 
 /// The Euclidean length of `x`.
@@ -284,6 +321,6 @@ impl Kernel for SumOfSquares<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        sum_by(s, self.x, |v| s.mul(v, v))
+        sum::<S, true>(s, self.x)
     }
 }

@@ -62,29 +62,6 @@ impl Format for Bf16 {
     }
 }
 
-/// The f16 at `p` in all lanes.
-///
-/// # Safety
-/// `p` is readable for 2 bytes.
-#[inline(always)]
-unsafe fn splat_f16<S: Simd>(s: S, p: *const u8) -> S::V {
-    // SAFETY: 2 readable bytes by contract.
-    let bits = unsafe { p.cast::<u16>().read_unaligned() };
-    s.splat(widen_f16(bits))
-}
-
-/// binary16 to f32 in integer arithmetic: exact for every value, and cheap inside any instruction set.
-#[inline(always)]
-fn widen_f16(bits: u16) -> f32 {
-    // Moves exponent and mantissa to their f32 places, then corrects the exponent bias by a multiplication, which
-    // also normalises subnormals. The product is exact: a power of two, and the range of f32 covers that of f16.
-    const REBIAS: f32 = f32::from_bits((127 + 127 - 15) << 23);
-    let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * REBIAS;
-    // Infinity and NaN (exponent all ones) come out as finite 2^16.. values; give them back their exponent.
-    let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
-    f32::from_bits(magnitude.to_bits() | special | u32::from(bits & 0x8000) << 16)
-}
-
 impl Format for Q8_0 {
     const GROUP_BYTES: usize = 34;
 
@@ -92,7 +69,7 @@ impl Format for Q8_0 {
     unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
         // SAFETY: 34 readable bytes by contract.
         unsafe {
-            let d = splat_f16(s, p);
+            let d = s.splat_f16(p);
             [
                 s.mul(d, s.load_i8(p.add(2))),
                 s.mul(d, s.load_i8(p.add(10))),
@@ -110,7 +87,7 @@ impl Format for Q4_0 {
     unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
         // SAFETY: 18 readable bytes by contract.
         unsafe {
-            let d = splat_f16(s, p);
+            let d = s.splat_f16(p);
             let eight = s.splat(8.0);
             let [a, b, c, e] = s.load_nibbles(p.add(2));
             [
@@ -130,8 +107,8 @@ impl Format for Q4_1 {
     unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
         // SAFETY: 20 readable bytes by contract.
         unsafe {
-            let d = splat_f16(s, p);
-            let m = splat_f16(s, p.add(2));
+            let d = s.splat_f16(p);
+            let m = s.splat_f16(p.add(2));
             let [a, b, c, e] = s.load_nibbles(p.add(4));
             [s.fma(d, a, m), s.fma(d, b, m), s.fma(d, c, m), s.fma(d, e, m)]
         }

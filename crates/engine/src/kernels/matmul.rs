@@ -391,7 +391,8 @@ fn panel_times_tokens<S: Simd, const T: usize>(
     // SAFETY: the lengths are asserted.
     let totals = unsafe { s.panel_times_tokens::<T>(panel.as_ptr(), x.as_ptr(), groups) };
     for (half, out) in sums.chunks_exact_mut(LANES).enumerate().take((T * PANEL_ROWS).div_ceil(LANES)) {
-        let eight = std::array::from_fn(|i| totals[half * LANES + i]);
+        let mut eight = [totals[0]; LANES];
+        eight.copy_from_slice(&totals[half * LANES..(half + 1) * LANES]);
         // SAFETY: `out` has eight elements.
         unsafe { s.store(out.as_mut_ptr(), s.sums(eight)) };
     }

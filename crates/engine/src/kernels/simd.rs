@@ -49,6 +49,12 @@ pub(crate) trait Simd: Copy {
     /// `p` is readable for 16 bytes.
     unsafe fn load_f16(self, p: *const u8) -> Self::V;
 
+    /// One binary16, widened, in all lanes.
+    ///
+    /// # Safety
+    /// `p` is readable for 2 bytes.
+    unsafe fn splat_f16(self, p: *const u8) -> Self::V;
+
     /// Narrows to binary16, to nearest even.
     ///
     /// # Safety
@@ -130,7 +136,10 @@ pub(crate) trait Simd: Copy {
             for _ in 0..groups {
                 // SAFETY: over the four passes, the pointers advance by the readable lengths.
                 unsafe {
-                    let token: [Self::V; T] = std::array::from_fn(|t| self.load(x.add(t * LANES)));
+                    let mut token = [zero; T];
+                    for (t, token) in token.iter_mut().enumerate() {
+                        *token = self.load(x.add(t * LANES));
+                    }
                     for row in 0..PANEL_ROWS {
                         let weight = self.load(w.add(row * LANES));
                         for (acc, &token) in acc.iter_mut().zip(&token) {
@@ -188,6 +197,13 @@ impl Simd for Scalar {
         // SAFETY: 16 readable bytes by contract.
         let bits = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
         bits.map(|b| f16::from_bits(b).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn splat_f16(self, p: *const u8) -> Self::V {
+        // SAFETY: 2 readable bytes by contract.
+        let bits = unsafe { p.cast::<u16>().read_unaligned() };
+        [f16::from_bits(bits).to_f32(); 8]
     }
 
     #[inline(always)]

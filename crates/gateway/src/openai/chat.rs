@@ -173,11 +173,19 @@ fn prepare_messages(mut messages: Vec<Json>) -> Result<Vec<Json>, ApiError> {
     for (index, message) in messages.iter_mut().enumerate() {
         let name = format!("messages[{index}]");
         let Json::Object(message) = message else {
-            return Err(ApiError::param(&name, format!("'{name}' must be an object with 'role' and 'content'")));
+            return Err(ApiError::param(
+                &name,
+                format!("'{name}' must be an object with 'role' and 'content'"),
+            ));
         };
         match message.get("role") {
             Some(Json::String(role)) if !role.is_empty() => {}
-            _ => return Err(ApiError::param(&format!("{name}.role"), format!("'{name}.role' must be a string"))),
+            _ => {
+                return Err(ApiError::param(
+                    &format!("{name}.role"),
+                    format!("'{name}.role' must be a string"),
+                ));
+            }
         }
         let content = match message.remove("content") {
             None | Some(Json::Null) => String::new(),
@@ -249,7 +257,8 @@ impl ChatChunks {
         ChatChunkChoice {
             index,
             delta: message,
-            logprobs: (self.with_logprobs && !delta.logprobs.is_empty()).then(|| self.texts.chat(&delta.logprobs)),
+            logprobs: (self.with_logprobs && !delta.logprobs.is_empty())
+                .then(|| self.texts.chat(&delta.logprobs)),
             finish_reason: None,
             token_ids: self.return_token_ids.then_some(delta.tokens),
         }

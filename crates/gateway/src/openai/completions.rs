@@ -116,12 +116,18 @@ fn refuse_unsupported(fields: &Fields<'_>, options: &Options, echo: bool) -> Res
         return Err(ApiError::unsupported("best_of", "'best_of' greater than 'n' is not supported"));
     }
     if echo && options.sampling.logprobs.is_some() {
-        return Err(ApiError::unsupported("echo", "'echo' with 'logprobs' is not supported: prompts have no logprobs"));
+        return Err(ApiError::unsupported(
+            "echo",
+            "'echo' with 'logprobs' is not supported: prompts have no logprobs",
+        ));
     }
     if let Some(format) = fields.object("response_format")?
         && format.string("type").ok().flatten().as_deref() != Some("text")
     {
-        return Err(ApiError::unsupported("response_format", "'response_format' other than 'text' is not supported yet"));
+        return Err(ApiError::unsupported(
+            "response_format",
+            "'response_format' other than 'text' is not supported yet",
+        ));
     }
     Ok(())
 }
@@ -282,7 +288,8 @@ impl Chunks for TextChunks {
             return;
         }
         let token_ids = self.return_token_ids.then(Vec::new);
-        let choice = TextChoice { index, text, logprobs: None, finish_reason: None, token_ids, prompt_token_ids };
+        let choice =
+            TextChoice { index, text, logprobs: None, finish_reason: None, token_ids, prompt_token_ids };
         self.write(Some(choice), None, out);
     }
 
@@ -324,9 +331,22 @@ mod tests {
 
     #[test]
     fn bad_prompts_are_refused() {
-        for prompt in ["null", "[]", "[[]]", "[[1], []]", "5", "{}", "[1, \"a\"]", "[\"a\", 1]", "[-1]", "[1.5]",
-            "[4294967296]", "[[1], 2]", "true", "[null]"]
-        {
+        for prompt in [
+            "null",
+            "[]",
+            "[[]]",
+            "[[1], []]",
+            "5",
+            "{}",
+            "[1, \"a\"]",
+            "[\"a\", 1]",
+            "[-1]",
+            "[1.5]",
+            "[4294967296]",
+            "[[1], 2]",
+            "true",
+            "[null]",
+        ] {
             let error = inputs(prompt).unwrap_err();
             assert_eq!(error.body()["error"]["param"], "prompt", "{prompt}");
             assert_eq!(error.status, 400);

@@ -62,7 +62,9 @@ async fn answer(
     let base64 = match fields.string("encoding_format")?.as_deref() {
         None | Some("float") => false,
         Some("base64") => true,
-        Some(_) => return Err(ApiError::param("encoding_format", "'encoding_format' must be 'float' or 'base64'")),
+        Some(_) => {
+            return Err(ApiError::param("encoding_format", "'encoding_format' must be 'float' or 'base64'"));
+        }
     };
     let hidden = model.spec.hidden;
     if let Some(dimensions) = fields.integer("dimensions", 1..=i64::MAX)?

@@ -16,7 +16,12 @@ pub(crate) struct ApiError {
 }
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
+    fn new(
+        status: StatusCode,
+        kind: &'static str,
+        code: Option<&'static str>,
+        message: impl Into<String>,
+    ) -> Self {
         ApiError { status, message: message.into(), kind, param: None, code }
     }
 
@@ -43,7 +48,8 @@ impl ApiError {
     /// 404 for a model.
     pub(crate) fn unknown_model(name: &str) -> Self {
         let message = format!("The model `{name}` does not exist; GET /v1/models lists those that do");
-        let error = Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
+        let error =
+            Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
         ApiError { param: Some("model".into()), ..error }
     }
 
@@ -71,7 +77,12 @@ impl ApiError {
     /// 405.
     pub(crate) fn method_not_allowed(method: &str, path: &str) -> Self {
         let message = format!("Method {method} is not allowed for {path}");
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", Some("method_not_allowed"), message)
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "invalid_request_error",
+            Some("method_not_allowed"),
+            message,
+        )
     }
 
     /// 408.
@@ -109,12 +120,18 @@ impl From<RequestError> for ApiError {
         match error {
             RequestError::Invalid(_) => Self::invalid(message),
             RequestError::UnknownModel(name) => Self::unknown_model(&name),
-            RequestError::QueueFull { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"), message)
-            }
-            RequestError::LoadFailed { .. } => {
-                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("model_load_failed"), message)
-            }
+            RequestError::QueueFull { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limit_error",
+                Some("rate_limit_exceeded"),
+                message,
+            ),
+            RequestError::LoadFailed { .. } => Self::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "server_error",
+                Some("model_load_failed"),
+                message,
+            ),
             RequestError::ShuttingDown => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), message)
             }
@@ -128,7 +145,9 @@ impl From<DeployError> for ApiError {
         let message = error.to_string();
         match error {
             DeployError::Checkpoint(_) => Self::param("source", message),
-            DeployError::DoesNotFit(_) => ApiError { code: Some("does_not_fit"), ..Self::param("source", message) },
+            DeployError::DoesNotFit(_) => {
+                ApiError { code: Some("does_not_fit"), ..Self::param("source", message) }
+            }
             DeployError::BadName(_) => Self::param("name", message),
             DeployError::UnknownModel(name) => Self::unknown_model(&name),
             DeployError::Cancelled => {

@@ -120,7 +120,9 @@ mod tests {
 
     #[test]
     fn malformed_bodies_are_refused() {
-        for body in [&b"{"[..], b"", b"[]", b"nul", b"\"x\"", b"{\"a\": NaN}", b"{\"a\": \xFF}", b"{} {}", b"\xFF"] {
+        for body in
+            [&b"{"[..], b"", b"[]", b"nul", b"\"x\"", b"{\"a\": NaN}", b"{\"a\": \xFF}", b"{} {}", b"\xFF"]
+        {
             let error = Fields::parse(body).unwrap_err();
             assert_eq!(error.status, 400, "{body:?}");
         }
@@ -128,7 +130,8 @@ mod tests {
 
     #[test]
     fn numbers_are_checked() {
-        let text = r#"{"t": 2.5, "u": "1", "big": 1e999, "i": 3.0, "j": 3.5, "n": null, "x": -1, "h": 1e300}"#;
+        let text =
+            r#"{"t": 2.5, "u": "1", "big": 1e999, "i": 3.0, "j": 3.5, "n": null, "x": -1, "h": 1e300}"#;
         let fields = Fields::parse(text.as_bytes()).unwrap();
         fails(fields.number("t", 0.0..=2.0), "t", "must be between 0 and 2, got 2.5");
         fails(fields.number("u", 0.0..=2.0), "u", "must be a number");
@@ -142,7 +145,8 @@ mod tests {
 
     #[test]
     fn types_are_checked() {
-        let fields = Fields::parse(br#"{"s": 1, "b": "true", "o": [], "ids": [1, -2], "deep": {"a": 1}}"#).unwrap();
+        let fields =
+            Fields::parse(br#"{"s": 1, "b": "true", "o": [], "ids": [1, -2], "deep": {"a": 1}}"#).unwrap();
         fails(fields.string("s"), "s", "must be a string");
         fails(fields.boolean("b", true), "b", "must be true or false");
         fails(fields.object("o"), "o", "must be an object");

@@ -32,10 +32,16 @@ fn find_model(gateway: &Gateway, fields: &Fields<'_>) -> Result<Arc<DeployedMode
 }
 
 /// The model's tokenizer, if it has one.
-async fn tokenizer(gateway: &Gateway, model: &Arc<DeployedModel>) -> Result<Option<Arc<TextTokenizer>>, ApiError> {
+async fn tokenizer(
+    gateway: &Gateway,
+    model: &Arc<DeployedModel>,
+) -> Result<Option<Arc<TextTokenizer>>, ApiError> {
     gateway.texts.tokenizer(model).await.map_err(|error| {
         tracing::error!(model = model.name, %error, "the tokenizer cannot be loaded");
-        ApiError::internal(format!("The tokenizer of `{}` cannot be loaded ({error}); re-deploy the model", model.name))
+        ApiError::internal(format!(
+            "The tokenizer of `{}` cannot be loaded ({error}); re-deploy the model",
+            model.name
+        ))
     })
 }
 
@@ -65,7 +71,8 @@ struct FinishedChoice {
 
 /// Waits for all choices.
 async fn collect(run: &mut Run) -> Result<Vec<FinishedChoice>, ApiError> {
-    let mut choices: Vec<FinishedChoice> = std::iter::repeat_with(FinishedChoice::default).take(run.choices()).collect();
+    let mut choices: Vec<FinishedChoice> =
+        std::iter::repeat_with(FinishedChoice::default).take(run.choices()).collect();
     while let Some((index, event)) = run.next().await? {
         let Some(choice) = choices.get_mut(index) else { continue };
         match event {

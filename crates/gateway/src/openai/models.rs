@@ -18,7 +18,10 @@ pub(crate) async fn list(State(gateway): State<Arc<Gateway>>) -> Response {
 }
 
 /// `GET /v1/models/{id}`.
-pub(crate) async fn get(State(gateway): State<Arc<Gateway>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn get(
+    State(gateway): State<Arc<Gateway>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
     let model = gateway.node.model(&name).ok_or_else(|| ApiError::unknown_model(&name))?;
     Ok(Json(describe(&model)))
 }

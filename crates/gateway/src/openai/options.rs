@@ -40,7 +40,10 @@ impl Options {
         let stream = fields.boolean("stream", false)?;
         let include_usage = match fields.object("stream_options")? {
             Some(_) if !stream => {
-                return Err(ApiError::param("stream_options", "'stream_options' is only allowed with 'stream'"));
+                return Err(ApiError::param(
+                    "stream_options",
+                    "'stream_options' is only allowed with 'stream'",
+                ));
             }
             Some(stream_options) => stream_options.boolean("include_usage", false)?,
             None => false,
@@ -58,7 +61,8 @@ impl Options {
         };
         check_tokens(&options.stop_token_ids, model, "stop_token_ids")?;
         if !options.stops.is_empty() && model.tokenizer.is_none() {
-            let message = format!("The model `{}` has no tokenizer, so there is no text to find 'stop' in", model.name);
+            let message =
+                format!("The model `{}` has no tokenizer, so there is no text to find 'stop' in", model.name);
             return Err(ApiError::param("stop", message));
         }
         Ok(options)
@@ -71,7 +75,10 @@ pub(crate) fn check_tokens(tokens: &[u32], model: &DeployedModel, param: &str) -
         None => Ok(()),
         Some(token) => Err(ApiError::param(
             param,
-            format!("'{param}' has token id {token}, but the model's vocabulary has {} tokens", model.spec.vocab),
+            format!(
+                "'{param}' has token id {token}, but the model's vocabulary has {} tokens",
+                model.spec.vocab
+            ),
         )),
     }
 }
@@ -110,12 +117,16 @@ fn read_sampling(fields: &Fields<'_>, model: &DeployedModel) -> Result<SamplingP
 
 fn read_logit_bias(fields: &Fields<'_>, model: &DeployedModel) -> Result<Vec<(u32, f32)>, ApiError> {
     let error = |message: String| ApiError::param("logit_bias", message);
-    let biases: Option<HashMap<String, Number>> = fields.get("logit_bias", "an object of numbers by token id")?;
+    let biases: Option<HashMap<String, Number>> =
+        fields.get("logit_bias", "an object of numbers by token id")?;
     let mut result = Vec::new();
     for (token, bias) in biases.unwrap_or_default() {
-        let id: u32 = token.parse().map_err(|_| error(format!("'logit_bias' has the key '{token}', not a token id")))?;
+        let id: u32 = token
+            .parse()
+            .map_err(|_| error(format!("'logit_bias' has the key '{token}', not a token id")))?;
         let bias = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
-        let bias = bias.ok_or_else(|| error(format!("'logit_bias' for token {id} must be between -100 and 100")))?;
+        let bias =
+            bias.ok_or_else(|| error(format!("'logit_bias' for token {id} must be between -100 and 100")))?;
         result.push((id, bias as f32));
     }
     result.sort_unstable_by_key(|&(id, _)| id);
@@ -131,10 +142,16 @@ fn read_stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
         Some(_) => fields.get::<Vec<String>>("stop", "a string or a list of strings")?.unwrap_or_default(),
     };
     if stops.len() > MAX_STOPS {
-        return Err(ApiError::param("stop", format!("'stop' may have at most {MAX_STOPS} strings, got {}", stops.len())));
+        return Err(ApiError::param(
+            "stop",
+            format!("'stop' may have at most {MAX_STOPS} strings, got {}", stops.len()),
+        ));
     }
     if stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
-        return Err(ApiError::param("stop", format!("each string of 'stop' must have 1 to {MAX_STOP_BYTES} bytes")));
+        return Err(ApiError::param(
+            "stop",
+            format!("each string of 'stop' must have 1 to {MAX_STOP_BYTES} bytes"),
+        ));
     }
     Ok(stops)
 }

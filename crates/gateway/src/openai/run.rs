@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use futures::stream::{BoxStream, SelectAll, StreamExt};
 use tangram_node::{
-    DeployedModel, FinishReason, GenerateEvent, GenerateRequest, GeneratedToken, Generation, RequestError, Timing,
-    TokenLogprob,
+    DeployedModel, FinishReason, GenerateEvent, GenerateRequest, GeneratedToken, Generation, RequestError,
+    Timing, TokenLogprob,
 };
 use tokio::sync::watch;
 
@@ -80,7 +80,9 @@ impl Choice {
             Some(GenerateEvent::Token(token)) => self.token(token),
             Some(GenerateEvent::Finished { reason, timing }) => self.finish(reason, timing),
             Some(GenerateEvent::Failed(error)) => ChoiceEvent::Failed(error),
-            None => ChoiceEvent::Failed(RequestError::Internal("the generation ended without a result".into())),
+            None => {
+                ChoiceEvent::Failed(RequestError::Internal("the generation ended without a result".into()))
+            }
         };
         if matches!(event, ChoiceEvent::Finished { .. } | ChoiceEvent::Failed(_)) {
             self.generation = None;
@@ -157,8 +159,9 @@ impl Run {
                 ignore_eos: options.ignore_eos,
                 stop_token_ids: options.stop_token_ids.clone(),
             })?;
-            let detokenizer =
-                |tokenizer: &Arc<TextTokenizer>| Detokenizer::new(tokenizer.clone(), &prompt.tokens, options.skip_special_tokens);
+            let detokenizer = |tokenizer: &Arc<TextTokenizer>| {
+                Detokenizer::new(tokenizer.clone(), &prompt.tokens, options.skip_special_tokens)
+            };
             let choice = Choice {
                 generation: Some(generation),
                 detokenizer: tokenizer.map(detokenizer),

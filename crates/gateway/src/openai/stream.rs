@@ -92,7 +92,11 @@ impl<C: Chunks> StreamState<C> {
 }
 
 /// Waits for the first token and answers with the stream. When the client goes, the body and the run are dropped.
-pub(crate) async fn respond(mut run: Run, chunks: impl Chunks, include_usage: bool) -> Result<Response, ApiError> {
+pub(crate) async fn respond(
+    mut run: Run,
+    chunks: impl Chunks,
+    include_usage: bool,
+) -> Result<Response, ApiError> {
     let first = run.next().await?;
     let timing = run.timing();
     let state = StreamState { run, chunks, include_usage, first, done: false };

@@ -199,8 +199,12 @@ impl TokenTexts {
     /// Logprobs of text completions. `offset` is where the tokens' text begins in the choice's text, in characters;
     /// it is moved to their end.
     pub(crate) fn legacy(&self, tokens: &[(u32, TokenLogprob)], offset: &mut usize) -> TextLogprobs {
-        let mut result =
-            TextLogprobs { tokens: vec![], token_logprobs: vec![], top_logprobs: vec![], text_offset: vec![] };
+        let mut result = TextLogprobs {
+            tokens: vec![],
+            token_logprobs: vec![],
+            top_logprobs: vec![],
+            text_offset: vec![],
+        };
         for (id, logprob) in tokens {
             let TokenEntry { token, logprob: own, .. } = self.entry(*id, logprob.logprob);
             let mut top: Vec<(String, f32)> = Vec::new();
@@ -247,7 +251,8 @@ mod tests {
     fn logprobs_in_both_formats() {
         let texts = TokenTexts(Some(crate::text::test_tokenizer()));
         let h = 'h' as u32;
-        let tokens = [token(h, -0.5, &[(h, -0.5), (0xE2, -1.0)]), token(0xE2, f32::NEG_INFINITY, &[(h, -0.25)])];
+        let tokens =
+            [token(h, -0.5, &[(h, -0.5), (0xE2, -1.0)]), token(0xE2, f32::NEG_INFINITY, &[(h, -0.25)])];
         assert_eq!(
             serde_json::to_value(texts.chat(&tokens)).unwrap(),
             json!({"content": [

@@ -74,7 +74,8 @@ impl Texts {
 
     /// Forgets what none of these models needs.
     pub(crate) fn retain(&self, models: &[Arc<DeployedModel>]) {
-        lock(&self.tokenizers).retain(|hash, _| models.iter().any(|model| model.tokenizer.as_ref() == Some(hash)));
+        lock(&self.tokenizers)
+            .retain(|hash, _| models.iter().any(|model| model.tokenizer.as_ref() == Some(hash)));
         lock(&self.templates)
             .retain(|source, _| models.iter().any(|model| model.chat_template.as_ref() == Some(source)));
     }
@@ -109,7 +110,9 @@ pub(crate) async fn encode_all(
     if bytes <= INLINE_BYTES {
         return encode();
     }
-    tokio::task::spawn_blocking(encode).await.unwrap_or_else(|_| Err("the text could not be tokenized".into()))
+    tokio::task::spawn_blocking(encode)
+        .await
+        .unwrap_or_else(|_| Err("the text could not be tokenized".into()))
 }
 
 /// Locks; a panic of another holder left nothing half done in any of the maps here.

@@ -53,7 +53,9 @@ impl StopMatcher {
         let from = self.held.len().saturating_sub(longest.saturating_sub(1));
         (from..self.held.len())
             .filter(|&start| self.held.is_char_boundary(start))
-            .find(|&start| self.stops.iter().any(|stop| stop.as_bytes().starts_with(&self.held.as_bytes()[start..])))
+            .find(|&start| {
+                self.stops.iter().any(|stop| stop.as_bytes().starts_with(&self.held.as_bytes()[start..]))
+            })
             .unwrap_or(self.held.len())
     }
 }

@@ -59,7 +59,9 @@ impl ChatTemplate {
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", |format: &str| format_time(format, seconds_since_epoch()));
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|error| error.to_string())?;
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|error| error.to_string())?;
         Ok(ChatTemplate { environment })
     }
 
@@ -119,11 +121,14 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
-    let json = serde_json::to_value(value)
-        .map_err(|error| Error::new(ErrorKind::BadSerialization, "cannot be written as JSON").with_source(error))?;
+    let json = serde_json::to_value(value).map_err(|error| {
+        Error::new(ErrorKind::BadSerialization, "cannot be written as JSON").with_source(error)
+    })?;
     let (item, key) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(Error::new(ErrorKind::InvalidOperation, "separators must be a pair of strings")),
+        Some(_) => {
+            return Err(Error::new(ErrorKind::InvalidOperation, "separators must be a pair of strings"));
+        }
         // With an indentation Python ends lines with a bare comma.
         None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
     };
@@ -214,7 +219,17 @@ fn seconds_since_epoch() -> u64 {
 /// Python's `strftime` in UTC for the directives that templates use; others are left as they are.
 fn format_time(format: &str, seconds: u64) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
@@ -320,14 +335,18 @@ mod tests {
     #[test]
     fn json_is_python_json() {
         let tools = json!([{"type": "function", "z": 1, "a": ["é<", 1.0, null, true], "e": {}, "l": []}]);
-        let with = |filter: &str| render_with(&format!("{{{{ tools | {filter} }}}}"), json!([]), Some(tools.clone())).unwrap();
+        let with = |filter: &str| {
+            render_with(&format!("{{{{ tools | {filter} }}}}"), json!([]), Some(tools.clone())).unwrap()
+        };
         assert_eq!(
             with("tojson"),
             r#"[{"type": "function", "z": 1, "a": ["é<", 1.0, null, true], "e": {}, "l": []}]"#
         );
         assert_eq!(with("tojson(ensure_ascii=true)").matches("\\u00e9<").count(), 1);
-        assert_eq!(with("first | tojson(separators=(',', ':'), sort_keys=true)"),
-            r#"{"a":["é<",1.0,null,true],"e":{},"l":[],"type":"function","z":1}"#);
+        assert_eq!(
+            with("first | tojson(separators=(',', ':'), sort_keys=true)"),
+            r#"{"a":["é<",1.0,null,true],"e":{},"l":[],"type":"function","z":1}"#
+        );
         assert_eq!(
             render("{{ messages | tojson(indent=2) }}").unwrap(),
             "[\n  {\n    \"role\": \"user\",\n    \"content\": \"Hi <b> & é\"\n  }\n]"
@@ -336,9 +355,18 @@ mod tests {
 
     #[test]
     fn maps_keep_their_order_and_values_print_as_in_python() {
-        assert_eq!(render("{% for k, v in {'z': 1, 'a': none}.items() %}{{ k }}={{ v }} {% endfor %}").unwrap(), "z=1 a=None ");
+        assert_eq!(
+            render("{% for k, v in {'z': 1, 'a': none}.items() %}{{ k }}={{ v }} {% endfor %}").unwrap(),
+            "z=1 a=None "
+        );
         assert_eq!(render("{{ true }} {{ tools is none }} {{ nothing }}").unwrap(), "True True ");
-        assert_eq!(render("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}{{ 'a,b'.split(',')[-1] }}").unwrap(), "2b");
+        assert_eq!(
+            render(
+                "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}{{ 'a,b'.split(',')[-1] }}"
+            )
+            .unwrap(),
+            "2b"
+        );
         assert_eq!(render("{{ messages[0]['content'][:2] }}{{ messages[::-1] | length }}").unwrap(), "Hi1");
     }
 
@@ -357,8 +385,12 @@ mod tests {
     fn keyword_arguments_reach_the_template() {
         let template = ChatTemplate::new("{{ 'think' if enable_thinking else 'direct' }}").unwrap();
         let kwargs = json!({"enable_thinking": true});
-        let mut input =
-            ChatInput { messages: &[], tools: None, special_tokens: &BTreeMap::new(), kwargs: kwargs.as_object() };
+        let mut input = ChatInput {
+            messages: &[],
+            tools: None,
+            special_tokens: &BTreeMap::new(),
+            kwargs: kwargs.as_object(),
+        };
         assert_eq!(template.render(&input).unwrap(), "think");
         input.kwargs = None;
         assert_eq!(template.render(&input).unwrap(), "direct");
@@ -368,8 +400,10 @@ mod tests {
     fn time_is_written_as_in_python() {
         // 2024-02-29 13:05:09 UTC, a Thursday.
         let leap_day = 1_709_211_909;
-        assert_eq!(format_time("%d %b %Y|%B %y %m|%A %a|%H:%M:%S %I %p|100%%|%", leap_day),
-            "29 Feb 2024|February 24 02|Thursday Thu|13:05:09 01 PM|100%|%");
+        assert_eq!(
+            format_time("%d %b %Y|%B %y %m|%A %a|%H:%M:%S %I %p|100%%|%", leap_day),
+            "29 Feb 2024|February 24 02|Thursday Thu|13:05:09 01 PM|100%|%"
+        );
         assert_eq!(format_time("%Y-%m-%d", 951_782_400), "2000-02-29");
         assert_eq!(format_time("%Y-%m-%d %A", 0), "1970-01-01 Thursday");
         assert_eq!(format_time("%Y-%m-%d", 1_767_225_599), "2025-12-31");

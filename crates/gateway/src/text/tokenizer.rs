@@ -72,7 +72,9 @@ impl TextTokenizer {
             return bytes.unwrap_or_else(|| text.into_bytes());
         }
         match text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')) {
-            Some(digits) => u8::from_str_radix(digits, 16).map_or_else(|_| text.clone().into_bytes(), |byte| vec![byte]),
+            Some(digits) => {
+                u8::from_str_radix(digits, 16).map_or_else(|_| text.clone().into_bytes(), |byte| vec![byte])
+            }
             None => text.replace('\u{2581}', " ").into_bytes(),
         }
     }
@@ -108,7 +110,9 @@ pub(crate) mod tests {
 
     fn byte_chars() -> Vec<char> {
         (0u8..=255)
-            .map(|byte| (0u32..0x200).filter_map(char::from_u32).find(|&c| byte_of_char(c) == Some(byte)).unwrap())
+            .map(|byte| {
+                (0u32..0x200).filter_map(char::from_u32).find(|&c| byte_of_char(c) == Some(byte)).unwrap()
+            })
             .collect()
     }
 

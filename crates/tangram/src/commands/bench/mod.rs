@@ -1,6 +1,8 @@
 //! `tangram bench`: measurements against a running or embedded server.
 
+mod report;
 mod switch;
+mod trace;
 
 use clap::Subcommand;
 

@@ -1,18 +1,203 @@
-//! `tangram bench switch`.
+//! `tangram bench switch`: replays a trace over many models and reports what switching between them costs.
 
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
 use clap::Args;
+use futures::StreamExt;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tangram_node::{ModelStatus, NodeStatus};
 
+use super::report::{Cost, Outcome, Report, ServerFigures, Settings};
+use super::trace::{self, TraceRequest};
 use crate::Target;
+use crate::client::Client;
 
-/// Flags.
+/// Flags of `tangram bench switch`.
 #[derive(Args)]
 pub(crate) struct Options {
+    /// CSV file with the columns arrival_s,model,input_tokens,output_tokens.
+    trace: PathBuf,
+    /// Deployed models that stand for the trace's models [default: in order of first appearance, the deployed models
+    /// that generate text, by name].
+    #[arg(long, value_name = "ID=NAME,...", value_delimiter = ',', value_parser = trace::parse_mapping)]
+    map: Vec<(String, String)>,
+    /// Replay only the first N requests.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Multiply arrival times by this; 0 sends each request as soon as --concurrency allows.
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = parse_scale)]
+    time_scale: f64,
+    /// Most requests outstanding at a time.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = parse_count)]
+    concurrency: usize,
+    /// Shorten prompts to at most N tokens.
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    max_input: Option<usize>,
+    /// Shorten answers to at most N tokens.
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    max_output: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     target: Target,
 }
 
-/// Runs the measurement.
+fn parse_scale(text: &str) -> Result<f64, String> {
+    let scale = text.parse().ok().filter(|scale: &f64| scale.is_finite() && *scale >= 0.0);
+    scale.ok_or_else(|| "not a number of at least 0".to_owned())
+}
+
+fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a whole number of at least 1".to_owned())
+}
+
+/// Replays the trace and prints the report.
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
-    let _ = options.target;
+    let reading = || format!("reading {}", options.trace.display());
+    let text = std::fs::read_to_string(&options.trace).with_context(reading)?;
+    let mut requests = trace::parse(&text).with_context(reading)?;
+    requests.truncate(options.limit.unwrap_or(usize::MAX));
+    if requests.is_empty() {
+        bail!("{} has no requests to replay", options.trace.display());
+    }
+    let client = Client::connect(options.target.clone()).await?;
+    let result = replay(&client, &options, requests).await;
+    client.close().await?;
+    let report = result?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        report.print();
+    }
+    if report.overall.errors == report.overall.requests {
+        bail!("no request succeeded");
+    }
     Ok(())
+}
+
+#[derive(Deserialize)]
+struct Status {
+    node: NodeStatus,
+    models: Vec<ModelStatus>,
+}
+
+/// A request as it is sent.
+struct Planned {
+    model: String,
+    due: Duration,
+    body: Value,
+}
+
+async fn replay(client: &Client, options: &Options, requests: Vec<TraceRequest>) -> anyhow::Result<Report> {
+    let before: Status = client.get("/admin/status").await?;
+    let generating = || before.models.iter().filter(|model| model.task == "generate");
+    let names: Vec<&str> = generating().map(|model| model.name.as_str()).collect();
+    let models = trace::assign(&requests, &options.map, &names)?;
+    let mut shortened = 0;
+    let mut planned = Vec::with_capacity(requests.len());
+    for (request, seed) in requests.iter().zip(0u64..) {
+        let name = models.get(&request.model).context("a model of the trace has no deployed model")?;
+        let context = generating().find(|model| model.name == *name).map_or(0, |model| model.context);
+        let wanted_input = request.input_tokens.clamp(1, options.max_input.unwrap_or(usize::MAX));
+        let wanted_output = request.output_tokens.clamp(1, options.max_output.unwrap_or(usize::MAX));
+        let (input, output) = trace::fit(wanted_input, wanted_output, context);
+        shortened += usize::from((input, output) != (wanted_input, wanted_output));
+        let due = Duration::try_from_secs_f64(request.arrival_s * options.time_scale).context("--time-scale")?;
+        planned.push(Planned { model: name.clone(), due, body: body(name, seed, input, output) });
+    }
+    let bar = ProgressBar::with_draw_target(Some(planned.len() as u64), ProgressDrawTarget::stderr());
+    bar.set_style(
+        ProgressStyle::with_template("replaying [{bar:30}] {pos}/{len} requests {per_sec} {eta}")
+            .context("progress bar")?
+            .progress_chars("=> "),
+    );
+    let settings = Settings {
+        trace: options.trace.display().to_string(),
+        requests: planned.len(),
+        time_scale: options.time_scale,
+        concurrency: options.concurrency,
+        max_input: options.max_input,
+        max_output: options.max_output,
+        shortened_to_context: shortened,
+        models,
+    };
+    let start = Instant::now();
+    let closed_loop = options.time_scale == 0.0;
+    // Requests are in order of arrival, so those that wait here for their time never keep back one that is due.
+    let sending = futures::stream::iter(planned).map(|request| send(client, request, start, closed_loop));
+    let mut sending = std::pin::pin!(sending.buffer_unordered(options.concurrency));
+    let mut outcomes = Vec::with_capacity(settings.requests);
+    while let Some(outcome) = sending.next().await {
+        outcomes.push(outcome);
+        bar.inc(1);
+    }
+    let wall = start.elapsed();
+    bar.finish_and_clear();
+    let after: Status = client.get("/admin/status").await?;
+    let server = ServerFigures {
+        device: after.node.device,
+        pool_bytes: after.node.pool_bytes,
+        bytes_evicted: after.node.bytes_evicted_total.saturating_sub(before.node.bytes_evicted_total),
+        preemptions: after.node.preemptions_total.saturating_sub(before.node.preemptions_total),
+    };
+    Ok(Report::new(settings, server, wall.as_secs_f64(), &outcomes))
+}
+
+fn body(model: &str, seed: u64, input_tokens: usize, output_tokens: usize) -> Value {
+    json!({
+        "model": model,
+        "prompt": trace::prompt(seed, input_tokens),
+        "max_tokens": output_tokens,
+        "ignore_eos": true,
+        "temperature": 0,
+        "stream": true,
+        "stream_options": { "include_usage": true },
+        // Tokens without text of their own (half a character) are seen too.
+        "return_token_ids": true,
+    })
+}
+
+/// Sends a request when it is due. The time to the first token counts from the moment that the request was due, so
+/// that requests held back by `--concurrency` are not made to look fast; in a closed loop from the moment of sending.
+async fn send(client: &Client, request: Planned, start: Instant, closed_loop: bool) -> Outcome {
+    let due = start + request.due;
+    tokio::time::sleep_until(due.into()).await;
+    let from = if closed_loop { Instant::now() } else { due };
+    let mut cost = Cost::default();
+    let mut first_token = None;
+    let mut usage = Value::Null;
+    let sent = client.post_lines("/v1/completions", &request.body, |mut line| {
+        let has_token = |choice: &Value| choice["token_ids"].as_array().is_some_and(|ids| !ids.is_empty());
+        if first_token.is_none() && line["choices"].get(0).is_some_and(has_token) {
+            first_token = Some(Instant::now());
+        }
+        if line["usage"].is_object() {
+            usage = line["usage"].take();
+        }
+        Ok(())
+    });
+    if let Err(error) = sent.await {
+        return Outcome { model: request.model, result: Err(format!("{error:#}")) };
+    }
+    let Some(first_token) = first_token.filter(|_| usage.is_object()) else {
+        let message = "the stream ended without a token or without its usage".to_owned();
+        return Outcome { model: request.model, result: Err(message) };
+    };
+    cost.ttft_ms = first_token.duration_since(from).as_secs_f64() * 1000.0;
+    cost.prompt_tokens = usage["prompt_tokens"].as_u64().unwrap_or(0);
+    cost.completion_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+    let phases = &usage["tangram"];
+    let figure = |key: &str| phases[key].as_f64().unwrap_or(0.0);
+    cost.queue_ms = figure("queue_ms");
+    cost.load_ms = figure("load_ms");
+    cost.prefill_ms = figure("prefill_ms");
+    cost.decode_ms = figure("decode_ms");
+    cost.bytes_loaded = phases["bytes_loaded"].as_u64().unwrap_or(0);
+    cost.bytes_reused = phases["bytes_reused"].as_u64().unwrap_or(0);
+    Outcome { model: request.model, result: Ok(cost) }
 }
