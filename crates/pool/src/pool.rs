@@ -47,6 +47,17 @@ pub struct Shortage {
     pub available: usize,
 }
 
+/// Where a tensor is in the accounts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Not on the device.
+    Absent,
+    /// On the device, or arriving, and not evictable.
+    Pinned,
+    /// On the device and evictable.
+    Idle,
+}
+
 struct Slot {
     id: ContentId,
     checkpoint: String,
@@ -56,6 +67,7 @@ struct Slot {
     models: u32,
     /// Leases on it.
     leases: u32,
+    place: Place,
     tensor: Option<Arc<Tensor>>,
 }
 
@@ -63,6 +75,21 @@ struct CheckpointArena {
     arena: Arc<Arena>,
     /// Catalogued tensors in it.
     tensors: usize,
+    /// Pages that a resident tensor begins or ends in, and that it may therefore share with its neighbours.
+    edges: HashMap<usize, Edge>,
+}
+
+/// How many resident tensors begin or end in a page, and how many of them are pinned.
+#[derive(Clone, Copy, Debug, Default)]
+struct Edge {
+    resident: u32,
+    pinned: u32,
+}
+
+impl Edge {
+    fn is_idle(self) -> bool {
+        self.resident > 0 && self.pinned == 0
+    }
 }
 
 /// The right to use a set of tensors. Give it back with [`Pool::release`].
@@ -120,6 +147,8 @@ pub struct Pool {
     arenas: HashMap<String, CheckpointArena>,
     /// Tensors without a lease that are not evictable yet: still arriving, or just being let go by the loader.
     unsettled: Vec<TensorKey>,
+    /// Pages that evicting everything idle would free.
+    idle_pages: usize,
     stats: PoolStats,
     log: Option<Vec<Event>>,
 }
@@ -135,6 +164,7 @@ impl Pool {
             by_id: HashMap::new(),
             arenas: HashMap::new(),
             unsettled: Vec::new(),
+            idle_pages: 0,
             stats: PoolStats::default(),
             log: None,
         }
@@ -160,7 +190,40 @@ impl Pool {
         &self.memory
     }
 
+    /// Moves a tensor in the accounts of pages. Only the first and the last page of a tensor can be shared with others.
+    fn set_place(&mut self, key: TensorKey, to: Place) {
+        let page_bytes = self.memory.page_bytes();
+        let Some(slot) = self.slots.get_mut(key.0 as usize).and_then(Option::as_mut) else { return };
+        let from = std::mem::replace(&mut slot.place, to);
+        if from == to {
+            return;
+        }
+        let (first, last) = (slot.offset / page_bytes, (slot.offset + slot.bytes - 1) / page_bytes);
+        let inside = last.saturating_sub(first + 1);
+        let Some(arena) = self.arenas.get_mut(&slot.checkpoint) else { return };
+        self.idle_pages -= if from == Place::Idle { inside } else { 0 };
+        self.idle_pages += if to == Place::Idle { inside } else { 0 };
+        for page in (first..=last).step_by((last - first).max(1)) {
+            let edge = arena.edges.entry(page).or_default();
+            self.idle_pages -= usize::from(edge.is_idle());
+            edge.resident -= u32::from(from != Place::Absent);
+            edge.resident += u32::from(to != Place::Absent);
+            edge.pinned -= u32::from(from == Place::Pinned);
+            edge.pinned += u32::from(to == Place::Pinned);
+            self.idle_pages += usize::from(edge.is_idle());
+            if edge.resident == 0 {
+                arena.edges.remove(&page);
+            }
+        }
+    }
+
     fn apply(&mut self, event: Event) {
+        match event {
+            Event::Leased { tensor, .. } => self.set_place(tensor, Place::Pinned),
+            Event::Idle { tensor } => self.set_place(tensor, Place::Idle),
+            Event::Evicted { tensor } => self.set_place(tensor, Place::Absent),
+            Event::Catalogued { .. } | Event::Forgotten { .. } | Event::Used { .. } => {}
+        }
         if let Some(log) = &mut self.log {
             log.push(event);
         }
@@ -188,7 +251,7 @@ impl Pool {
         for entry in entries {
             if !self.by_id.contains_key(&entry.id) && !self.arenas.contains_key(&entry.checkpoint) {
                 let arena = Arena::reserve(self.memory.clone(), data_bytes(&entry.checkpoint) as usize)?;
-                self.arenas.insert(entry.checkpoint.clone(), CheckpointArena { arena, tensors: 0 });
+                self.arenas.insert(entry.checkpoint.clone(), CheckpointArena { arena, tensors: 0, edges: HashMap::new() });
             }
         }
         let mut keys = Vec::with_capacity(entries.len());
@@ -208,6 +271,7 @@ impl Pool {
                         bytes: entry.bytes as usize,
                         models: 0,
                         leases: 0,
+                        place: Place::Absent,
                         tensor: None,
                     });
                     self.by_id.insert(entry.id, key);
@@ -290,18 +354,21 @@ impl Pool {
         now: f64,
     ) -> Result<Activation, Shortage> {
         self.settle();
-        let mut idle_own = 0;
-        let mut missing = Vec::new();
+        let (mut missing, mut own_idle) = (Vec::new(), Vec::new());
         for &key in keys {
             match self.slot(key) {
-                Some(Slot { tensor: Some(tensor), leases: 0, .. }) if tensor.is_ready() => idle_own += tensor.len(),
-                Some(Slot { tensor: Some(_), .. }) => {}
-                _ => missing.push(key),
+                Some(Slot { tensor: None, .. }) => missing.push(key),
+                Some(Slot { place: Place::Idle, .. }) => own_idle.push(key),
+                _ => {}
             }
         }
         let claims = self.claims(&missing);
-        let evictable = self.retention.idle_bytes().saturating_sub(idle_own as u64);
-        self.check_room(self.pages_needed(&claims) + reserve_pages, evictable)?;
+        // What this very request needs is not for eviction. Only the accounts are touched before it is certain that
+        // there is room, so an attempt that fails neither evicts anything nor counts as demand.
+        own_idle.iter().for_each(|&key| self.set_place(key, Place::Pinned));
+        let room = self.check_room(self.pages_needed(&claims) + reserve_pages);
+        own_idle.iter().for_each(|&key| self.set_place(key, Place::Idle));
+        room?;
 
         let mut leased = Vec::with_capacity(keys.len());
         for &key in keys {
@@ -474,10 +541,8 @@ impl Pool {
         Ok(extents)
     }
 
-    fn check_room(&self, needed: usize, evictable_bytes: u64) -> Result<(), Shortage> {
-        let available = self.memory.free_pages() + evictable_bytes as usize / self.memory.page_bytes();
-        // Evicting tensors frees a page only when its last tensor goes, so `available` may promise a little too much;
-        // `make_room` finds out.
+    fn check_room(&self, needed: usize) -> Result<(), Shortage> {
+        let available = self.available_pages();
         if needed <= available { Ok(()) } else { Err(Shortage { needed, available }) }
     }
 
@@ -527,7 +592,7 @@ impl Pool {
 
     /// Pages that are free or that evicting everything idle would free.
     pub fn available_pages(&self) -> usize {
-        self.memory.free_pages() + self.retention.idle_bytes() as usize / self.memory.page_bytes()
+        self.memory.free_pages() + self.idle_pages
     }
 
     /// Takes a KV block, evicting idle tensors if there is no free page for it.
@@ -540,7 +605,7 @@ impl Pool {
             match kv.take() {
                 Ok(block) => break block,
                 Err(DeviceError::OutOfPages { needed, .. }) => {
-                    self.check_room(needed, self.retention.idle_bytes())?;
+                    self.check_room(needed)?;
                     self.make_room(|_| needed)?;
                 }
                 Err(_) => return Err(Shortage { needed: 1, available: self.memory.free_pages() }),

@@ -180,6 +180,19 @@ fn a_failed_load_leaves_nothing_behind() {
     assert_eq!(world.pool.stats().resident_bytes, 0);
 }
 
+/// Many small idle tensors, each on a page of its own, are few bytes but many pages: evicting them makes room.
+#[test]
+fn scattered_small_tensors_do_not_block_a_large_model() {
+    let mut world = World::new(8);
+    let small = world.model(&(0..8).map(|i| entry(i, "a", i as usize * 2 * PAGE, 100)).collect::<Vec<_>>());
+    let large = world.model(&[entry(9, "b", 0, 8 * PAGE)]);
+    let (lease, _) = world.load(&small);
+    world.pool.release(lease);
+    let (lease, loaded) = world.load(&large);
+    assert_eq!(loaded, [9]);
+    world.check(&lease);
+}
+
 #[test]
 fn forgetting_a_model_frees_what_only_it_had() {
     let mut world = World::new(8);
@@ -257,6 +270,15 @@ proptest! {
                 .map(|tensor| (tensor.key(), tensor.len() as u64)).collect();
             prop_assert_eq!(world.pool.stats().leased_bytes, leased.values().sum::<u64>());
             prop_assert_eq!(world.pool.stats().kv_blocks, blocks.len() as u64);
+            // What the accounts promise is what evicting everything idle would free.
+            let pinned: std::collections::BTreeSet<usize> = leases.iter().flat_map(|lease| lease.tensors())
+                .flat_map(|tensor| {
+                    let slot = world.pool.slot(tensor.key()).unwrap();
+                    slot.offset / PAGE..(slot.offset + slot.bytes).div_ceil(PAGE)
+                }).collect();
+            let kv_pages: std::collections::BTreeSet<usize> = blocks.iter()
+                .flat_map(|(block, _)| block.offset() / PAGE..(block.offset() + block.len()).div_ceil(PAGE)).collect();
+            prop_assert_eq!(world.pool.available_pages(), 14 - pinned.len() - kv_pages.len());
         }
         for lease in leases {
             world.pool.release(lease);
