@@ -4,13 +4,14 @@
 //! caller's business. A chunk's results are bit-identical whatever else is in the batch, however its sequence was
 //! cut into chunks, and whenever the pass was interrupted.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use tangram_checkpoint::Attention;
 use tangram_device::Extent;
 
 use crate::forward;
-use crate::kernels::attention::Span;
+use crate::kernels::attention::Spans;
 use crate::kernels::kv::{KvProblem, KvTable};
 use crate::kernels::{Buffer, Isa};
 use crate::model::Model;
@@ -144,7 +145,7 @@ pub(crate) struct Memory {
     pub(crate) tokens: Vec<u32>,
     pub(crate) places: Vec<Place>,
     /// The pieces that attention works on; together all rows of the batch.
-    pub(crate) spans: Vec<Span>,
+    pub(crate) spans: Spans,
     /// Residual stream, `[rows, hidden]`.
     pub(crate) x: Buffer,
     /// Normalised input of a block, `[rows, hidden]`, then the result of attention, `[rows, heads · head_dim]`.
@@ -168,6 +169,8 @@ pub(crate) struct Memory {
 pub struct Pass {
     pub(crate) model: u64,
     pub(crate) stage: usize,
+    /// All of them.
+    stages: usize,
     pub(crate) rows: usize,
     pub(crate) output_rows: usize,
     pub(crate) output_width: usize,
@@ -182,7 +185,8 @@ impl Pass {
     }
 
     /// The logits of a chunk, `[rows, vocab]`, once the pass is done: no row, one, or one per token, as its
-    /// [`LogitRows`] said. Empty for embedding models.
+    /// [`LogitRows`] said. Empty before that, and for embedding models. Panics if there is no such chunk, as the
+    /// next two do.
     pub fn logits(&self, chunk: usize) -> &[f32] {
         if self.generates { self.output(chunk) } else { &[] }
     }
@@ -192,9 +196,8 @@ impl Pass {
         if !self.generates {
             return &mut [];
         }
-        let place = self.memory.places[chunk];
-        let all = self.memory.output.get_mut(self.output_rows * self.output_width);
-        &mut all[place.output_row * self.output_width..][..place.output_rows * self.output_width]
+        let range = self.output_range(chunk);
+        &mut self.memory.output.get_mut(range.end)[range]
     }
 
     /// The vector of a chunk, `[hidden]`, once the pass is done. Empty for models that generate.
@@ -203,9 +206,17 @@ impl Pass {
     }
 
     fn output(&self, chunk: usize) -> &[f32] {
+        let range = self.output_range(chunk);
+        &self.memory.output.get(range.end)[range]
+    }
+
+    /// Empty before the pass is done: the memory still holds an earlier pass's output.
+    fn output_range(&self, chunk: usize) -> Range<usize> {
         let place = self.memory.places[chunk];
-        let all = self.memory.output.get(self.output_rows * self.output_width);
-        &all[place.output_row * self.output_width..][..place.output_rows * self.output_width]
+        if self.stage < self.stages {
+            return 0..0;
+        }
+        place.output_row * self.output_width..(place.output_row + place.output_rows) * self.output_width
     }
 }
 
@@ -240,7 +251,7 @@ impl Executor {
         memory.places.clear();
         memory.spans.clear();
         let mut output_rows = 0;
-        for (index, chunk) in batch.iter().enumerate() {
+        for chunk in batch {
             let row = memory.tokens.len();
             let rows = match (spec.generates(), chunk.logits) {
                 (false, _) | (true, LogitRows::Last) => 1,
@@ -254,19 +265,7 @@ impl Executor {
                 output_row: output_rows,
                 output_rows: rows,
             });
-            let (visible, growth) = match spec.attention {
-                Attention::Causal => (chunk.position + 1, 1),
-                Attention::Bidirectional => (chunk.tokens.len(), 0),
-            };
-            let span = Span {
-                chunk: index,
-                row,
-                tokens: chunk.tokens.len(),
-                position: chunk.position,
-                visible,
-                growth,
-            };
-            memory.spans.extend(span.pieces(spec.heads / spec.kv_heads));
+            memory.spans.push(chunk.tokens.len(), chunk.position, spec.attention, spec.heads / spec.kv_heads);
             memory.tokens.extend_from_slice(chunk.tokens);
             output_rows += rows;
         }
@@ -288,6 +287,7 @@ impl Executor {
         Ok(Pass {
             model: model.id,
             stage: 0,
+            stages: spec.stages(),
             rows,
             output_rows,
             output_width: model.output_width(),
@@ -350,4 +350,106 @@ fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tangram_checkpoint::{DType, Mlp, ModelSpec, Norm, NormPlacement, Output, Rope, RopeScaling};
+    use tangram_device::Arena;
+    use tangram_device::cpu::CpuDevice;
+
+    use super::*;
+    use crate::model::TensorDesc;
+
+    struct Zeros(Vec<Vec<u8>>);
+
+    impl Weights for Zeros {
+        fn tensor(&self, index: usize) -> &[u8] {
+            &self.0[index]
+        }
+    }
+
+    fn model() -> (Model, Zeros) {
+        let spec = ModelSpec {
+            family: "llama".into(),
+            vocab: 1000,
+            hidden: 96,
+            intermediate: 288,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 32,
+            context: 256,
+            norm: Norm::Rms { epsilon: 1e-5 },
+            norm_placement: NormPlacement::Pre,
+            qk_norm: false,
+            rope: Some(Rope { theta: 1e4, dims: 32, scaling: RopeScaling::None }),
+            learned_positions: None,
+            token_types: None,
+            mlp: Mlp::GatedSilu,
+            attention: Attention::Causal,
+            output: Output::Logits { tied: true },
+        };
+        let dtype = DType::BF16;
+        let describe = |role| TensorDesc { role, dtype, shape: spec.shape(role) };
+        let tensors: Vec<TensorDesc> = spec.required_roles().into_iter().map(describe).collect();
+        let bytes = |tensor: &TensorDesc| dtype.tensor_bytes(&tensor.shape).unwrap() as usize;
+        let zeros = tensors.iter().map(|tensor| vec![0; bytes(tensor)]).collect();
+        (Model::new(spec, &tensors).unwrap(), Zeros(zeros))
+    }
+
+    fn run(executor: &Executor, model: &Model, weights: &Zeros, tokens: usize, logits: LogitRows) -> Pass {
+        let block_bytes = model.kv().unwrap().block_bytes;
+        let arena = Arena::reserve(CpuDevice::open(4 << 20, 4096).unwrap(), 4 << 20).unwrap();
+        let blocks = 0..tokens.div_ceil(16);
+        let mut kv: Vec<Extent> =
+            blocks.map(|i| arena.claim(i * block_bytes, block_bytes).unwrap()).collect();
+        let tokens = vec![1; tokens];
+        let mut pass = executor.begin(model, &[Chunk { tokens: &tokens, position: 0, logits }]).unwrap();
+        assert!(executor.advance(&mut pass, model, weights, &mut [&mut kv], usize::MAX).unwrap());
+        pass
+    }
+
+    fn held(memory: &Memory) -> usize {
+        let Memory { x, h, query, key, value, gate, up, packed, angles, vectors, output, .. } = memory;
+        let buffers = [x, h, query, key, value, gate, up, packed, angles, vectors, output];
+        buffers.iter().map(|buffer| buffer.bytes()).sum()
+    }
+
+    #[test]
+    fn a_pass_holds_what_was_foretold() {
+        let executor = Executor::new(2);
+        let (model, weights) = model();
+        for (tokens, logits, rows) in
+            [(100, LogitRows::All, 100), (100, LogitRows::Last, 1), (1, LogitRows::None, 0)]
+        {
+            let pass = run(&executor, &model, &weights, tokens, logits);
+            let (held, foretold) = (held(&pass.memory), model.scratch_bytes(tokens, rows));
+            // Buffers end at cache lines, and one widened vector is not worth counting.
+            assert!(held <= foretold + 2048 && foretold <= held * 3 / 2 + 2048, "{held} {foretold}");
+        }
+    }
+
+    #[test]
+    fn memory_is_reused() {
+        let executor = Executor::new(1);
+        let (model, weights) = model();
+        let pass = run(&executor, &model, &weights, 64, LogitRows::All);
+        let address = pass.logits(0).as_ptr();
+        executor.recycle(pass);
+        let next =
+            executor.begin(&model, &[Chunk { tokens: &[1], position: 0, logits: LogitRows::Last }]).unwrap();
+        assert!(next.logits(0).is_empty(), "an earlier pass's output shows");
+        executor.recycle(next);
+        let pass = run(&executor, &model, &weights, 64, LogitRows::All);
+        assert_eq!(pass.logits(0).as_ptr(), address);
+    }
+
+    #[test]
+    fn what_is_shared_may_be_shared() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Executor>();
+        shared::<Model>();
+        shared::<Pass>();
+    }
 }

@@ -26,7 +26,7 @@ pub(crate) fn run(
     let mut table = std::mem::take(&mut pass.memory.kv);
     let result = (|| {
         let places = &pass.memory.places;
-        let view = match model.kv_shape {
+        let mut view = match model.kv_shape {
             Some(_) if kv.len() != places.len() => {
                 return Err(PassError::KvCount { chunks: places.len(), given: kv.len() });
             }
@@ -39,7 +39,7 @@ pub(crate) fn run(
             match pass.stage {
                 0 => step.embed(&mut pass.memory)?,
                 stage if stage <= model.layers.len() => {
-                    step.layer(&mut pass.memory, stage - 1, view.as_ref())?
+                    step.layer(&mut pass.memory, stage - 1, view.as_mut())?
                 }
                 _ => step.head(&mut pass.memory)?,
             }
@@ -145,7 +145,7 @@ impl<'a> Step<'a> {
     }
 
     /// One transformer layer.
-    fn layer(&self, memory: &mut Memory, index: usize, kv: Option<&KvView<'_>>) -> Result<(), PassError> {
+    fn layer(&self, memory: &mut Memory, index: usize, kv: Option<&mut KvView<'_>>) -> Result<(), PassError> {
         let layer = &self.model.layers[index];
         self.attention(memory, layer, index, kv)?;
         self.mlp(memory, layer)
@@ -156,7 +156,7 @@ impl<'a> Step<'a> {
         memory: &mut Memory,
         layer: &Layer,
         index: usize,
-        kv: Option<&KvView<'_>>,
+        kv: Option<&mut KvView<'_>>,
     ) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
         let (isa, rows, spec) = (*isa, self.rows, &self.model.spec);
@@ -193,11 +193,16 @@ impl<'a> Step<'a> {
             angles: angles.get(rows * half * 2),
             half,
         };
-        let cache = kv.map(|view| (view, index));
-        prepare(isa, pool, shape, preparation, spans, cache, query, key, value);
-        let keys = match cache {
-            Some((view, layer)) => Keys::Cached(view, layer),
-            None => Keys::Fresh(key, value),
+        let keys = match kv {
+            Some(view) => {
+                let cache = Some((&mut *view, index));
+                prepare(isa, pool, shape, preparation, spans, cache, query, key, value);
+                Keys::Cached(view, index)
+            }
+            None => {
+                prepare(isa, pool, shape, preparation, spans, None, query, key, value);
+                Keys::Fresh(key, value)
+            }
         };
         let attended = h.get_mut(rows * query_width);
         attend(isa, pool, shape, spans, keys, query, attended);

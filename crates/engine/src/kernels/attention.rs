@@ -5,6 +5,8 @@
 //! the other rows of a task do not change it.
 #![allow(unsafe_code)]
 
+use tangram_checkpoint::Attention;
+
 use super::buffer::Disjoint;
 use super::elementwise::{NormWeights, prepare_heads};
 use super::kv::{BLOCK_TOKENS, KvView, widen_rows_f32};
@@ -17,21 +19,20 @@ const MAX_TOKENS: usize = 16;
 /// The scores of a task should take no more than this many bytes of the second-level cache.
 const SCORE_BYTES: usize = 192 << 10;
 
-/// Consecutive tokens of one sequence, in a batch of rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
+/// Consecutive tokens of one sequence of a batch: what a task works on.
+#[derive(Clone, Copy)]
+struct Span {
     /// Which sequence of the batch.
-    pub chunk: usize,
+    chunk: usize,
     /// The first token's row in the batch.
-    pub row: usize,
-    /// How many.
-    pub tokens: usize,
+    row: usize,
+    tokens: usize,
     /// The first token's position in its sequence.
-    pub position: usize,
+    position: usize,
     /// Positions that the first token looks at, itself included.
-    pub visible: usize,
+    visible: usize,
     /// By how much that grows with each further token: 1 in causal attention, 0 in bidirectional.
-    pub growth: usize,
+    growth: usize,
 }
 
 impl Span {
@@ -42,17 +43,43 @@ impl Span {
     fn last_limit(&self) -> usize {
         self.limit(self.tokens - 1)
     }
+}
 
-    /// Cuts `self` into the pieces that tasks work on, the most expensive (last) first.
-    pub fn pieces(self, group: usize) -> impl Iterator<Item = Span> {
-        let per_piece = (SCORE_BYTES / (4 * group * self.last_limit().max(1))).clamp(1, MAX_TOKENS);
-        (0..self.tokens).step_by(per_piece).rev().map(move |first| Span {
-            row: self.row + first,
-            tokens: per_piece.min(self.tokens - first),
-            position: self.position + first,
-            visible: self.limit(first),
-            ..self
-        })
+/// The sequences of a batch, cut into the pieces that tasks work on. No two pieces share a row of the batch or a
+/// position of a sequence.
+#[derive(Default)]
+pub struct Spans {
+    list: Vec<Span>,
+    chunks: usize,
+    rows: usize,
+}
+
+impl Spans {
+    /// Forgets all sequences.
+    pub fn clear(&mut self) {
+        self.list.clear();
+        (self.chunks, self.rows) = (0, 0);
+    }
+
+    /// Appends a sequence's next `tokens` tokens, the first at `position`. `group` is how many query heads share a
+    /// key/value head.
+    pub fn push(&mut self, tokens: usize, position: usize, attention: Attention, group: usize) {
+        let (visible, growth) = match attention {
+            Attention::Causal => (position + 1, 1),
+            Attention::Bidirectional => (position + tokens, 0),
+        };
+        let whole = Span { chunk: self.chunks, row: self.rows, tokens, position, visible, growth };
+        let per_piece = (SCORE_BYTES / (4 * group * (position + tokens).max(1))).clamp(1, MAX_TOKENS);
+        // The last piece sees most and takes longest: first.
+        self.list.extend((0..tokens).step_by(per_piece).rev().map(|first| Span {
+            row: whole.row + first,
+            tokens: per_piece.min(tokens - first),
+            position: position + first,
+            visible: whole.limit(first),
+            ..whole
+        }));
+        self.chunks += 1;
+        self.rows += tokens;
     }
 }
 
@@ -96,25 +123,27 @@ pub fn prepare(
     pool: &Pool,
     shape: Heads,
     preparation: Preparation<'_>,
-    spans: &[Span],
-    keys: Option<(&KvView<'_>, usize)>,
+    spans: &Spans,
+    keys: Option<(&mut KvView<'_>, usize)>,
     queries: &mut [f32],
     key_rows: &mut [f32],
     value_rows: &[f32],
 ) {
     let (query_width, key_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let rows: usize = spans.iter().map(|span| span.tokens).sum();
+    let rows = spans.rows;
+    // Borrowed exclusively above, shared among the tasks here.
+    let keys = keys.map(|(view, layer)| (&*view, layer));
     assert!(queries.len() == rows * query_width && key_rows.len() == rows * key_width);
     assert!(value_rows.len() == rows * key_width && preparation.angles.len() == rows * preparation.half * 2);
     let work = rows * (query_width + 3 * key_width) / 2;
     let (queries, key_rows) = (Disjoint::new(queries), Disjoint::new(key_rows));
-    pool.run(spans.len(), 0, work, &|task, _| {
-        let span = spans[task];
+    pool.run(spans.list.len(), 0, work, &|task, _| {
+        let span = spans.list[task];
         for token in 0..span.tokens {
             let row = span.row + token;
             let angles = &preparation.angles[row * preparation.half * 2..(row + 1) * preparation.half * 2];
             let (cos, sin) = angles.split_at(preparation.half);
-            // SAFETY: spans are disjoint sets of rows.
+            // SAFETY: no two spans share a row.
             let (query, key) = unsafe {
                 (queries.part(row * query_width, query_width), key_rows.part(row * key_width, key_width))
             };
@@ -122,7 +151,7 @@ pub fn prepare(
             prepare_heads(isa, key, shape.head_dim, preparation.key_norm, cos, sin);
             if let Some((view, layer)) = keys {
                 let value = &value_rows[row * key_width..(row + 1) * key_width];
-                // SAFETY: every token is stored by one task; nobody reads before all are done.
+                // SAFETY: no two spans share a position of a sequence, and the view is borrowed exclusively.
                 unsafe {
                     view.store(isa, span.chunk, span.position + token, layer, false, key);
                     view.store(isa, span.chunk, span.position + token, layer, true, value);
@@ -137,17 +166,19 @@ pub fn attend(
     isa: Isa,
     pool: &Pool,
     shape: Heads,
-    spans: &[Span],
+    spans: &Spans,
     keys: Keys<'_>,
     queries: &[f32],
     out: &mut [f32],
 ) {
     let width = shape.heads * shape.head_dim;
     let group = shape.heads / shape.kv_heads;
-    let rows: usize = spans.iter().map(|span| span.tokens).sum();
+    let rows = spans.rows;
+    let spans = &spans.list;
     assert!(queries.len() == rows * width && out.len() == rows * width);
     if let Keys::Fresh(keys, values) = keys {
         assert!(keys.len() == rows * shape.kv_heads * shape.head_dim && values.len() == keys.len());
+        assert!(spans.iter().all(|span| span.row >= span.position), "every sequence is whole");
     }
     let stride = shape.head_dim.next_multiple_of(LANES);
     let memory = |span: &Span| Memory::new(span.tokens * group, stride, span.last_limit());
@@ -288,7 +319,7 @@ fn load_tile<S: Simd>(
 ) {
     let count = BLOCK_TOKENS.min(span.last_limit() - start);
     match keys {
-        // SAFETY: keys and values are written in `prepare`, which is over.
+        // SAFETY: keys and values are written by `prepare` only, which borrows the view exclusively.
         Keys::Cached(view, layer) => unsafe {
             view.load_tile(s, span.chunk, start, layer, value, head, count, tile);
         },

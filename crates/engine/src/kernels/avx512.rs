@@ -93,39 +93,48 @@ impl Simd for Avx512 {
             let mut back = [[zero; PANEL_ROWS]; T];
             let (mut w, mut x) = (panel, x);
             for _ in 0..groups {
-                let mut token = [zero; T];
-                for t in 0..T {
-                    token[t] = _mm512_loadu_ps(x.add(t * 32));
-                }
-                for row in 0..PANEL_ROWS {
-                    let weight = _mm512_loadu_ps(w.add(row * 32));
-                    for t in 0..T {
-                        front[t][row] = _mm512_fmadd_ps(weight, token[t], front[t][row]);
-                    }
-                }
-                for t in 0..T {
-                    token[t] = _mm512_loadu_ps(x.add(t * 32 + 16));
-                }
-                for row in 0..PANEL_ROWS {
-                    let weight = _mm512_loadu_ps(w.add(row * 32 + 16));
-                    for t in 0..T {
-                        back[t][row] = _mm512_fmadd_ps(weight, token[t], back[t][row]);
-                    }
-                }
+                add_products(w, x, &mut front);
+                add_products(w.add(16), x.add(16), &mut back);
                 w = w.add(PANEL_ROWS * 32);
                 x = x.add(T * 32);
             }
             let mut totals = [_mm256_setzero_ps(); _];
-            for t in 0..T {
-                for row in 0..PANEL_ROWS {
-                    let (front, back) = (front[t][row], back[t][row]);
-                    let front =
-                        _mm256_add_ps(_mm512_castps512_ps256(front), _mm512_extractf32x8_ps::<1>(front));
-                    let back = _mm256_add_ps(_mm512_castps512_ps256(back), _mm512_extractf32x8_ps::<1>(back));
-                    totals[t * PANEL_ROWS + row] = _mm256_add_ps(front, back);
-                }
+            let sums = front.as_flattened().iter().zip(back.as_flattened());
+            for (total, (&front, &back)) in totals.iter_mut().zip(sums) {
+                *total = _mm256_add_ps(add_halves(front), add_halves(back));
             }
             totals
         }
     }
+}
+
+/// Adds the products of sixteen lanes of four rows and `T` tokens, which lie 32 elements apart.
+///
+/// # Safety
+/// The processor has AVX-512 F; 16 elements of each row are readable at `w`, of each token at `x`.
+#[inline(always)]
+unsafe fn add_products<const T: usize>(w: *const f32, x: *const f32, acc: &mut [[__m512; PANEL_ROWS]; T]) {
+    // SAFETY: by contract.
+    unsafe {
+        let mut tokens = [_mm512_setzero_ps(); T];
+        for (t, token) in tokens.iter_mut().enumerate() {
+            *token = _mm512_loadu_ps(x.add(t * 32));
+        }
+        for row in 0..PANEL_ROWS {
+            let weight = _mm512_loadu_ps(w.add(row * 32));
+            for (acc, &token) in acc.iter_mut().zip(&tokens) {
+                acc[row] = _mm512_fmadd_ps(weight, token, acc[row]);
+            }
+        }
+    }
+}
+
+/// Lower plus upper half.
+///
+/// # Safety
+/// The processor has AVX-512 DQ.
+#[inline(always)]
+unsafe fn add_halves(v: __m512) -> __m256 {
+    // SAFETY: by contract.
+    unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)) }
 }

@@ -4,9 +4,9 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
-use tangram_checkpoint::{DType, Norm};
+use tangram_checkpoint::{Attention, DType, Norm};
 
-use super::attention::{Heads, Keys, Preparation, Span, attend, prepare};
+use super::attention::{Heads, Keys, Preparation, Spans, attend, prepare};
 use super::elementwise::{NormWeights, gelu, length, normalise, normalise_in_place, silu_mul};
 use super::matmul::{Linear, matmul};
 use super::simd::{LANES, Scalar, Simd, exp};
@@ -416,13 +416,9 @@ proptest! {
         let norm_weight = random.values(head_dim);
         let norm = NormWeights { norm: Norm::Rms { epsilon: 1e-3 }, weight: &norm_weight, bias: None };
 
-        let mut spans = Vec::new();
-        let mut row = 0;
-        for (chunk, &tokens) in lengths.iter().enumerate() {
-            let (visible, growth) = if causal { (1, 1) } else { (tokens, 0) };
-            spans.extend(Span { chunk, row, tokens, position: 0, visible, growth }.pieces(group));
-            row += tokens;
-        }
+        let attention = if causal { Attention::Causal } else { Attention::Bidirectional };
+        let mut spans = Spans::default();
+        lengths.iter().for_each(|&tokens| spans.push(tokens, 0, attention, group));
         let pool = Pool::new(2);
         let (mut query, mut key) = (queries.clone(), keys.clone());
         let norm = normed.then_some(norm);
