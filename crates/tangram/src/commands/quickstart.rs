@@ -82,10 +82,11 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let server = Server::start(&settings).await?;
     let client = Client::new(&server.url(), settings.api_key.clone())?;
     println!("Serving on {} from a pool of {}.", server.url(), bytes(settings.device_memory));
+    // The second name brings nothing of its own.
     let mut together = 0;
     for (name, source) in NAMES.iter().zip([&chat_model, &chat_model, &embedding_model]) {
         let model = deploy_on(&client, name, source).await?;
-        together += model.weight_bytes - model.shared_bytes;
+        together += if *name == NAMES[1] { 0 } else { model.weight_bytes };
         println!(
             "Deployed {name}: {} of weights, {} of them shared with another model.",
             bytes(model.weight_bytes),
@@ -161,13 +162,13 @@ struct Shown {
 
 const SHOWN: [Shown; 8] = [
     Shown { model: NAMES[0], text: "What is the capital of France?", remark: "first request: everything is loaded" },
-    Shown { model: NAMES[0], text: "What is the capital of Italy?", remark: "resident" },
+    Shown { model: NAMES[0], text: "What is the capital of Japan?", remark: "resident" },
     Shown { model: NAMES[1], text: "What is the capital of France?", remark: "other name, same tensors" },
     Shown { model: NAMES[2], text: "Paris is the capital of France.", remark: "evicts what is worth least" },
-    Shown { model: NAMES[2], text: "Rome is the capital of Italy.", remark: "resident" },
-    Shown { model: NAMES[0], text: "Name three colours of the rainbow.", remark: "only the evicted part is loaded" },
+    Shown { model: NAMES[2], text: "Tokyo is the capital of Japan.", remark: "resident" },
+    Shown { model: NAMES[0], text: "Write one sentence about the sea.", remark: "only the evicted part is loaded" },
     Shown { model: NAMES[1], text: "Why is the sky blue?", remark: "resident" },
-    Shown { model: NAMES[2], text: "The sky is blue.", remark: "only the evicted part is loaded" },
+    Shown { model: NAMES[2], text: "The sea is blue.", remark: "only the evicted part is loaded" },
 ];
 
 async fn show_requests(client: &Client) -> anyhow::Result<()> {
