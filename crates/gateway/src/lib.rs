@@ -33,6 +33,9 @@ use crate::metrics::Metrics;
 use crate::openai::error::ApiError;
 use crate::text::Texts;
 
+/// How long a shutdown waits for the last bytes of answers to leave.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// How the gateway behaves.
 #[derive(Clone)]
 pub struct GatewayConfig {
@@ -71,6 +74,8 @@ pub(crate) struct Gateway {
     ids: RequestIds,
     /// The server was told to stop: deployments end at once.
     stopping: AtomicBool,
+    /// Requests to models that have not been answered in full.
+    active: watch::Sender<usize>,
     /// Becomes true when the grace of a shutdown is over: whatever still runs ends with an error.
     cut: watch::Sender<bool>,
 }
@@ -78,6 +83,16 @@ pub(crate) struct Gateway {
 /// The id of a request: `x-request-id`, and part of the ids of completions.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestId(String);
+
+/// See [`Gateway::begin_request`].
+#[derive(Debug)]
+pub(crate) struct ActiveRequest(watch::Sender<usize>);
+
+impl Drop for ActiveRequest {
+    fn drop(&mut self) {
+        self.0.send_modify(|requests| *requests = requests.saturating_sub(1));
+    }
+}
 
 /// Attached to responses about a deployed model.
 #[derive(Clone, Debug)]
@@ -112,8 +127,15 @@ impl Gateway {
             texts: Arc::default(),
             ids: RequestIds::default(),
             stopping: AtomicBool::new(false),
+            active: watch::Sender::new(0),
             cut: watch::Sender::new(false),
         }
+    }
+
+    /// Counts a request until the guard is dropped; a shutdown waits for it.
+    fn begin_request(&self) -> ActiveRequest {
+        self.active.send_modify(|requests| *requests += 1);
+        ActiveRequest(self.active.clone())
     }
 }
 
@@ -140,7 +162,7 @@ fn routes(gateway: Arc<Gateway>) -> Router {
 /// [`GatewayConfig::shutdown_grace`], ends what is left with an error, and drains the node.
 ///
 /// # Errors
-/// None after the listener is bound, as of this writing; the signature is that of a server.
+/// When the listener fails for good.
 pub async fn serve(
     listener: TcpListener,
     node: Arc<Node>,
@@ -176,12 +198,22 @@ pub async fn serve(
         result = &mut server => return result,
         _ = stopped => {}
     }
-    let mut drained = std::pin::pin!(async {
+    let mut active = gateway.active.subscribe();
+    // Clients that hold a connection without a request do not count.
+    let quiet = async {
         // Draining also makes the node refuse what still comes in over open connections.
-        let (served, ()) = tokio::join!(server, node.drain());
-        served
+        node.drain().await;
+        // Fails if nobody can count any more, which is as good as zero.
+        let _ = active.wait_for(|requests| *requests == 0).await;
+        tokio::time::sleep(LAST_WORDS).await;
+    };
+    let mut ended = std::pin::pin!(async {
+        tokio::select! {
+            result = server => result,
+            () = quiet => Ok(()),
+        }
     });
-    if let Ok(result) = tokio::time::timeout(grace, &mut drained).await {
+    if let Ok(result) = tokio::time::timeout(grace, &mut ended).await {
         return result;
     }
     tracing::warn!(
@@ -190,7 +222,7 @@ pub async fn serve(
     );
     gateway.cut.send_replace(true);
     // A client that reads nothing can hold its connection, but not the server.
-    tokio::time::timeout(Duration::from_secs(2), drained).await.unwrap_or(Ok(()))
+    tokio::time::timeout(2 * LAST_WORDS, ended).await.unwrap_or(Ok(()))
 }
 
 async fn health() -> Response {

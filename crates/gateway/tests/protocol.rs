@@ -382,6 +382,21 @@ async fn shutdown_does_not_wait_for_ever() {
     assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn shutdown_does_not_wait_for_idle_connections() {
+    use tokio::io::AsyncWriteExt;
+    let mut server = start().await;
+    let address = server.url.strip_prefix("http://").unwrap();
+    let _silent = tokio::net::TcpStream::connect(address).await.unwrap();
+    let mut halfway = tokio::net::TcpStream::connect(address).await.unwrap();
+    halfway.write_all(b"GET /hea").await.unwrap();
+    assert_eq!(server.get("/health").await.status(), 200);
+    let begin = Instant::now();
+    server.stop();
+    (&mut server.task).await.unwrap().unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+}
+
 async fn deploy(server: &Server, name: &str, source: &str) -> (StatusCode, Vec<Value>) {
     let response = server.send("/admin/models", &json!({"name": name, "source": source})).await;
     let status = response.status();

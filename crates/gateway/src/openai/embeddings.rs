@@ -90,6 +90,7 @@ async fn answer(
         }
     }
     let prompt_tokens: usize = inputs.iter().map(Vec::len).sum();
+    let _active = gateway.begin_request();
     let mut cut = gateway.cut.subscribe();
     let embeddings = tokio::select! {
         result = gateway.node.embed(&model, inputs)?.result() => result?,

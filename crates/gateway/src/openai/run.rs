@@ -15,9 +15,9 @@ use tokio::sync::watch;
 use super::error::ApiError;
 use super::options::Options;
 use super::types::Usage;
-use crate::Gateway;
 use crate::metrics::Metrics;
 use crate::text::{Detokenizer, StopMatcher, StopOutcome, TextTokenizer};
+use crate::{ActiveRequest, Gateway};
 
 /// What a choice has grown by.
 #[derive(Debug, Default)]
@@ -130,6 +130,7 @@ pub(crate) struct Run {
     cut: watch::Receiver<bool>,
     metrics: Arc<Metrics>,
     model: String,
+    _active: ActiveRequest,
 }
 
 impl Run {
@@ -185,6 +186,7 @@ impl Run {
             cut: gateway.cut.subscribe(),
             metrics: gateway.metrics.clone(),
             model: model.name.clone(),
+            _active: gateway.begin_request(),
         })
     }
 
