@@ -191,13 +191,16 @@ impl Catalog {
     /// Whether the stored bytes of a tensor still match their hashes. A deployment must not refer to damaged bytes:
     /// deploying again is how a damaged model is repaired.
     fn is_intact(&self, known: &KnownTensor, bytes: u64) -> bool {
-        let Ok(file) = File::open(self.checkpoint_dir(&known.checkpoint).join(DATA_FILE)) else { return false };
+        let Ok(file) = File::open(self.checkpoint_dir(&known.checkpoint).join(DATA_FILE)) else {
+            return false;
+        };
         let mut buffer = vec![0; checkpoint::CHUNK_BYTES.min(bytes) as usize];
         known.chunks.iter().zip(0u64..).all(|(hash, index)| {
             let start = index * checkpoint::CHUNK_BYTES;
             let len = checkpoint::CHUNK_BYTES.min(bytes.saturating_sub(start)) as usize;
             let Some(chunk) = buffer.get_mut(..len) else { return false };
-            file.read_exact_at(chunk, known.offset + start).is_ok() && *blake3::hash(chunk).as_bytes() == hash.0
+            file.read_exact_at(chunk, known.offset + start).is_ok()
+                && *blake3::hash(chunk).as_bytes() == hash.0
         })
     }
 
@@ -262,6 +265,10 @@ impl Catalog {
         })
         .map_err(|error| match error {
             checkpoint::CheckpointError::Cancelled => DeployError::Cancelled,
+            // Writing failed, not reading: not the checkpoint's fault but the data directory's.
+            checkpoint::CheckpointError::Io { path, source } if path.starts_with(staging) => {
+                DeployError::Storage { what: format!("writing {}", path.display()), source }
+            }
             other => DeployError::Checkpoint(other),
         })?;
         let published = self.checkpoint_dir(id);
@@ -297,7 +304,8 @@ impl Catalog {
             return Err(DeployError::UnknownModel(name.to_owned()));
         }
         self.commit(name, None)?;
-        let deployment = self.models.remove(name).ok_or_else(|| DeployError::UnknownModel(name.to_owned()))?;
+        let deployment =
+            self.models.remove(name).ok_or_else(|| DeployError::UnknownModel(name.to_owned()))?;
         self.index_contents();
         self.retire(&deployment);
         Ok(())

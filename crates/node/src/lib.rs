@@ -25,8 +25,8 @@ use tangram_pool::Pool;
 use tokio::sync::{mpsc, oneshot};
 
 pub use api::*;
-use catalog::{Catalog, Deployment};
 pub use catalog::CatalogError;
+use catalog::{Catalog, Deployment};
 use model::ModelPlan;
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
 use worker::{Command, Shared, Worker};
@@ -147,7 +147,12 @@ impl Node {
     }
 
     /// Makes a catalogued deployment available to requests.
-    fn announce(&self, catalog: &Catalog, name: &str, deployment: &Deployment) -> Result<Arc<DeployedModel>, String> {
+    fn announce(
+        &self,
+        catalog: &Catalog,
+        name: &str,
+        deployment: &Deployment,
+    ) -> Result<Arc<DeployedModel>, String> {
         let plan = ModelPlan::new(catalog, deployment, self.page_bytes)?;
         let manifest = &deployment.manifest;
         let directory = catalog.checkpoint_dir(&manifest.checkpoint);
@@ -277,7 +282,9 @@ impl Node {
         let GenerateRequest { model, prompt, sampling, max_tokens, ignore_eos, stop_token_ids } = request;
         if !model.spec.generates() {
             let name = &model.name;
-            return Err(RequestError::Invalid(format!("model '{name}' gives embeddings; use /v1/embeddings")));
+            return Err(RequestError::Invalid(format!(
+                "model '{name}' gives embeddings; use /v1/embeddings"
+            )));
         }
         check_tokens(&model, &prompt)?;
         let room = model.context.saturating_sub(prompt.len());
@@ -310,10 +317,16 @@ impl Node {
     ///
     /// # Errors
     /// As [`Node::generate`].
-    pub fn embed(&self, model: &Arc<DeployedModel>, inputs: Vec<Vec<u32>>) -> Result<Embedding, RequestError> {
+    pub fn embed(
+        &self,
+        model: &Arc<DeployedModel>,
+        inputs: Vec<Vec<u32>>,
+    ) -> Result<Embedding, RequestError> {
         if model.spec.generates() {
             let name = &model.name;
-            return Err(RequestError::Invalid(format!("model '{name}' generates text; it gives no embeddings")));
+            return Err(RequestError::Invalid(format!(
+                "model '{name}' generates text; it gives no embeddings"
+            )));
         }
         if inputs.is_empty() {
             return Err(RequestError::Invalid("input must not be empty".to_owned()));
@@ -325,11 +338,8 @@ impl Node {
             }
         }
         let (result, receiver) = oneshot::channel();
-        let state = EmbedState {
-            vectors: vec![None; inputs.len()],
-            timing: Timing::default(),
-            result: Some(result),
-        };
+        let state =
+            EmbedState { vectors: vec![None; inputs.len()], timing: Timing::default(), result: Some(result) };
         let group = Arc::new(EmbedGroup { state: Mutex::new(state) });
         let cancel = Cancel::new(&self.commands);
         let inputs = inputs
@@ -517,7 +527,9 @@ fn too_long(model: &DeployedModel, prompt: usize, max_tokens: Option<usize>) -> 
     } else {
         format!("{} tokens", model.context)
     };
-    RequestError::Invalid(format!("This model's maximum context length is {limit}, but you asked for {asked}."))
+    RequestError::Invalid(format!(
+        "This model's maximum context length is {limit}, but you asked for {asked}."
+    ))
 }
 
 fn does_not_fit(name: &str, weights: u64, kv_per_token: u64, pool: u64) -> DeployError {

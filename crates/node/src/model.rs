@@ -41,7 +41,11 @@ pub(crate) struct ModelPlan {
 
 impl ModelPlan {
     /// Builds the plan; the error is for the user.
-    pub(crate) fn new(catalog: &Catalog, deployment: &Deployment, page_bytes: u64) -> Result<ModelPlan, String> {
+    pub(crate) fn new(
+        catalog: &Catalog,
+        deployment: &Deployment,
+        page_bytes: u64,
+    ) -> Result<ModelPlan, String> {
         let manifest = deployment.manifest.clone();
         let descs: Vec<TensorDesc> = manifest
             .tensors
@@ -50,7 +54,8 @@ impl ModelPlan {
             .collect();
         let engine = Model::new(manifest.spec.clone(), &descs).map_err(|error| error.to_string())?;
         let stages = manifest.spec.stages();
-        let (mut entries, mut locations, mut unique_of) = (Vec::<CatalogueEntry>::new(), Vec::new(), Vec::new());
+        let (mut entries, mut locations, mut unique_of) =
+            (Vec::<CatalogueEntry>::new(), Vec::new(), Vec::new());
         let mut needed_by_stage = vec![0; stages];
         let mut seen = std::collections::HashMap::new();
         for tensor in &manifest.tensors {
@@ -94,7 +99,16 @@ impl ModelPlan {
         }
         let places = entries.iter().map(|entry| (entry.checkpoint.as_str(), entry.offset, entry.bytes));
         let weight_pages = pages_alone(places, page_bytes);
-        Ok(ModelPlan { engine, manifest, entries, locations, unique_of, needed_by_stage, data_bytes, weight_pages })
+        Ok(ModelPlan {
+            engine,
+            manifest,
+            entries,
+            locations,
+            unique_of,
+            needed_by_stage,
+            data_bytes,
+            weight_pages,
+        })
     }
 
     /// Bytes of the unique tensors: what the model takes on a device.

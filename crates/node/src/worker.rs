@@ -39,11 +39,7 @@ pub(crate) enum Command {
     /// A new sequence.
     Submit(Box<Sequence>),
     /// A model is deployed under this key. The answer says why it could not be taken up.
-    Register {
-        deployed: Arc<DeployedModel>,
-        plan: Box<ModelPlan>,
-        answer: Sender<Result<(), String>>,
-    },
+    Register { deployed: Arc<DeployedModel>, plan: Box<ModelPlan>, answer: Sender<Result<(), String>> },
     /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, which must not block.
     Retire { model: usize, done: Box<dyn FnOnce() + Send> },
     /// Something happened elsewhere: a tensor arrived, a client went away.
@@ -104,7 +100,7 @@ pub(crate) struct Worker {
     pool: Pool,
     store: Arc<Store>,
     models: Vec<Option<ModelEntry>>,
-    queue: Admission<Sequence>,
+    queue: Admission<Box<Sequence>>,
     epoch: Instant,
     wake: Wake,
     wake_pending: Arc<AtomicBool>,
@@ -198,7 +194,7 @@ impl Worker {
             Command::Submit(sequence) => match self.models.get_mut(sequence.model) {
                 Some(Some(entry)) => {
                     entry.waiting += 1;
-                    self.queue.push(*sequence);
+                    self.queue.push(sequence);
                 }
                 _ => {
                     self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -225,7 +221,8 @@ impl Worker {
     }
 
     fn register(&mut self, deployed: Arc<DeployedModel>, plan: ModelPlan) -> Result<(), String> {
-        let sizes: HashMap<&str, u64> = plan.data_bytes.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        let sizes: HashMap<&str, u64> =
+            plan.data_bytes.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
         let keys = self
             .pool
             .catalogue(&plan.entries, |checkpoint| sizes.get(checkpoint).copied().unwrap_or(0))
@@ -250,7 +247,8 @@ impl Worker {
     }
 
     fn retire_if_over(&mut self, model: usize) {
-        let over = |entry: &ModelEntry| entry.retire.is_some() && entry.active.is_none() && entry.waiting == 0;
+        let over =
+            |entry: &ModelEntry| entry.retire.is_some() && entry.active.is_none() && entry.waiting == 0;
         if self.models.get(model).and_then(Option::as_ref).is_some_and(over)
             && let Some(entry) = self.models[model].take()
         {
@@ -302,7 +300,9 @@ impl Worker {
                 let blocks: usize = active
                     .sequences
                     .iter()
-                    .map(|sequence| entry.plan.kv_blocks(sequence.tokens.len() + 1).saturating_sub(sequence.kv.len()))
+                    .map(|sequence| {
+                        entry.plan.kv_blocks(sequence.tokens.len() + 1).saturating_sub(sequence.kv.len())
+                    })
                     .sum();
                 Some((blocks * entry.plan.kv_block_bytes()).div_ceil(page_bytes))
             })
@@ -310,7 +310,7 @@ impl Worker {
     }
 
     /// Starts a sequence if there is room for its model and for the KV of the tokens that it has.
-    fn start(&mut self, mut sequence: Sequence) -> Result<Attempt, Sequence> {
+    fn start(&mut self, mut sequence: Box<Sequence>) -> Result<Attempt, Box<Sequence>> {
         let now = Instant::now();
         let promised = self.promised_pages();
         let page_bytes = self.pool.memory().page_bytes();
@@ -373,7 +373,7 @@ impl Worker {
                 share.sequence += 1;
             }
         }
-        active.sequences.insert(at, sequence);
+        active.sequences.insert(at, *sequence);
         // Noted at once, so that a resident model's activation is measured as what it is. A failed tensor is found
         // again, and reported, by the next step.
         let _ = note_arrivals(active);
@@ -475,7 +475,8 @@ impl Worker {
             }
         }
         let started = Instant::now();
-        let result = self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
+        let result =
+            self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
         let spent = started.elapsed();
         for share in &step.shares {
             let sequence = &mut active.sequences[share.sequence];
@@ -485,7 +486,11 @@ impl Worker {
         }
         match result {
             Ok(false) => {
-                if step.pass.stage() > before { Progress::Advanced } else { Progress::Stalled }
+                if step.pass.stage() > before {
+                    Progress::Advanced
+                } else {
+                    Progress::Stalled
+                }
             }
             Ok(true) => {
                 self.complete_step(model);
@@ -513,7 +518,9 @@ impl Worker {
                 continue;
             }
             if sequence.first_token.is_none() {
-                let load = complete.zip(sequence.admitted).map(|(complete, admitted)| complete - admitted.min(complete));
+                let load = complete
+                    .zip(sequence.admitted)
+                    .map(|(complete, admitted)| complete - admitted.min(complete));
                 sequence.timing.load = load.unwrap_or_default();
             }
             let outcome = match &sequence.sink {
@@ -541,7 +548,9 @@ impl Worker {
     /// Takes a running sequence out, with its KV given back. A step under way must not include it.
     fn take_sequence(&mut self, model: usize, index: usize) -> Option<Sequence> {
         let active = self.models[model].as_mut()?.active.as_mut()?;
-        debug_assert!(active.step.as_ref().is_none_or(|step| step.shares.iter().all(|s| s.sequence != index)));
+        debug_assert!(
+            active.step.as_ref().is_none_or(|step| step.shares.iter().all(|s| s.sequence != index))
+        );
         if let Some(step) = &mut active.step {
             for share in step.shares.iter_mut().filter(|share| share.sequence > index) {
                 share.sequence -= 1;
@@ -555,8 +564,12 @@ impl Worker {
 
     /// Gives up the step under way if it includes the sequence; what it computed so far is computed again.
     fn abandon_step_with(&mut self, model: usize, index: usize) {
-        let Some(active) = self.models[model].as_mut().and_then(|entry| entry.active.as_mut()) else { return };
-        if let Some(step) = active.step.take_if(|step| step.shares.iter().any(|share| share.sequence == index)) {
+        let Some(active) = self.models[model].as_mut().and_then(|entry| entry.active.as_mut()) else {
+            return;
+        };
+        if let Some(step) =
+            active.step.take_if(|step| step.shares.iter().any(|share| share.sequence == index))
+        {
             self.executor.recycle(step.pass);
         }
     }
@@ -573,19 +586,19 @@ impl Worker {
     }
 
     fn drop_cancelled(&mut self) {
-        for sequence in self.queue.remove(Sequence::is_cancelled) {
+        for sequence in self.queue.remove(|sequence| sequence.is_cancelled()) {
             let model = sequence.model;
             self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             if let Some(entry) = self.models[model].as_mut() {
                 entry.waiting -= 1;
             }
-            self.end(sequence, drop);
+            self.end(*sequence, drop);
             self.retire_if_over(model);
         }
         for model in 0..self.models.len() {
-            loop {
-                let Some(active) = self.models[model].as_ref().and_then(|entry| entry.active.as_ref()) else { break };
-                let Some(index) = active.sequences.iter().position(Sequence::is_cancelled) else { break };
+            let cancelled =
+                |entry: &ModelEntry| entry.active.as_ref()?.sequences.iter().position(Sequence::is_cancelled);
+            while let Some(index) = self.models[model].as_ref().and_then(cancelled) {
                 self.abandon_step_with(model, index);
                 if let Some(sequence) = self.take_sequence(model, index) {
                     self.end(sequence, drop);
@@ -612,7 +625,7 @@ impl Worker {
         if let Some(entry) = self.models[model].as_mut() {
             entry.waiting += 1;
         }
-        self.queue.push_back_in_order(sequence, |other| other.arrival > arrival);
+        self.queue.push_back_in_order(Box::new(sequence), |other| other.arrival > arrival);
         self.deactivate_if_over(model);
         true
     }
@@ -643,7 +656,7 @@ impl Worker {
             if let Some(entry) = self.models[sequence.model].as_mut() {
                 entry.waiting -= 1;
             }
-            self.end(sequence, |sequence| sequence.fail(RequestError::ShuttingDown));
+            self.end(*sequence, |sequence| sequence.fail(RequestError::ShuttingDown));
         }
         for model in 0..self.models.len() {
             if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
@@ -769,5 +782,8 @@ fn dominant_dtype(plan: &ModelPlan) -> String {
     for tensor in &plan.manifest.tensors {
         *bytes.entry(tensor.dtype.name()).or_default() += tensor.bytes;
     }
-    bytes.into_iter().max_by_key(|&(name, bytes)| (bytes, name)).map_or(String::new(), |(name, _)| name.to_owned())
+    bytes
+        .into_iter()
+        .max_by_key(|&(name, bytes)| (bytes, name))
+        .map_or(String::new(), |(name, _)| name.to_owned())
 }

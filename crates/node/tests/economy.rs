@@ -1,5 +1,7 @@
 //! The memory economy through the node: sharing by content, eviction, on-demand KV, preemption, cancellation, faults.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use std::collections::HashMap;
@@ -8,7 +10,9 @@ use std::sync::Arc;
 
 use common::{deploy, eventually, finish, greedy, open, request, run, shared};
 use rand::{RngExt, SeedableRng};
-use tangram_node::{DeployedModel, FinishReason, GenerateRequest, Generation, Node, RequestError, SamplingParams};
+use tangram_node::{
+    DeployedModel, FinishReason, GenerateRequest, Generation, Node, RequestError, SamplingParams,
+};
 use tangram_testkit::{Family, RandomModel, mutate_layer, write_hf_model};
 
 fn random_model(dir: &Path, seed: u64) {
@@ -132,7 +136,11 @@ fn random_requests_over_more_models_than_fit() {
     let check = |generation: Generation, case: usize, loaded: &mut u64| {
         let outcome = finish(generation).unwrap();
         *loaded += outcome.timing.bytes_loaded;
-        assert_eq!(outcome.tokens, expected[case].tokens, "request {case} to {}", expected[case].request.model.name);
+        assert_eq!(
+            outcome.tokens, expected[case].tokens,
+            "request {case} to {}",
+            expected[case].request.model.name
+        );
     };
     for i in 0..total {
         // Popularity by Zipf over the cases, so that some models stay and some come and go.
@@ -171,16 +179,21 @@ fn random_requests_over_more_models_than_fit() {
 #[test]
 fn preempted_sequences_lose_no_token() {
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    write_hf_model(sources.path(), &RandomModel { seed: 11, context: 256, ..RandomModel::tiny(Family::Llama) });
+    write_hf_model(
+        sources.path(),
+        &RandomModel { seed: 11, context: 256, ..RandomModel::tiny(Family::Llama) },
+    );
     let roomy = open(data.path(), 64 << 20);
     let model = deploy(&roomy, "m", sources.path());
     let prompts: Vec<Vec<u32>> = (0..12).map(|i| (0..8).map(|j| 3 + i * 7 + j).collect()).collect();
-    let alone: Vec<_> = prompts.iter().map(|prompt| run(&roomy, request(&model, prompt, 200)).tokens).collect();
+    let alone: Vec<_> =
+        prompts.iter().map(|prompt| run(&roomy, request(&model, prompt, 200)).tokens).collect();
     drop(roomy);
     let kv_of_one = 208 * model.kv_bytes_per_token;
     let tight = open(data.path(), (model.weight_bytes + 3 * kv_of_one + (256 << 10)).max(1 << 20));
     let model = tight.model("m").unwrap();
-    let running: Vec<_> = prompts.iter().map(|prompt| tight.generate(request(&model, prompt, 200)).unwrap()).collect();
+    let running: Vec<_> =
+        prompts.iter().map(|prompt| tight.generate(request(&model, prompt, 200)).unwrap()).collect();
     for (generation, expected) in running.into_iter().zip(&alone) {
         assert_eq!(&finish(generation).unwrap().tokens, expected);
     }
@@ -268,7 +281,11 @@ fn removing_and_replacing_leaves_no_files_and_loses_no_shared_tensor() {
     drop(node);
     let node = open(data.path(), 32 << 20);
     let tuned = node.model("tuned").unwrap();
-    assert_eq!(run(&node, request(&tuned, &[9, 8, 7], 12)).tokens, expected, "base's file still serves tuned");
+    assert_eq!(
+        run(&node, request(&tuned, &[9, 8, 7], 12)).tokens,
+        expected,
+        "base's file still serves tuned"
+    );
     deploy(&node, "tuned", &base_dir);
     node.remove("tuned").unwrap();
     let checkpoints = data.path().join("checkpoints");

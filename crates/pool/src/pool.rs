@@ -32,7 +32,9 @@ pub struct CatalogueEntry {
 pub fn pages_alone<'a>(tensors: impl Iterator<Item = (&'a str, u64, u64)>, page_bytes: u64) -> u64 {
     let mut pages = BTreeSet::new();
     for (checkpoint, offset, bytes) in tensors {
-        pages.extend((offset / page_bytes..(offset + bytes).div_ceil(page_bytes)).map(|page| (checkpoint, page)));
+        pages.extend(
+            (offset / page_bytes..(offset + bytes).div_ceil(page_bytes)).map(|page| (checkpoint, page)),
+        );
     }
     pages.len() as u64
 }
@@ -251,7 +253,10 @@ impl Pool {
         for entry in entries {
             if !self.by_id.contains_key(&entry.id) && !self.arenas.contains_key(&entry.checkpoint) {
                 let arena = Arena::reserve(self.memory.clone(), data_bytes(&entry.checkpoint) as usize)?;
-                self.arenas.insert(entry.checkpoint.clone(), CheckpointArena { arena, tensors: 0, edges: HashMap::new() });
+                self.arenas.insert(
+                    entry.checkpoint.clone(),
+                    CheckpointArena { arena, tensors: 0, edges: HashMap::new() },
+                );
             }
         }
         let mut keys = Vec::with_capacity(entries.len());
@@ -259,8 +264,7 @@ impl Pool {
             let key = match self.by_id.get(&entry.id) {
                 Some(&key) => key,
                 None => {
-                    let key =
-                        self.vacant_keys.pop().unwrap_or_else(|| TensorKey(self.slots.len() as u32));
+                    let key = self.vacant_keys.pop().unwrap_or(TensorKey(self.slots.len() as u32));
                     if key.0 as usize == self.slots.len() {
                         self.slots.push(None);
                     }
@@ -336,8 +340,9 @@ impl Pool {
 
     /// Bytes of these tensors that more than one catalogued model has.
     pub fn shared_bytes(&self, keys: &[TensorKey]) -> u64 {
-        let shared =
-            |key: &TensorKey| self.slot(*key).filter(|slot| slot.models > 1).map_or(0, |slot| slot.bytes as u64);
+        let shared = |key: &TensorKey| {
+            self.slot(*key).filter(|slot| slot.models > 1).map_or(0, |slot| slot.bytes as u64)
+        };
         keys.iter().map(shared).sum()
     }
 

@@ -1,5 +1,5 @@
 //! Helpers for the node's integration tests.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

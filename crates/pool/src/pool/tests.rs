@@ -109,7 +109,7 @@ fn addresses_are_stable_across_eviction() {
 fn a_hit_is_not_evicted_to_make_room_for_the_misses_of_the_same_model() {
     let mut world = World::new(4);
     let shared = entry(1, "a", 0, 2 * PAGE);
-    let a = world.model(&[shared.clone()]);
+    let a = world.model(std::slice::from_ref(&shared));
     let b = world.model(&[shared, entry(2, "b", 0, 3 * PAGE)]);
     let (lease, _) = world.load(&a);
     world.pool.release(lease);
