@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::file::SourceFile;
+use crate::fused::Whole;
 use crate::gguf::{self, Value};
 use crate::names::{self, Name};
-use crate::source::{Found, Location, RowOrder, Source, SourceTensor};
+use crate::source::{RowOrder, Source};
 use crate::{
     Attention, CheckpointError, DType, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Role, Rope,
     RopeScaling, gguf_tokenizer, layout,
@@ -47,34 +48,28 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
             apply_rope_factors(&file, &tensor, &mut spec)?;
             continue;
         }
-        let Name::Role(role) = names::gguf_decoder(&tensor.name) else {
+        let name = names::gguf(&family, &tensor.name);
+        if name == Name::Unknown {
             return Err(metadata.unsupported(format!(
                 "tensor {} is not part of a {family} model as this build knows it; \
                  leaving it out would give wrong answers",
                 tensor.name
             )));
-        };
-        let rows = match role {
-            Role::Layer(_, LayerRole::Query | LayerRole::QueryBias | LayerRole::Key | LayerRole::KeyBias)
-                if family == "llama" =>
+        }
+        let gguf::Tensor { name: tensor_name, dtype, shape, offset, bytes } = tensor;
+        let whole = Whole { name: tensor_name, dtype, shape, bytes, file: 0, offset };
+        let mut parts = whole.take_apart(&spec, name).map_err(|message| metadata.invalid(message))?;
+        for part in &mut parts {
+            use LayerRole::{Key, KeyBias, Query, QueryBias};
+            if family == "llama"
+                && matches!(part.tensor.role, Role::Layer(_, Query | QueryBias | Key | KeyBias))
             {
-                RowOrder::InterleavedPairs { head_dim: spec.head_dim as u64 }
+                part.tensor.location.rows = RowOrder::InterleavedPairs { head_dim: spec.head_dim as u64 };
             }
-            _ => RowOrder::Plain,
-        };
-        let location = Location { file: 0, offset: tensor.offset, rows };
-        found.push(Found {
-            name: tensor.name,
-            tensor: SourceTensor {
-                role,
-                dtype: tensor.dtype,
-                shape: tensor.shape,
-                bytes: tensor.bytes,
-                location,
-            },
-        });
+        }
+        found.append(&mut parts);
     }
-    let biases = layout::family_biases(&spec, false, false);
+    let biases = if family == "qwen2" { layout::ATTENTION_BIASES[..3].to_vec() } else { Vec::new() };
     Source::assemble(path, spec, found, &biases, vec![file], text)
 }
 
@@ -249,6 +244,7 @@ impl Metadata<'_> {
             mlp: Mlp::GatedSilu,
             attention: Attention::Causal,
             output: Output::Logits { tied },
+            ..ModelSpec::default()
         };
         layout::check_spec(&spec).map_err(|message| self.invalid(message))?;
         Ok(spec)

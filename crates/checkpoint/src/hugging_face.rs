@@ -7,8 +7,9 @@ use serde_json::Value;
 
 use crate::config::{self, ConfigError};
 use crate::file::{SourceFile, read_limited, read_optional};
+use crate::fused::Whole;
 use crate::names::{self, Name};
-use crate::source::{Found, Location, RowOrder, Source, SourceTensor, TextAssets, list_files};
+use crate::source::{Source, TextAssets, list_files};
 use crate::{
     CheckpointError, GenerationDefaults, ModelSpec, NormPlacement, Output, Pooling, layout, safetensors,
     tokenizer,
@@ -84,10 +85,11 @@ fn find_shards(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
 fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError> {
     let config_path = directory.join("config.json");
     let config = parse_json(&config_path, &read_limited(&config_path, MAX_JSON_BYTES)?)?;
-    let config::Parsed { mut spec, biases } = config::parse(&config).map_err(|error| match error {
-        ConfigError::Invalid(message) => CheckpointError::invalid(&config_path, message),
-        ConfigError::Unsupported(message) => CheckpointError::unsupported(&config_path, message),
-    })?;
+    let config::Parsed { mut spec, biases, warnings } =
+        config::parse(&config).map_err(|error| match error {
+            ConfigError::Invalid(message) => CheckpointError::invalid(&config_path, message),
+            ConfigError::Unsupported(message) => CheckpointError::unsupported(&config_path, message),
+        })?;
     if spec.norm_placement == NormPlacement::Post {
         apply_sentence_settings(directory, &mut spec)?;
     }
@@ -106,25 +108,20 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
                 ));
             }
             origin.insert(tensor.name.clone(), index);
-            let name = if spec.norm_placement == NormPlacement::Post {
-                names::hugging_face_bert(&tensor.name)
-            } else {
-                names::hugging_face_decoder(&tensor.name, tied)
-            };
-            let role = match name {
-                Name::Role(role) => role,
-                Name::Ignored => continue,
-                Name::Unknown => {
-                    return Err(CheckpointError::unsupported(
-                        path,
-                        format!(
-                            "tensor {} is not part of a {} model as this build knows it; \
-                             leaving it out would give wrong answers",
-                            tensor.name, spec.family
-                        ),
-                    ));
-                }
-            };
+            let name = names::hugging_face(&spec.family, &tensor.name, tied);
+            if name == Name::Ignored {
+                continue;
+            }
+            if name == Name::Unknown {
+                return Err(CheckpointError::unsupported(
+                    path,
+                    format!(
+                        "tensor {} is not part of a {} model as this build knows it; \
+                         leaving it out would give wrong answers",
+                        tensor.name, spec.family
+                    ),
+                ));
+            }
             let Some(dtype) = tensor.element_type() else {
                 return Err(CheckpointError::unsupported(
                     path,
@@ -134,16 +131,16 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
                     ),
                 ));
             };
-            let location = Location { file: index, offset: tensor.offset, rows: RowOrder::Plain };
-            let bytes = tensor.bytes;
-            found.push(Found {
-                name: tensor.name,
-                tensor: SourceTensor { role, dtype, shape: tensor.shape, bytes, location },
-            });
+            let safetensors::Tensor { name: tensor_name, shape, offset, bytes, .. } = tensor;
+            let whole = Whole { name: tensor_name, dtype, shape, bytes, file: index, offset };
+            found.extend(
+                whole.take_apart(&spec, name).map_err(|message| CheckpointError::invalid(path, message))?,
+            );
         }
         files.push(file);
     }
-    let text = read_text_assets(directory, &config, &spec)?;
+    let mut text = read_text_assets(directory, &config, &spec)?;
+    text.warnings.extend(warnings);
     let described_by =
         if shards.len() == 1 { shards.first().map_or(directory, PathBuf::as_path) } else { directory };
     Source::assemble(described_by, spec, found, &biases, files, text)

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::{DType, LayerRole, ModelSpec, Norm, NormPlacement, Output, Role, RopeScaling};
+use crate::{DType, LayerRole, ModelSpec, Norm, Output, Role, Rope, RopeScaling};
 
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_WIDTH: usize = 1 << 20;
-const MAX_LAYERS: usize = 4096;
+pub(crate) const MAX_LAYERS: usize = 4096;
+const MAX_EXPERTS: usize = 1 << 12;
 const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 12;
 const MAX_CONTEXT: usize = 1 << 28;
@@ -37,22 +38,70 @@ pub(crate) fn check_spec(spec: &ModelSpec) -> Result<(), String> {
     if !(epsilon > 0.0 && epsilon < 1.0) {
         return Err(format!("the norm's epsilon is {epsilon}, which is not between 0 and 1"));
     }
-    if spec.learned_positions.is_some_and(|positions| positions < spec.context) {
+    let usable = spec.learned_positions.map(|positions| positions.checked_sub(spec.position_offset));
+    if usable.is_some_and(|usable| usable.is_none_or(|usable| usable < spec.context)) {
         return Err(format!("a context of {} tokens exceeds the learned positions", spec.context));
     }
+    let factors = [
+        ("embedding scale", spec.embedding_scale),
+        ("query scale", spec.query_scale),
+        ("cap of attention scores", spec.attention_cap),
+        ("cap of logits", spec.logit_cap),
+    ];
+    for (what, factor) in factors {
+        if let Some(factor) = factor.filter(|&factor| !positive(f64::from(factor))) {
+            return Err(format!("the {what} is {factor}, which is not a positive number"));
+        }
+    }
     if let Some(rope) = &spec.rope {
-        if !positive(rope.theta) {
-            return Err(format!("the rotary base is {}, which is not a positive number", rope.theta));
+        check_rope(rope, spec.head_dim)?;
+    }
+    if let Some(local) = &spec.local {
+        if local.window == 0 || local.window > MAX_CONTEXT {
+            return Err(format!("the window is {}, which is not between 1 and {MAX_CONTEXT}", local.window));
         }
-        if rope.dims == 0 || rope.dims > spec.head_dim || !rope.dims.is_multiple_of(2) {
-            return Err(format!(
-                "{} rotated elements do not fit heads of {} (even, at most all)",
-                rope.dims, spec.head_dim
-            ));
+        check_layers("local", &local.layers, spec.layers)?;
+        if let Some(rope) = &local.rope {
+            check_rope(rope, spec.head_dim)?;
         }
-        check_scaling(&rope.scaling, rope.dims)?;
+    }
+    if let Some(experts) = &spec.experts {
+        for (what, value, limit) in [
+            ("number of experts", experts.count, MAX_EXPERTS),
+            ("number of experts per token", experts.per_token, experts.count),
+            ("feed-forward size of an expert", experts.intermediate, MAX_WIDTH),
+        ] {
+            if value == 0 || value > limit {
+                return Err(format!("the {what} is {value}, which is not between 1 and {limit}"));
+            }
+        }
+        check_layers("dense", &experts.dense_layers, spec.layers)?;
+        if !spec.mlp.gated() {
+            return Err("experts without a gate are not known".into());
+        }
     }
     Ok(())
+}
+
+fn check_layers(what: &str, layers: &[u32], count: usize) -> Result<(), String> {
+    let ascending = layers.is_sorted_by(|a, b| a < b);
+    if !ascending || layers.last().is_some_and(|&last| last as usize >= count) {
+        return Err(format!("the {what} layers {layers:?} are not an ascending choice of {count}"));
+    }
+    Ok(())
+}
+
+fn check_rope(rope: &Rope, head_dim: usize) -> Result<(), String> {
+    if !positive(rope.theta) {
+        return Err(format!("the rotary base is {}, which is not a positive number", rope.theta));
+    }
+    if rope.dims == 0 || rope.dims > head_dim || !rope.dims.is_multiple_of(2) {
+        return Err(format!(
+            "{} rotated elements do not fit heads of {head_dim} (even, at most all)",
+            rope.dims
+        ));
+    }
+    check_scaling(&rope.scaling, rope.dims)
 }
 
 fn check_scaling(scaling: &RopeScaling, dims: usize) -> Result<(), String> {
@@ -75,13 +124,31 @@ fn check_scaling(scaling: &RopeScaling, dims: usize) -> Result<(), String> {
                     .into())
             }
         }
-        RopeScaling::Factors { factors } => {
-            if factors.len() == dims / 2 && factors.iter().all(|&factor| positive(f64::from(factor))) {
+        RopeScaling::Factors { factors } => check_factors(factors, dims),
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, magnitude, truncate: _ } => {
+            if [*factor, *beta_fast, *beta_slow, *original_context, *magnitude].into_iter().all(positive) {
                 Ok(())
             } else {
-                Err(format!("the rotary frequency factors must be {} positive numbers", dims / 2))
+                Err("the yarn rotary scaling needs positive numbers".into())
             }
         }
+        RopeScaling::LongRope { short, long, original_context, magnitude } => {
+            check_factors(short, dims)?;
+            check_factors(long, dims)?;
+            if positive(*original_context) && positive(*magnitude) {
+                Ok(())
+            } else {
+                Err("the longrope rotary scaling needs positive numbers".into())
+            }
+        }
+    }
+}
+
+fn check_factors(factors: &[f32], dims: usize) -> Result<(), String> {
+    if factors.len() == dims / 2 && factors.iter().all(|&factor| positive(f64::from(factor))) {
+        Ok(())
+    } else {
+        Err(format!("the rotary frequency factors must be {} positive numbers", dims / 2))
     }
 }
 
@@ -99,6 +166,15 @@ const OPTIONAL: [LayerRole; 7] = [
     LayerRole::UpBias,
     LayerRole::DownBias,
 ];
+
+/// Whether an optional role has its place in this layer.
+fn has_bias(spec: &ModelSpec, layer: usize, role: LayerRole) -> bool {
+    match role {
+        LayerRole::GateBias => spec.mlp.gated() && spec.layer_experts(layer).is_none(),
+        LayerRole::UpBias | LayerRole::DownBias => spec.layer_experts(layer).is_none(),
+        _ => true,
+    }
+}
 
 /// Checks a set of tensors against a (checked) spec: every role at most once, all required ones there, optional ones
 /// in all layers or in none, shapes as the spec says, and byte sizes that follow from shape and type. `name` is what
@@ -119,7 +195,7 @@ pub(crate) fn check_tensors<'a>(
                     spec.layers
                 ));
             }
-            if OPTIONAL.contains(&layer_role) {
+            if OPTIONAL.contains(&layer_role) && has_bias(spec, layer as usize, layer_role) {
                 *optional_counts.entry(layer_role).or_default() += 1;
             } else if !required_set.contains(&role) {
                 return Err(format!(
@@ -163,35 +239,32 @@ pub(crate) fn check_tensors<'a>(
         return Err(format!("the tensor for {missing:?} is missing; is the download complete?"));
     }
     for (role, count) in optional_counts {
-        if count != spec.layers {
+        let needed = (0..spec.layers).filter(|&layer| has_bias(spec, layer, role)).count();
+        if count != needed {
             return Err(format!(
-                "{role:?} is there for {count} of {} layers; is the download complete?",
-                spec.layers
+                "{role:?} is there for {count} of {needed} layers; is the download complete?"
             ));
         }
     }
     Ok(())
 }
 
-/// Biases without which a family gives wrong answers, although the executor could run it.
-pub(crate) fn family_biases(spec: &ModelSpec, attention_bias: bool, mlp_bias: bool) -> Vec<LayerRole> {
-    let mut roles = Vec::new();
-    let bert = spec.norm_placement == NormPlacement::Post;
-    if bert || attention_bias || spec.family == "qwen2" {
-        roles.extend([LayerRole::QueryBias, LayerRole::KeyBias, LayerRole::ValueBias]);
-    }
-    // Qwen2 has none there, whatever its config says.
-    if bert || (attention_bias && spec.family != "qwen2") {
-        roles.push(LayerRole::AttnOutBias);
-    }
-    if bert || mlp_bias {
-        roles.extend([LayerRole::UpBias, LayerRole::DownBias]);
-    }
-    if mlp_bias && !bert {
-        roles.push(LayerRole::GateBias);
-    }
-    roles
-}
+/// The biases of attention.
+pub(crate) const ATTENTION_BIASES: [LayerRole; 4] =
+    [LayerRole::QueryBias, LayerRole::KeyBias, LayerRole::ValueBias, LayerRole::AttnOutBias];
+
+/// The biases of a gated feed-forward block.
+pub(crate) const GATED_BIASES: [LayerRole; 3] = [LayerRole::GateBias, LayerRole::UpBias, LayerRole::DownBias];
+
+/// All biases of a layer without a gate.
+pub(crate) const UNGATED_BIASES: [LayerRole; 6] = [
+    LayerRole::QueryBias,
+    LayerRole::KeyBias,
+    LayerRole::ValueBias,
+    LayerRole::AttnOutBias,
+    LayerRole::UpBias,
+    LayerRole::DownBias,
+];
 
 /// Whether the output matrix is the token embedding.
 pub(crate) fn is_tied(spec: &ModelSpec) -> bool {

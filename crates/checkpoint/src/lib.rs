@@ -7,6 +7,7 @@ mod config;
 pub mod dtype;
 mod error;
 mod file;
+mod fused;
 mod gguf;
 mod gguf_model;
 mod gguf_tokenizer;
@@ -30,5 +31,6 @@ pub use manifest::{
 };
 pub use source::{Source, SourceTensor, open};
 pub use spec::{
-    Attention, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Pooling, Role, Rope, RopeScaling,
+    Attention, ExpertRole, Experts, LayerRole, LocalLayers, Mlp, ModelSpec, Norm, NormPlacement, Output,
+    Pooling, Role, Rope, RopeScaling,
 };

@@ -1,17 +1,53 @@
 //! Maps tensor names of foreign formats to roles. A name that means nothing here is refused by the caller, because
 //! leaving out a weight would give wrong answers.
 
-use crate::{LayerRole, Role};
+use crate::{ExpertRole, LayerRole, Role};
 
 /// What a foreign tensor name means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Name {
     /// A tensor that the model needs.
     Role(Role),
+    /// A matrix that the model needs, stored as `[in_features, out_features]`.
+    Transposed(Role),
+    /// Several tensors of a layer in one.
+    Fused(u32, Fused),
     /// A buffer that the executor computes itself, or a head that it does not use.
     Ignored,
     /// Nothing that this build knows.
     Unknown,
+}
+
+/// Tensors of a layer that are stored as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fused {
+    /// Rows of query, then key, then value.
+    QueryKeyValue,
+    /// Their biases.
+    QueryKeyValueBias,
+    /// The same, stored as `[in_features, out_features]`.
+    QueryKeyValueTransposed,
+    /// For every head its rows of query, key and value.
+    QueryKeyValueByHead,
+    /// Their biases.
+    QueryKeyValueByHeadBias,
+    /// Rows of the gate, then of up.
+    GateUp,
+    /// For every expert its matrix.
+    Experts(ExpertRole),
+    /// For every expert rows of the gate, then of up.
+    ExpertsGateUp,
+}
+
+/// What the tensors of a Hugging Face family are called.
+pub(crate) fn hugging_face(family: &str, name: &str, tied: bool) -> Name {
+    match family {
+        "bert" => hugging_face_bert(name),
+        "gpt2" => gpt2(name, tied),
+        "gpt_neox" => gpt_neox(name, tied),
+        "opt" => opt(name, tied),
+        _ => hugging_face_decoder(family, name, tied),
+    }
 }
 
 /// Splits `N.rest` into the layer number and the rest.
@@ -26,16 +62,31 @@ fn layer(text: &str) -> Option<(u32, &str)> {
     Some((number.parse().ok()?, rest))
 }
 
-/// Names of Hugging Face llama, qwen2 and qwen3 checkpoints, with or without the `model.` prefix.
-pub(crate) fn hugging_face_decoder(name: &str, tied: bool) -> Name {
-    if name == "lm_head.weight" {
-        return if tied { Name::Ignored } else { Name::Role(Role::Output) };
+/// A tensor outside or inside of a layer, else a buffer or a stranger.
+fn name(whole: &str, found: Option<Name>) -> Name {
+    match found {
+        Some(name) => name,
+        None if is_buffer(whole) => Name::Ignored,
+        None => Name::Unknown,
     }
-    let name = name.strip_prefix("model.").unwrap_or(name);
-    let role = match name {
-        "embed_tokens.weight" => Some(Role::TokenEmbedding),
-        "norm.weight" => Some(Role::FinalNorm),
-        _ => name.strip_prefix("layers.").and_then(layer).and_then(|(number, rest)| {
+}
+
+/// The output matrix, which tied models may save along.
+fn output(tied: bool) -> Name {
+    if tied { Name::Ignored } else { Name::Role(Role::Output) }
+}
+
+/// Names of Hugging Face families with llama's names, with or without the `model.` prefix.
+fn hugging_face_decoder(family: &str, whole: &str, tied: bool) -> Name {
+    if whole == "lm_head.weight" {
+        return output(tied);
+    }
+    let short = whole.strip_prefix("model.").unwrap_or(whole);
+    let found = match short {
+        "embed_tokens.weight" => Some(Name::Role(Role::TokenEmbedding)),
+        "norm.weight" => Some(Name::Role(Role::FinalNorm)),
+        _ => short.strip_prefix("layers.").and_then(layer).and_then(|(number, rest)| {
+            let gemma = family.starts_with("gemma");
             let role = match rest {
                 "input_layernorm.weight" => LayerRole::AttnNorm,
                 "self_attn.q_proj.weight" => LayerRole::Query,
@@ -48,6 +99,10 @@ pub(crate) fn hugging_face_decoder(name: &str, tied: bool) -> Name {
                 "self_attn.k_norm.weight" => LayerRole::KeyNorm,
                 "self_attn.o_proj.weight" => LayerRole::AttnOut,
                 "self_attn.o_proj.bias" => LayerRole::AttnOutBias,
+                // The same name for two places: Gemma has four norms in a layer.
+                "post_attention_layernorm.weight" if gemma => LayerRole::AttnPostNorm,
+                "pre_feedforward_layernorm.weight" if gemma => LayerRole::MlpNorm,
+                "post_feedforward_layernorm.weight" if gemma => LayerRole::MlpPostNorm,
                 "post_attention_layernorm.weight" => LayerRole::MlpNorm,
                 "mlp.gate_proj.weight" => LayerRole::Gate,
                 "mlp.gate_proj.bias" => LayerRole::GateBias,
@@ -55,20 +110,161 @@ pub(crate) fn hugging_face_decoder(name: &str, tied: bool) -> Name {
                 "mlp.up_proj.bias" => LayerRole::UpBias,
                 "mlp.down_proj.weight" => LayerRole::Down,
                 "mlp.down_proj.bias" => LayerRole::DownBias,
-                _ => return None,
+                "self_attn.qkv_proj.weight" => return Some(Name::Fused(number, Fused::QueryKeyValue)),
+                "mlp.gate_up_proj.weight" => return Some(Name::Fused(number, Fused::GateUp)),
+                _ => return experts(rest).map(|name| name.in_layer(number)),
             };
-            Some(Role::Layer(number, role))
+            Some(Name::Role(Role::Layer(number, role)))
         }),
     };
-    match role {
-        Some(role) => Name::Role(role),
-        None if is_buffer(name) => Name::Ignored,
-        None => Name::Unknown,
+    name(whole, found)
+}
+
+/// A tensor of a feed-forward block with experts.
+enum ExpertName {
+    Role(LayerRole),
+    Fused(Fused),
+}
+
+impl ExpertName {
+    fn in_layer(self, layer: u32) -> Name {
+        match self {
+            ExpertName::Role(role) => Name::Role(Role::Layer(layer, role)),
+            ExpertName::Fused(fused) => Name::Fused(layer, fused),
+        }
     }
 }
 
+/// Experts one by one (Mixtral's names and Qwen's) or stacked.
+fn experts(rest: &str) -> Option<ExpertName> {
+    let rest = rest.strip_prefix("block_sparse_moe.").or_else(|| rest.strip_prefix("mlp."))?;
+    Some(match rest {
+        "gate.weight" => ExpertName::Role(LayerRole::Router),
+        "experts.gate_up_proj" => ExpertName::Fused(Fused::ExpertsGateUp),
+        "experts.down_proj" => ExpertName::Fused(Fused::Experts(ExpertRole::Down)),
+        _ => {
+            let (expert, rest) = layer(rest.strip_prefix("experts.")?)?;
+            let role = match rest {
+                "w1.weight" | "gate_proj.weight" => ExpertRole::Gate,
+                "w3.weight" | "up_proj.weight" => ExpertRole::Up,
+                "w2.weight" | "down_proj.weight" => ExpertRole::Down,
+                _ => return None,
+            };
+            ExpertName::Role(LayerRole::Expert(expert, role))
+        }
+    })
+}
+
+/// Names of Hugging Face GPT-2, with or without the `transformer.` prefix. Its matrices are stored transposed.
+fn gpt2(whole: &str, tied: bool) -> Name {
+    if whole == "lm_head.weight" {
+        return output(tied);
+    }
+    let short = whole.strip_prefix("transformer.").unwrap_or(whole);
+    let found = match short {
+        "wte.weight" => Some(Name::Role(Role::TokenEmbedding)),
+        "wpe.weight" => Some(Name::Role(Role::PositionEmbedding)),
+        "ln_f.weight" => Some(Name::Role(Role::FinalNorm)),
+        "ln_f.bias" => Some(Name::Role(Role::FinalNormBias)),
+        _ => short.strip_prefix("h.").and_then(layer).and_then(|(number, rest)| {
+            let plain = |role| Some(Name::Role(Role::Layer(number, role)));
+            let transposed = |role| Some(Name::Transposed(Role::Layer(number, role)));
+            match rest {
+                "ln_1.weight" => plain(LayerRole::AttnNorm),
+                "ln_1.bias" => plain(LayerRole::AttnNormBias),
+                "attn.c_attn.weight" => Some(Name::Fused(number, Fused::QueryKeyValueTransposed)),
+                "attn.c_attn.bias" => Some(Name::Fused(number, Fused::QueryKeyValueBias)),
+                "attn.c_proj.weight" => transposed(LayerRole::AttnOut),
+                "attn.c_proj.bias" => plain(LayerRole::AttnOutBias),
+                "ln_2.weight" => plain(LayerRole::MlpNorm),
+                "ln_2.bias" => plain(LayerRole::MlpNormBias),
+                "mlp.c_fc.weight" => transposed(LayerRole::Up),
+                "mlp.c_fc.bias" => plain(LayerRole::UpBias),
+                "mlp.c_proj.weight" => transposed(LayerRole::Down),
+                "mlp.c_proj.bias" => plain(LayerRole::DownBias),
+                _ => None,
+            }
+        }),
+    };
+    name(whole, found)
+}
+
+/// Names of Hugging Face GPT-NeoX, with or without the `gpt_neox.` prefix.
+fn gpt_neox(whole: &str, tied: bool) -> Name {
+    if whole == "embed_out.weight" || whole == "lm_head.weight" {
+        return output(tied);
+    }
+    let short = whole.strip_prefix("gpt_neox.").unwrap_or(whole);
+    let found = match short {
+        "embed_in.weight" => Some(Name::Role(Role::TokenEmbedding)),
+        "final_layer_norm.weight" => Some(Name::Role(Role::FinalNorm)),
+        "final_layer_norm.bias" => Some(Name::Role(Role::FinalNormBias)),
+        _ => short.strip_prefix("layers.").and_then(layer).and_then(|(number, rest)| {
+            let role = match rest {
+                "input_layernorm.weight" => LayerRole::AttnNorm,
+                "input_layernorm.bias" => LayerRole::AttnNormBias,
+                "attention.query_key_value.weight" => {
+                    return Some(Name::Fused(number, Fused::QueryKeyValueByHead));
+                }
+                "attention.query_key_value.bias" => {
+                    return Some(Name::Fused(number, Fused::QueryKeyValueByHeadBias));
+                }
+                "attention.dense.weight" => LayerRole::AttnOut,
+                "attention.dense.bias" => LayerRole::AttnOutBias,
+                "post_attention_layernorm.weight" => LayerRole::MlpNorm,
+                "post_attention_layernorm.bias" => LayerRole::MlpNormBias,
+                "mlp.dense_h_to_4h.weight" => LayerRole::Up,
+                "mlp.dense_h_to_4h.bias" => LayerRole::UpBias,
+                "mlp.dense_4h_to_h.weight" => LayerRole::Down,
+                "mlp.dense_4h_to_h.bias" => LayerRole::DownBias,
+                _ => return None,
+            };
+            Some(Name::Role(Role::Layer(number, role)))
+        }),
+    };
+    name(whole, found)
+}
+
+/// Names of Hugging Face OPT, with or without the `model.` prefix.
+fn opt(whole: &str, tied: bool) -> Name {
+    if whole == "lm_head.weight" {
+        return output(tied);
+    }
+    let short = whole.strip_prefix("model.").unwrap_or(whole);
+    let Some(short) = short.strip_prefix("decoder.") else { return Name::Unknown };
+    let found = match short {
+        "embed_tokens.weight" => Some(Name::Role(Role::TokenEmbedding)),
+        "embed_positions.weight" => Some(Name::Role(Role::PositionEmbedding)),
+        "final_layer_norm.weight" => Some(Name::Role(Role::FinalNorm)),
+        "final_layer_norm.bias" => Some(Name::Role(Role::FinalNormBias)),
+        _ => short.strip_prefix("layers.").and_then(layer).and_then(|(number, rest)| {
+            let role = match rest {
+                "self_attn_layer_norm.weight" => LayerRole::AttnNorm,
+                "self_attn_layer_norm.bias" => LayerRole::AttnNormBias,
+                "self_attn.q_proj.weight" => LayerRole::Query,
+                "self_attn.q_proj.bias" => LayerRole::QueryBias,
+                "self_attn.k_proj.weight" => LayerRole::Key,
+                "self_attn.k_proj.bias" => LayerRole::KeyBias,
+                "self_attn.v_proj.weight" => LayerRole::Value,
+                "self_attn.v_proj.bias" => LayerRole::ValueBias,
+                "self_attn.out_proj.weight" => LayerRole::AttnOut,
+                "self_attn.out_proj.bias" => LayerRole::AttnOutBias,
+                "final_layer_norm.weight" => LayerRole::MlpNorm,
+                "final_layer_norm.bias" => LayerRole::MlpNormBias,
+                "fc1.weight" => LayerRole::Up,
+                "fc1.bias" => LayerRole::UpBias,
+                "fc2.weight" => LayerRole::Down,
+                "fc2.bias" => LayerRole::DownBias,
+                _ => return None,
+            };
+            Some(Name::Role(Role::Layer(number, role)))
+        }),
+    };
+    name(whole, found)
+}
+
 /// Names of Hugging Face BERT checkpoints, with or without the `bert.` prefix, norms in the old spelling or the new.
-pub(crate) fn hugging_face_bert(name: &str) -> Name {
+fn hugging_face_bert(name: &str) -> Name {
     let name = name.strip_prefix("bert.").unwrap_or(name);
     let current =
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias");
@@ -116,38 +312,70 @@ fn is_buffer(name: &str) -> bool {
     })
 }
 
-/// Names of GGUF llama, qwen2 and qwen3 files.
-pub(crate) fn gguf_decoder(name: &str) -> Name {
+/// Names of GGUF decoders. `family` is the architecture.
+pub(crate) fn gguf(family: &str, name: &str) -> Name {
     let role = match name {
-        "token_embd.weight" => Some(Role::TokenEmbedding),
-        "output_norm.weight" => Some(Role::FinalNorm),
-        "output.weight" => Some(Role::Output),
-        _ => name.strip_prefix("blk.").and_then(layer).and_then(|(number, rest)| {
-            let role = match rest {
-                "attn_norm.weight" => LayerRole::AttnNorm,
-                "attn_q.weight" => LayerRole::Query,
-                "attn_q.bias" => LayerRole::QueryBias,
-                "attn_k.weight" => LayerRole::Key,
-                "attn_k.bias" => LayerRole::KeyBias,
-                "attn_v.weight" => LayerRole::Value,
-                "attn_v.bias" => LayerRole::ValueBias,
-                "attn_q_norm.weight" => LayerRole::QueryNorm,
-                "attn_k_norm.weight" => LayerRole::KeyNorm,
-                "attn_output.weight" => LayerRole::AttnOut,
-                "attn_output.bias" => LayerRole::AttnOutBias,
-                "ffn_norm.weight" => LayerRole::MlpNorm,
-                "ffn_gate.weight" => LayerRole::Gate,
-                "ffn_gate.bias" => LayerRole::GateBias,
-                "ffn_up.weight" => LayerRole::Up,
-                "ffn_up.bias" => LayerRole::UpBias,
-                "ffn_down.weight" => LayerRole::Down,
-                "ffn_down.bias" => LayerRole::DownBias,
-                _ => return None,
-            };
-            Some(Role::Layer(number, role))
-        }),
+        "token_embd.weight" => Some(Name::Role(Role::TokenEmbedding)),
+        "position_embd.weight" => Some(Name::Role(Role::PositionEmbedding)),
+        "output_norm.weight" => Some(Name::Role(Role::FinalNorm)),
+        "output_norm.bias" => Some(Name::Role(Role::FinalNormBias)),
+        "output.weight" => Some(Name::Role(Role::Output)),
+        _ => name
+            .strip_prefix("blk.")
+            .and_then(layer)
+            .and_then(|(number, rest)| gguf_layer(family, rest).map(|name| name.in_layer(number))),
     };
-    role.map_or(Name::Unknown, Name::Role)
+    role.unwrap_or(Name::Unknown)
+}
+
+fn gguf_layer(family: &str, rest: &str) -> Option<ExpertName> {
+    let role = match rest {
+        "attn_norm.weight" => LayerRole::AttnNorm,
+        "attn_norm.bias" => LayerRole::AttnNormBias,
+        "attn_qkv.weight" => return Some(ExpertName::Fused(Fused::QueryKeyValue)),
+        "attn_qkv.bias" => return Some(ExpertName::Fused(Fused::QueryKeyValueBias)),
+        "attn_q.weight" => LayerRole::Query,
+        "attn_q.bias" => LayerRole::QueryBias,
+        "attn_k.weight" => LayerRole::Key,
+        "attn_k.bias" => LayerRole::KeyBias,
+        "attn_v.weight" => LayerRole::Value,
+        "attn_v.bias" => LayerRole::ValueBias,
+        "attn_q_norm.weight" => LayerRole::QueryNorm,
+        "attn_k_norm.weight" => LayerRole::KeyNorm,
+        "attn_output.weight" => LayerRole::AttnOut,
+        "attn_output.bias" => LayerRole::AttnOutBias,
+        "post_attention_norm.weight" => LayerRole::AttnPostNorm,
+        "ffn_norm.weight" => LayerRole::MlpNorm,
+        "ffn_norm.bias" => LayerRole::MlpNormBias,
+        "ffn_gate_inp.weight" => LayerRole::Router,
+        "ffn_gate_exps.weight" => return Some(ExpertName::Fused(Fused::Experts(ExpertRole::Gate))),
+        "ffn_up_exps.weight" => return Some(ExpertName::Fused(Fused::Experts(ExpertRole::Up))),
+        "ffn_down_exps.weight" => return Some(ExpertName::Fused(Fused::Experts(ExpertRole::Down))),
+        "ffn_gate.weight" => LayerRole::Gate,
+        "ffn_gate.bias" => LayerRole::GateBias,
+        // Phi-3 has both in one.
+        "ffn_up.weight" if family == "phi3" => return Some(ExpertName::Fused(Fused::GateUp)),
+        "ffn_up.weight" => LayerRole::Up,
+        "ffn_up.bias" => LayerRole::UpBias,
+        "ffn_down.weight" => LayerRole::Down,
+        "ffn_down.bias" => LayerRole::DownBias,
+        "post_ffw_norm.weight" => LayerRole::MlpPostNorm,
+        _ => {
+            // The first files of mixtures of experts have a matrix per expert.
+            let (role, rest) = [
+                ("ffn_gate.", ExpertRole::Gate),
+                ("ffn_up.", ExpertRole::Up),
+                ("ffn_down.", ExpertRole::Down),
+            ]
+            .into_iter()
+            .find_map(|(prefix, role)| Some((role, rest.strip_prefix(prefix)?)))?;
+            match layer(rest)? {
+                (expert, "weight") => LayerRole::Expert(expert, role),
+                _ => return None,
+            }
+        }
+    };
+    Some(ExpertName::Role(role))
 }
 
 #[cfg(test)]
@@ -157,25 +385,28 @@ mod tests {
     #[test]
     fn decoder_names_with_and_without_prefix() {
         let query = Name::Role(Role::Layer(31, LayerRole::Query));
-        assert_eq!(hugging_face_decoder("model.layers.31.self_attn.q_proj.weight", false), query);
-        assert_eq!(hugging_face_decoder("layers.31.self_attn.q_proj.weight", false), query);
-        assert_eq!(gguf_decoder("blk.31.attn_q.weight"), query);
-        assert_eq!(hugging_face_decoder("lm_head.weight", true), Name::Ignored);
-        assert_eq!(hugging_face_decoder("lm_head.weight", false), Name::Role(Role::Output));
+        assert_eq!(hugging_face_decoder("llama", "model.layers.31.self_attn.q_proj.weight", false), query);
+        assert_eq!(hugging_face_decoder("llama", "layers.31.self_attn.q_proj.weight", false), query);
+        assert_eq!(gguf("llama", "blk.31.attn_q.weight"), query);
+        assert_eq!(hugging_face_decoder("llama", "lm_head.weight", true), Name::Ignored);
+        assert_eq!(hugging_face_decoder("llama", "lm_head.weight", false), Name::Role(Role::Output));
     }
 
     #[test]
     fn buffers_are_ignored_and_strangers_are_not() {
         let ignored = "model.layers.0.self_attn.rotary_emb.inv_freq";
-        assert_eq!(hugging_face_decoder(ignored, false), Name::Ignored);
+        assert_eq!(hugging_face_decoder("llama", ignored, false), Name::Ignored);
         assert_eq!(hugging_face_bert("embeddings.position_ids"), Name::Ignored);
         assert_eq!(hugging_face_bert("bert.pooler.dense.weight"), Name::Ignored);
-        for strange in
-            ["model.layers.0.mlp.experts.0.up_proj.weight", "score.weight", "model.layers.00.norm.weight", ""]
-        {
-            assert_eq!(hugging_face_decoder(strange, false), Name::Unknown, "{strange}");
+        for strange in [
+            "model.layers.0.mlp.experts.0.side_proj.weight",
+            "score.weight",
+            "model.layers.00.norm.weight",
+            "",
+        ] {
+            assert_eq!(hugging_face_decoder("llama", strange, false), Name::Unknown, "{strange}");
         }
-        assert_eq!(gguf_decoder("blk.99999999999.attn_q.weight"), Name::Unknown);
+        assert_eq!(gguf("llama", "blk.99999999999.attn_q.weight"), Name::Unknown);
         assert_eq!(hugging_face_bert("classifier.weight"), Name::Unknown);
     }
 

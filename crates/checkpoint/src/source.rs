@@ -62,6 +62,18 @@ pub(crate) enum RowOrder {
         /// Rows per head, even.
         head_dim: u64,
     },
+    /// Blocks of `rows` rows that start every `stride` rows.
+    Blocks {
+        /// Rows of a block.
+        rows: u64,
+        /// Rows from the start of a block to the start of the next.
+        stride: u64,
+    },
+    /// The tensor's rows are columns in the file.
+    Columns {
+        /// Bytes of a row in the file.
+        stride: u64,
+    },
 }
 
 /// A tensor found by a format's reader, before it is checked against the spec.
@@ -205,11 +217,19 @@ impl Source {
                 error,
             ));
         };
-        let RowOrder::InterleavedPairs { head_dim } = rows else {
-            return file.read_exact_at(buffer, offset + at);
-        };
         // A checked shape has rows; an element of a bias counts as a row.
         let row_bytes = tensor.bytes / tensor.shape.first().copied().unwrap_or(1).max(1);
+        let source_row: &dyn Fn(u64) -> u64 = match rows {
+            RowOrder::Plain => return file.read_exact_at(buffer, offset + at),
+            RowOrder::Columns { stride } => {
+                let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
+                let element = row_bytes / columns;
+                let strip = Strip { file, offset, stride, columns, element: element as usize };
+                return strip.read(at, buffer);
+            }
+            RowOrder::InterleavedPairs { head_dim } => &move |row| interleaved_row(row, head_dim),
+            RowOrder::Blocks { rows, stride } => &move |row| row / rows * stride + row % rows,
+        };
         let mut at = at;
         let mut rest = buffer;
         while !rest.is_empty() {
@@ -217,10 +237,50 @@ impl Source {
             let within = at % row_bytes;
             let take = ((row_bytes - within) as usize).min(rest.len());
             let (part, tail) = rest.split_at_mut(take);
-            let source_row = interleaved_row(row, head_dim);
-            file.read_exact_at(part, offset + source_row * row_bytes + within)?;
+            file.read_exact_at(part, offset + source_row(row) * row_bytes + within)?;
             at += take as u64;
             rest = tail;
+        }
+        Ok(())
+    }
+}
+
+/// A matrix of plain elements whose rows are columns in the file.
+struct Strip<'a> {
+    file: &'a SourceFile,
+    /// Of the first element, in bytes.
+    offset: u64,
+    /// Bytes of a row in the file.
+    stride: u64,
+    /// Rows in the file that hold elements of it: the columns of the matrix.
+    columns: u64,
+    /// Bytes of an element.
+    element: usize,
+}
+
+impl Strip<'_> {
+    /// Fills `buffer` with the bytes of the matrix from byte `at` on. Needs memory for the buffer once more and two
+    /// rows.
+    fn read(&self, at: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
+        let row_bytes = self.columns * self.element as u64;
+        let first = at / row_bytes;
+        let rows = ((at + buffer.len() as u64).div_ceil(row_bytes) - first) as usize;
+        let mut turned = vec![0; rows * row_bytes as usize];
+        let mut stored = vec![0; rows * self.element];
+        for column in 0..self.columns {
+            let start = self.offset + column * self.stride + first * self.element as u64;
+            self.file.read_exact_at(&mut stored, start)?;
+            let places = turned.chunks_exact_mut(row_bytes as usize);
+            for (row, value) in places.zip(stored.chunks_exact(self.element)) {
+                let place = column as usize * self.element;
+                if let Some(place) = row.get_mut(place..place + self.element) {
+                    place.copy_from_slice(value);
+                }
+            }
+        }
+        let skipped = (at - first * row_bytes) as usize;
+        if let Some(wanted) = turned.get(skipped..skipped + buffer.len()) {
+            buffer.copy_from_slice(wanted);
         }
         Ok(())
     }

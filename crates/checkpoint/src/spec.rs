@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// What a model is, independent of where its weights came from. All sizes are element counts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelSpec {
-    /// The family as its config names it ("llama", "qwen2", "qwen3", "bert"); for people, not for decisions.
+    /// The family as its config names it ("llama", "gemma2", "bert"); for people, not for decisions.
     pub family: String,
     /// Rows of the token embedding.
     pub vocab: usize,
@@ -30,20 +30,83 @@ pub struct ModelSpec {
     pub norm: Norm,
     /// Where the layer's norms sit.
     pub norm_placement: NormPlacement,
-    /// Whether query and key heads are RMS-normalised before the rotation (Qwen3).
+    /// Whether all norm weights are stored as their distance from 1 (Gemma's own files).
+    #[serde(default)]
+    pub norm_plus_one: bool,
+    /// Whether attention and feed-forward block both read the layer's input and are added to it together (GPT-NeoX);
+    /// else the feed-forward block reads what attention left.
+    #[serde(default)]
+    pub parallel_residual: bool,
+    /// Whether query and key heads are RMS-normalised before the rotation (Qwen3, Gemma 3).
     pub qk_norm: bool,
+    /// What token embeddings are multiplied with (Gemma: √hidden).
+    #[serde(default)]
+    pub embedding_scale: Option<f32>,
+    /// What scores of queries with keys are multiplied with; `None` is 1/√head_dim.
+    #[serde(default)]
+    pub query_scale: Option<f32>,
+    /// Attention scores `s` become `cap · tanh(s / cap)` (Gemma 2).
+    #[serde(default)]
+    pub attention_cap: Option<f32>,
+    /// Logits `l` become `cap · tanh(l / cap)` (Gemma 2).
+    #[serde(default)]
+    pub logit_cap: Option<f32>,
     /// Rotary positions; `None` for models with learned positions.
     pub rope: Option<Rope>,
-    /// Rows of the learned position embedding, if there is one (BERT).
+    /// Layers that look at the latest tokens only; `None` if every layer looks at everything.
+    #[serde(default)]
+    pub local: Option<LocalLayers>,
+    /// Rows of the learned position embedding, if there is one (BERT, GPT-2, OPT).
     pub learned_positions: Option<usize>,
+    /// The row of the first token's position in the learned position embedding (OPT: 2).
+    #[serde(default)]
+    pub position_offset: usize,
     /// Rows of the token-type embedding, if there is one (BERT); type 0 is always used.
     pub token_types: Option<usize>,
     /// The feed-forward block.
     pub mlp: Mlp,
+    /// Layers whose feed-forward block is a choice among experts; `None` if there are none.
+    #[serde(default)]
+    pub experts: Option<Experts>,
     /// Which positions a token may look at.
     pub attention: Attention,
     /// What the model gives.
     pub output: Output,
+}
+
+impl Default for ModelSpec {
+    /// A decoder in which everything optional is off and all sizes are 0: what families start from.
+    fn default() -> ModelSpec {
+        ModelSpec {
+            family: String::new(),
+            vocab: 0,
+            hidden: 0,
+            intermediate: 0,
+            layers: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            context: 0,
+            norm: Norm::Rms { epsilon: 1e-6 },
+            norm_placement: NormPlacement::Pre,
+            norm_plus_one: false,
+            parallel_residual: false,
+            qk_norm: false,
+            embedding_scale: None,
+            query_scale: None,
+            attention_cap: None,
+            logit_cap: None,
+            rope: None,
+            local: None,
+            learned_positions: None,
+            position_offset: 0,
+            token_types: None,
+            mlp: Mlp::GatedSilu,
+            experts: None,
+            attention: Attention::Causal,
+            output: Output::Logits { tied: false },
+        }
+    }
 }
 
 /// Normalisation with its epsilon.
@@ -68,8 +131,44 @@ pub enum Norm {
 pub enum NormPlacement {
     /// Before attention and before the feed-forward block, with a final norm after the last layer (Llama, Qwen).
     Pre,
+    /// As [`NormPlacement::Pre`], and on the result of each of the two before it is added (Gemma 2 and 3).
+    Sandwich,
     /// After each residual addition, with a norm on the embeddings and none at the end (BERT).
     Post,
+}
+
+impl NormPlacement {
+    /// Whether a layer normalises what its blocks read; if not, it normalises what they leave.
+    pub fn before(self) -> bool {
+        self != NormPlacement::Post
+    }
+}
+
+/// Layers in which a token looks at the latest tokens only (sliding window attention).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LocalLayers {
+    /// How many tokens it looks at, itself included.
+    pub window: usize,
+    /// Which layers, ascending.
+    pub layers: Vec<u32>,
+    /// Rotary positions of these layers, where they differ from the others' (Gemma 3).
+    pub rope: Option<Rope>,
+}
+
+/// A feed-forward block of which a router picks a few parts for every token. An expert is the gated block of
+/// [`ModelSpec::mlp`] with its own width; its result counts by the router's softmax.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Experts {
+    /// Experts of a layer.
+    pub count: usize,
+    /// Experts that a token goes to.
+    pub per_token: usize,
+    /// Width inside an expert, in elements.
+    pub intermediate: usize,
+    /// Whether the weights of the chosen experts are scaled to add up to 1.
+    pub normalise: bool,
+    /// Layers with an ordinary feed-forward block instead, ascending.
+    pub dense_layers: Vec<u32>,
 }
 
 /// Rotary position embedding. Pairs are (i, i + dims/2), the Hugging Face order; Meta's interleaved order is
@@ -111,6 +210,34 @@ pub enum RopeScaling {
         /// One divisor per rotated pair.
         factors: Vec<f32>,
     },
+    /// YaRN (arXiv 2309.00071): slow pairs divided by `factor`, fast ones kept, a ramp in between; the rotated
+    /// elements are multiplied with `magnitude`.
+    Yarn {
+        /// How many times longer the context is.
+        factor: f64,
+        /// Turns within the original context above which a pair is kept.
+        beta_fast: f64,
+        /// Turns within the original context below which a pair is scaled fully.
+        beta_slow: f64,
+        /// Context length in tokens before stretching.
+        original_context: f64,
+        /// Whether the ends of the ramp are rounded outwards to whole pairs.
+        truncate: bool,
+        /// Of query and key, after the rotation.
+        magnitude: f64,
+    },
+    /// LongRoPE (arXiv 2402.13753): frequency `i` divided by `short[i]`, or by `long[i]` in a model whose context goes
+    /// beyond the original one; the rotated elements are multiplied with `magnitude`.
+    LongRope {
+        /// One divisor per rotated pair, for contexts up to the original one.
+        short: Vec<f32>,
+        /// One divisor per rotated pair, for longer ones.
+        long: Vec<f32>,
+        /// Context length in tokens before stretching.
+        original_context: f64,
+        /// Of query and key, after the rotation.
+        magnitude: f64,
+    },
 }
 
 /// The feed-forward block.
@@ -119,8 +246,21 @@ pub enum RopeScaling {
 pub enum Mlp {
     /// down(silu(gate(x)) · up(x)).
     GatedSilu,
+    /// down(gelu(gate(x)) · up(x)) with the tanh approximation of GELU (Gemma).
+    GatedGeluTanh,
     /// down(gelu(up(x))) with the exact (erf) GELU.
     Gelu,
+    /// down(gelu(up(x))) with the tanh approximation of GELU (GPT-2).
+    GeluTanh,
+    /// down(max(up(x), 0)) (OPT).
+    Relu,
+}
+
+impl Mlp {
+    /// Whether there is a gate.
+    pub fn gated(self) -> bool {
+        matches!(self, Mlp::GatedSilu | Mlp::GatedGeluTanh)
+    }
 }
 
 /// Which positions a token may look at.
@@ -177,7 +317,7 @@ pub enum Role {
     EmbeddingNormBias,
     /// A tensor of layer `.0`.
     Layer(u32, LayerRole),
-    /// `[hidden]`, only with [`NormPlacement::Pre`].
+    /// `[hidden]`, not with [`NormPlacement::Post`].
     FinalNorm,
     /// `[hidden]`.
     FinalNormBias,
@@ -213,11 +353,17 @@ pub enum LayerRole {
     AttnOut,
     /// `[hidden]`.
     AttnOutBias,
+    /// `[hidden]`, only with [`NormPlacement::Sandwich`].
+    AttnPostNorm,
     /// `[hidden]`; with [`NormPlacement::Post`] applied after the feed-forward residual.
     MlpNorm,
     /// `[hidden]`.
     MlpNormBias,
-    /// `[intermediate, hidden]`, only gated.
+    /// `[experts, hidden]`, only in layers with experts.
+    Router,
+    /// A matrix of expert `.0`, only in layers with experts.
+    Expert(u32, ExpertRole),
+    /// `[intermediate, hidden]`, only gated. This and the next ones not in layers with experts.
     Gate,
     /// `[intermediate]`.
     GateBias,
@@ -229,6 +375,20 @@ pub enum LayerRole {
     Down,
     /// `[hidden]`.
     DownBias,
+    /// `[hidden]`, only with [`NormPlacement::Sandwich`].
+    MlpPostNorm,
+}
+
+/// What a tensor of an expert is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertRole {
+    /// `[expert intermediate, hidden]`.
+    Gate,
+    /// `[expert intermediate, hidden]`.
+    Up,
+    /// `[hidden, expert intermediate]`.
+    Down,
 }
 
 impl ModelSpec {
@@ -256,12 +416,29 @@ impl ModelSpec {
         matches!(self.output, Output::Logits { .. })
     }
 
+    /// How many tokens a token of this layer looks at, itself included; `None` for all.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        let local = self.local.as_ref()?;
+        local.layers.iter().any(|&local| local as usize == layer).then_some(local.window)
+    }
+
+    /// The experts of this layer, if it has any.
+    pub fn layer_experts(&self, layer: usize) -> Option<&Experts> {
+        self.experts
+            .as_ref()
+            .filter(|experts| !experts.dense_layers.iter().any(|&dense| dense as usize == layer))
+    }
+
     /// The shape that a tensor of this role must have, outermost dimension first.
     pub fn shape(&self, role: Role) -> Vec<u64> {
         let hidden = self.hidden as u64;
         let intermediate = self.intermediate as u64;
         let queries = (self.heads * self.head_dim) as u64;
         let keys = (self.kv_heads * self.head_dim) as u64;
+        let (experts, expert_intermediate) = self
+            .experts
+            .as_ref()
+            .map_or((0, 0), |experts| (experts.count as u64, experts.intermediate as u64));
         match role {
             Role::TokenEmbedding | Role::Output => vec![self.vocab as u64, hidden],
             Role::PositionEmbedding => vec![self.learned_positions.unwrap_or(0) as u64, hidden],
@@ -273,15 +450,20 @@ impl ModelSpec {
                 LayerRole::AttnNorm
                 | LayerRole::AttnNormBias
                 | LayerRole::AttnOutBias
+                | LayerRole::AttnPostNorm
                 | LayerRole::MlpNorm
                 | LayerRole::MlpNormBias
-                | LayerRole::DownBias => vec![hidden],
+                | LayerRole::DownBias
+                | LayerRole::MlpPostNorm => vec![hidden],
                 LayerRole::Query => vec![queries, hidden],
                 LayerRole::QueryBias => vec![queries],
                 LayerRole::Key | LayerRole::Value => vec![keys, hidden],
                 LayerRole::KeyBias | LayerRole::ValueBias => vec![keys],
                 LayerRole::QueryNorm | LayerRole::KeyNorm => vec![self.head_dim as u64],
                 LayerRole::AttnOut => vec![hidden, queries],
+                LayerRole::Router => vec![experts, hidden],
+                LayerRole::Expert(_, ExpertRole::Gate | ExpertRole::Up) => vec![expert_intermediate, hidden],
+                LayerRole::Expert(_, ExpertRole::Down) => vec![hidden, expert_intermediate],
                 LayerRole::Gate | LayerRole::Up => vec![intermediate, hidden],
                 LayerRole::GateBias | LayerRole::UpBias => vec![intermediate],
                 LayerRole::Down => vec![hidden, intermediate],
@@ -319,17 +501,33 @@ impl ModelSpec {
                 push(LayerRole::KeyNorm);
             }
             push(LayerRole::AttnOut);
+            let sandwich = self.norm_placement == NormPlacement::Sandwich;
+            if sandwich {
+                push(LayerRole::AttnPostNorm);
+            }
             push(LayerRole::MlpNorm);
             if layer_norm {
                 push(LayerRole::MlpNormBias);
             }
-            if self.mlp == Mlp::GatedSilu {
-                push(LayerRole::Gate);
+            if let Some(experts) = self.layer_experts(layer as usize) {
+                push(LayerRole::Router);
+                for expert in 0..experts.count as u32 {
+                    for role in [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down] {
+                        push(LayerRole::Expert(expert, role));
+                    }
+                }
+            } else {
+                if self.mlp.gated() {
+                    push(LayerRole::Gate);
+                }
+                push(LayerRole::Up);
+                push(LayerRole::Down);
             }
-            push(LayerRole::Up);
-            push(LayerRole::Down);
+            if sandwich {
+                push(LayerRole::MlpPostNorm);
+            }
         }
-        if self.norm_placement == NormPlacement::Pre {
+        if self.norm_placement.before() {
             roles.push(Role::FinalNorm);
             if layer_norm {
                 roles.push(Role::FinalNormBias);

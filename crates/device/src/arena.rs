@@ -176,7 +176,10 @@ impl Arena {
             }
         }
         self.scrub(&fresh, claims, contents);
-        Ok(claims.iter().map(|&claim| Extent { arena: self.clone(), offset: claim.offset, len: claim.len }).collect())
+        Ok(claims
+            .iter()
+            .map(|&claim| Extent { arena: self.clone(), offset: claim.offset, len: claim.len })
+            .collect())
     }
 
     fn insert(&self, state: &mut ArenaState, claim: Claim) -> Result<(), &'static str> {
@@ -418,7 +421,11 @@ impl Extent {
             let offset = extent.offset;
             // `release` below does what Drop would.
             let arena = extent.forget();
-            by_arena.entry(Arc::as_ptr(&arena) as usize).or_insert_with(|| (arena, Vec::new())).1.push(offset);
+            by_arena
+                .entry(Arc::as_ptr(&arena) as usize)
+                .or_insert_with(|| (arena, Vec::new()))
+                .1
+                .push(offset);
         }
         for (arena, offsets) in by_arena.into_values() {
             arena.release(&offsets);

@@ -47,9 +47,10 @@ impl CpuDevice {
     pub fn open(pool_bytes: usize, page_bytes: usize) -> Result<Arc<Memory>, DeviceError> {
         assert!(page_bytes.is_power_of_two() && page_bytes >= rustix::param::page_size());
         let page_count = pool_bytes / page_bytes;
-        let file =
-            memfd_create("tangram-pool", MemfdFlags::CLOEXEC).map_err(system("creating the pool's memory file"))?;
-        ftruncate(&file, (page_count * page_bytes) as u64).map_err(system("sizing the pool's memory file"))?;
+        let file = memfd_create("tangram-pool", MemfdFlags::CLOEXEC)
+            .map_err(system("creating the pool's memory file"))?;
+        ftruncate(&file, (page_count * page_bytes) as u64)
+            .map_err(system("sizing the pool's memory file"))?;
         let streams = (0..STREAMS)
             .map(|i| Stream::start(&format!("copy-{i}")))
             .collect::<Result<Vec<_>, _>>()

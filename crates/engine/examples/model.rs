@@ -8,7 +8,7 @@ use tangram_checkpoint::{
 };
 use tangram_device::cpu::CpuDevice;
 use tangram_device::{Arena, Extent};
-use tangram_engine::{Chunk, Executor, LogitRows, Model, TensorDesc, Weights};
+use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, TensorDesc, Weights};
 
 struct Bytes(Vec<Vec<u8>>);
 
@@ -38,6 +38,7 @@ fn spec() -> ModelSpec {
         mlp: Mlp::GatedSilu,
         attention: Attention::Causal,
         output: Output::Logits { tied: true },
+        ..ModelSpec::default()
     }
 }
 
@@ -88,7 +89,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         for _ in 0..2 {
             let start = Instant::now();
             let mut pass = executor.begin(&model, &[chunk])?;
-            executor.advance(&mut pass, &model, &weights, &mut [&mut blocks], usize::MAX)?;
+            executor.advance(&mut pass, &model, &weights, &mut [blocks.as_mut_slice().into()], usize::MAX)?;
             executor.recycle(pass);
             best = best.min(start.elapsed().as_secs_f64());
         }
@@ -99,7 +100,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut times = Vec::new();
         for position in 100..132 {
             let chunks = vec![Chunk { tokens: &[7], position, logits: LogitRows::Last }; batch];
-            let mut kv: Vec<&mut [Extent]> = blocks.iter_mut().map(Vec::as_mut_slice).collect();
+            let mut kv: Vec<KvBlocks<'_>> =
+                blocks.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
             let start = Instant::now();
             let mut pass = executor.begin(&model, &chunks)?;
             executor.advance(&mut pass, &model, &weights, &mut kv, usize::MAX)?;

@@ -8,13 +8,13 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use tangram_checkpoint::Attention;
-use tangram_device::Extent;
 
 use crate::forward;
 use crate::kernels::attention::Spans;
-use crate::kernels::kv::{KvProblem, KvTable};
+use crate::kernels::kv::{KvBlocks, KvProblem, KvTable};
+use crate::kernels::routing::Route;
 use crate::kernels::{Buffer, Isa};
-use crate::model::Model;
+use crate::model::{Model, Rotation};
 use crate::pool::Pool;
 
 /// Sets of activation buffers kept for later passes.
@@ -122,6 +122,7 @@ impl From<KvProblem> for PassError {
                 format!("chunk {chunk} needs {needed}, has {given}")
             }
             KvProblem::Short { chunk } => format!("an extent of chunk {chunk} is shorter than a block"),
+            KvProblem::Shared { chunk } => format!("chunk {chunk} would write into a shared block"),
             KvProblem::NotHost { chunk } => format!("the processor cannot reach the memory of chunk {chunk}"),
         })
     }
@@ -159,6 +160,16 @@ pub(crate) struct Memory {
     pub(crate) packed: Buffer,
     /// Per row: cosines, then sines of the rotary angles.
     pub(crate) angles: Buffer,
+    /// The same for the local layers, where theirs differ.
+    pub(crate) local_angles: Buffer,
+    /// The result of a block before it is added to the residual stream, `[rows, hidden]`.
+    pub(crate) block: Buffer,
+    /// Scores of experts, `[rows, experts]`.
+    pub(crate) scores: Buffer,
+    pub(crate) routes: Vec<Route>,
+    /// Input and result of an expert, `[its rows, hidden]`.
+    pub(crate) expert_input: Buffer,
+    pub(crate) expert_output: Buffer,
     /// Norm weights and biases, widened.
     pub(crate) vectors: Buffer,
     pub(crate) output: Buffer,
@@ -270,19 +281,9 @@ impl Executor {
             output_rows += rows;
         }
         let rows = memory.tokens.len();
-        let half = model.frequencies.len();
-        let angles = memory.angles.get_mut(rows * half * 2);
-        for place in &memory.places {
-            for token in 0..place.tokens {
-                let row = place.row + token;
-                let (cos, sin) = angles[row * half * 2..(row + 1) * half * 2].split_at_mut(half);
-                for (pair, frequency) in model.frequencies.iter().enumerate() {
-                    // The angle is rounded to f32 as in the reference implementation, its sine is then exact.
-                    let angle = f64::from((place.position + token) as f32 * frequency);
-                    cos[pair] = angle.cos() as f32;
-                    sin[pair] = angle.sin() as f32;
-                }
-            }
+        fill_angles(&mut memory.angles, &model.rotation, &memory.places, rows);
+        if let Some(rotation) = &model.local_rotation {
+            fill_angles(&mut memory.local_angles, rotation, &memory.places, rows);
         }
         Ok(Pass {
             model: model.id,
@@ -309,7 +310,7 @@ impl Executor {
         pass: &mut Pass,
         model: &Model,
         weights: &dyn Weights,
-        kv: &mut [&mut [Extent]],
+        kv: &mut [KvBlocks<'_>],
         ready_stages: usize,
     ) -> Result<bool, PassError> {
         if pass.model != model.id {
@@ -328,9 +329,28 @@ impl Executor {
     }
 }
 
+/// Cosines and sines of every row's angles.
+fn fill_angles(angles: &mut Buffer, rotation: &Rotation, places: &[Place], rows: usize) {
+    let half = rotation.frequencies.len();
+    let angles = angles.get_mut(rows * half * 2);
+    for place in places {
+        for token in 0..place.tokens {
+            let row = place.row + token;
+            let (cos, sin) = angles[row * half * 2..(row + 1) * half * 2].split_at_mut(half);
+            for (pair, frequency) in rotation.frequencies.iter().enumerate() {
+                // The angle is rounded to f32 as in the reference implementation, its sine is then exact.
+                let angle = f64::from((place.position + token) as f32 * frequency);
+                cos[pair] = angle.cos() as f32 * rotation.magnitude;
+                sin[pair] = angle.sin() as f32 * rotation.magnitude;
+            }
+        }
+    }
+}
+
 fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
     let spec = model.spec();
-    let context = spec.context.min(spec.learned_positions.unwrap_or(usize::MAX));
+    let learned = spec.learned_positions.map_or(usize::MAX, |rows| rows.saturating_sub(spec.position_offset));
+    let context = spec.context.min(learned);
     if batch.is_empty() {
         return Err(PassError::EmptyBatch);
     }
@@ -355,8 +375,8 @@ fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
 #[cfg(test)]
 mod tests {
     use tangram_checkpoint::{DType, Mlp, ModelSpec, Norm, NormPlacement, Output, Rope, RopeScaling};
-    use tangram_device::Arena;
     use tangram_device::cpu::CpuDevice;
+    use tangram_device::{Arena, Extent};
 
     use super::*;
     use crate::model::TensorDesc;
@@ -389,6 +409,7 @@ mod tests {
             mlp: Mlp::GatedSilu,
             attention: Attention::Causal,
             output: Output::Logits { tied: true },
+            ..ModelSpec::default()
         };
         let dtype = DType::BF16;
         let describe = |role| TensorDesc { role, dtype, shape: spec.shape(role) };
@@ -406,14 +427,18 @@ mod tests {
             blocks.map(|i| arena.claim(i * block_bytes, block_bytes).unwrap()).collect();
         let tokens = vec![1; tokens];
         let mut pass = executor.begin(model, &[Chunk { tokens: &tokens, position: 0, logits }]).unwrap();
-        assert!(executor.advance(&mut pass, model, weights, &mut [&mut kv], usize::MAX).unwrap());
+        assert!(
+            executor.advance(&mut pass, model, weights, &mut [kv.as_mut_slice().into()], usize::MAX).unwrap()
+        );
         pass
     }
 
     fn held(memory: &Memory) -> usize {
-        let Memory { x, h, query, key, value, gate, up, packed, angles, vectors, output, .. } = memory;
-        let buffers = [x, h, query, key, value, gate, up, packed, angles, vectors, output];
-        buffers.iter().map(|buffer| buffer.bytes()).sum()
+        let Memory { x, h, query, key, value, gate, up, packed, angles, local_angles, .. } = memory;
+        let Memory { block, scores, expert_input, expert_output, vectors, output, .. } = memory;
+        let first = [x, h, query, key, value, gate, up, packed, angles, local_angles];
+        let others = [block, scores, expert_input, expert_output, vectors, output];
+        first.iter().chain(&others).map(|buffer| buffer.bytes()).sum()
     }
 
     #[test]

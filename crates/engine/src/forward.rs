@@ -3,15 +3,17 @@
 //! This file only puts kernels in order. It must not compute anything itself whose result could depend on the batch.
 
 use tangram_checkpoint::{Norm, NormPlacement, Output, Pooling};
-use tangram_device::Extent;
 
 use crate::executor::{Executor, Memory, Pass, PassError, Weights};
-use crate::kernels::attention::{Heads, Keys, Preparation, attend, prepare};
-use crate::kernels::elementwise::{NormWeights, gelu, length, normalise, normalise_in_place, silu_mul};
-use crate::kernels::kv::KvView;
+use crate::kernels::attention::{Heads, Keys, Preparation, Scoring, attend, prepare};
+use crate::kernels::elementwise::{
+    NormWeights, activate, activate_gate, add, add_scaled, cap, length, normalise, normalise_in_place,
+};
+use crate::kernels::kv::{KvBlocks, KvView};
 use crate::kernels::matmul::{Linear, matmul};
+use crate::kernels::routing::route;
 use crate::kernels::{Buffer, dequantise_row};
-use crate::model::{Layer, LinearTensors, Model, NormTensors, Tensor};
+use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Tensor};
 
 /// Runs the stages from `pass.stage` to `ready_stages`.
 pub(crate) fn run(
@@ -19,7 +21,7 @@ pub(crate) fn run(
     pass: &mut Pass,
     model: &Model,
     weights: &dyn Weights,
-    kv: &mut [&mut [Extent]],
+    kv: &mut [KvBlocks<'_>],
     ready_stages: usize,
 ) -> Result<(), PassError> {
     let step = Step { executor, model, weights, rows: pass.rows, output_rows: pass.output_rows };
@@ -30,9 +32,11 @@ pub(crate) fn run(
             Some(_) if kv.len() != places.len() => {
                 return Err(PassError::KvCount { chunks: places.len(), given: kv.len() });
             }
-            Some(shape) => {
-                Some(table.bind(shape, kv, places.iter().map(|place| place.position + place.tokens))?)
-            }
+            Some(shape) => Some(table.bind(
+                shape,
+                kv,
+                places.iter().map(|place| place.position..place.position + place.tokens),
+            )?),
             None => None,
         };
         while pass.stage < ready_stages.min(model.spec.stages()) {
@@ -78,10 +82,29 @@ impl<'a> Step<'a> {
         Ok(())
     }
 
-    /// Widens several vectors at once.
+    /// Widens several biases at once.
+    fn biases<'b, const N: usize>(
+        &self,
+        buffer: &'b mut Buffer,
+        tensors: [Option<&Tensor>; N],
+    ) -> Result<[Option<&'b [f32]>; N], PassError> {
+        self.vectors(buffer, 0.0, tensors)
+    }
+
+    /// Widens several weights of norms at once.
+    fn norm_weights<'b, const N: usize>(
+        &self,
+        buffer: &'b mut Buffer,
+        tensors: [Option<&Tensor>; N],
+    ) -> Result<[Option<&'b [f32]>; N], PassError> {
+        self.vectors(buffer, if self.model.spec.norm_plus_one { 1.0 } else { 0.0 }, tensors)
+    }
+
+    /// Widens several vectors and adds `offset` to their elements.
     fn vectors<'b, const N: usize>(
         &self,
         buffer: &'b mut Buffer,
+        offset: f32,
         tensors: [Option<&Tensor>; N],
     ) -> Result<[Option<&'b [f32]>; N], PassError> {
         let total = tensors.iter().flatten().map(|tensor| tensor.columns).sum();
@@ -92,6 +115,9 @@ impl<'a> Step<'a> {
                 let (values, others) = rest.split_at_mut(tensor.columns);
                 rest = others;
                 self.row(tensor, 0, values)?;
+                if offset != 0.0 {
+                    values.iter_mut().for_each(|value| *value += offset);
+                }
                 *vector = Some(&*values);
             }
         }
@@ -99,7 +125,7 @@ impl<'a> Step<'a> {
     }
 
     fn norm<'b>(&self, buffer: &'b mut Buffer, tensors: &NormTensors) -> Result<NormWeights<'b>, PassError> {
-        let [weight, bias] = self.vectors(buffer, [Some(&tensors.weight), tensors.bias.as_ref()])?;
+        let [weight, bias] = self.norm_weights(buffer, [Some(&tensors.weight), tensors.bias.as_ref()])?;
         Ok(NormWeights { norm: self.model.spec.norm, weight: weight.unwrap_or(&[]), bias })
     }
 
@@ -120,7 +146,8 @@ impl<'a> Step<'a> {
     /// Stage 0: the residual stream from token ids.
     fn embed(&self, memory: &mut Memory) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
-        let hidden = self.model.spec.hidden;
+        let spec = &self.model.spec;
+        let hidden = spec.hidden;
         let x = memory.x.get_mut(self.rows * hidden);
         let addend = memory.h.get_mut(hidden);
         for place in &memory.places {
@@ -128,7 +155,11 @@ impl<'a> Step<'a> {
                 let row = place.row + token;
                 let x = &mut x[row * hidden..(row + 1) * hidden];
                 self.row(&self.model.token_embedding, memory.tokens[row] as usize, x)?;
-                let position = self.model.position_embedding.map(|tensor| (tensor, place.position + token));
+                if let Some(scale) = spec.embedding_scale {
+                    x.iter_mut().for_each(|x| *x *= scale);
+                }
+                let position = place.position + token + spec.position_offset;
+                let position = self.model.position_embedding.map(|tensor| (tensor, position));
                 let token_type = self.model.type_embedding.map(|tensor| (tensor, 0));
                 // Token type before position: the order in which the reference implementation of BERT adds.
                 for (tensor, row) in token_type.into_iter().chain(position) {
@@ -148,7 +179,44 @@ impl<'a> Step<'a> {
     fn layer(&self, memory: &mut Memory, index: usize, kv: Option<&mut KvView<'_>>) -> Result<(), PassError> {
         let layer = &self.model.layers[index];
         self.attention(memory, layer, index, kv)?;
-        self.mlp(memory, layer)
+        self.mlp(memory, layer)?;
+        if self.model.spec.parallel_residual {
+            // Attention's part; the feed-forward block has added its own.
+            self.add_block(memory);
+        }
+        Ok(())
+    }
+
+    /// Whether results of blocks are kept apart before they are added to the residual stream.
+    fn apart(&self) -> bool {
+        self.model.spec.norm_placement == NormPlacement::Sandwich
+    }
+
+    /// Adds the result of a block to the residual stream.
+    fn add_block(&self, memory: &mut Memory) {
+        let len = self.rows * self.model.spec.hidden;
+        add(self.executor.isa, &self.executor.pool, memory.x.get_mut(len), memory.block.get(len));
+    }
+
+    /// What comes after a block: its norm, if there is one, and the sum with the residual stream where that has not
+    /// been done by the block itself.
+    fn after_block(
+        &self,
+        memory: &mut Memory,
+        norm: &NormTensors,
+        post_norm: Option<&NormTensors>,
+    ) -> Result<(), PassError> {
+        let Executor { isa, pool, .. } = self.executor;
+        let len = self.rows * self.model.spec.hidden;
+        if self.model.spec.norm_placement == NormPlacement::Post {
+            normalise_in_place(*isa, pool, self.norm(&mut memory.vectors, norm)?, memory.x.get_mut(len));
+        }
+        if let Some(tensors) = post_norm {
+            let block = memory.block.get_mut(len);
+            normalise_in_place(*isa, pool, self.norm(&mut memory.vectors, tensors)?, block);
+            self.add_block(memory);
+        }
+        Ok(())
     }
 
     fn attention(
@@ -160,8 +228,8 @@ impl<'a> Step<'a> {
     ) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
         let (isa, rows, spec) = (*isa, self.rows, &self.model.spec);
-        let pre = spec.norm_placement == NormPlacement::Pre;
-        let Memory { spans, x, h, query, key, value, packed, angles, vectors, .. } = memory;
+        let before = spec.norm_placement.before();
+        let Memory { spans, x, h, query, key, value, packed, vectors, block, .. } = memory;
         let shape = Heads { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim };
         let (query_width, key_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let x = x.get_mut(rows * spec.hidden);
@@ -169,12 +237,12 @@ impl<'a> Step<'a> {
         let key = key.get_mut(rows * key_width);
         let value = value.get_mut(rows * key_width);
 
-        if pre {
+        if before {
             normalise(isa, pool, self.norm(vectors, &layer.attn_norm)?, x, h.get_mut(x.len()));
         }
-        let input = if pre { h.get(x.len()) } else { &*x };
+        let input = if before { h.get(x.len()) } else { &*x };
         let biases = [layer.query.bias.as_ref(), layer.key.bias.as_ref(), layer.value.bias.as_ref()];
-        let [query_bias, key_bias, value_bias] = self.vectors(vectors, biases)?;
+        let [query_bias, key_bias, value_bias] = self.biases(vectors, biases)?;
         let linears = [
             self.linear(&layer.query, query_bias, query, false)?,
             self.linear(&layer.key, key_bias, key, false)?,
@@ -185,8 +253,12 @@ impl<'a> Step<'a> {
         let (Norm::Rms { epsilon } | Norm::Layer { epsilon }) = spec.norm;
         let head_norm = |weight| NormWeights { norm: Norm::Rms { epsilon }, weight, bias: None };
         let [query_norm, key_norm] =
-            self.vectors(vectors, [layer.query_norm.as_ref(), layer.key_norm.as_ref()])?;
-        let half = self.model.frequencies.len();
+            self.norm_weights(vectors, [layer.query_norm.as_ref(), layer.key_norm.as_ref()])?;
+        let (angles, rotation) = match &self.model.local_rotation {
+            Some(rotation) if layer.local_rotation => (&memory.local_angles, rotation),
+            _ => (&memory.angles, &self.model.rotation),
+        };
+        let half = rotation.frequencies.len();
         let preparation = Preparation {
             query_norm: query_norm.map(head_norm),
             key_norm: key_norm.map(head_norm),
@@ -205,54 +277,128 @@ impl<'a> Step<'a> {
             }
         };
         let attended = h.get_mut(rows * query_width);
-        attend(isa, pool, shape, spans, keys, query, attended);
+        let scale = spec.query_scale.unwrap_or_else(|| 1.0 / (shape.head_dim as f32).sqrt());
+        let scoring = Scoring { scale, cap: spec.attention_cap, window: layer.window };
+        attend(isa, pool, shape, scoring, spans, keys, query, attended);
 
-        let [bias] = self.vectors(vectors, [layer.attn_out.bias.as_ref()])?;
-        let linears = [self.linear(&layer.attn_out, bias, x, true)?];
+        let apart = self.apart() || spec.parallel_residual;
+        let out = if apart { block.get_mut(x.len()) } else { x };
+        let [bias] = self.biases(vectors, [layer.attn_out.bias.as_ref()])?;
+        let linears = [self.linear(&layer.attn_out, bias, out, !apart)?];
         matmul(isa, pool, packed, attended, query_width, rows, linears);
-        if !pre {
-            normalise_in_place(isa, pool, self.norm(vectors, &layer.attn_norm)?, x);
-        }
-        Ok(())
+        self.after_block(memory, &layer.attn_norm, layer.attn_post_norm.as_ref())
     }
 
     fn mlp(&self, memory: &mut Memory, layer: &Layer) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
         let (isa, rows, spec) = (*isa, self.rows, &self.model.spec);
-        let pre = spec.norm_placement == NormPlacement::Pre;
-        let Memory { x, h, gate, up, packed, vectors, .. } = memory;
-        let x = x.get_mut(rows * spec.hidden);
-        let up = up.get_mut(rows * spec.intermediate);
-
-        if pre {
-            normalise(isa, pool, self.norm(vectors, &layer.mlp_norm)?, x, h.get_mut(x.len()));
+        let len = rows * spec.hidden;
+        if spec.norm_placement.before() {
+            let Memory { x, h, vectors, .. } = memory;
+            normalise(isa, pool, self.norm(vectors, &layer.mlp_norm)?, x.get(len), h.get_mut(len));
         }
-        let input = if pre { h.get(x.len()) } else { &*x };
-        let gate_bias = layer.gate.as_ref().and_then(|gate| gate.bias.as_ref());
-        let [gate_bias, up_bias] = self.vectors(vectors, [gate_bias, layer.up.bias.as_ref()])?;
-        let activated = match &layer.gate {
-            Some(tensors) => {
-                let gate = gate.get_mut(rows * spec.intermediate);
+        match &layer.mlp {
+            MlpTensors::Dense(tensors) => {
+                let apart = self.apart();
+                let Memory { x, h, gate, up, packed, vectors, block, .. } = memory;
+                let mut inner = Inner { gate, up, packed, vectors };
+                let input = if spec.norm_placement.before() { h.get(len) } else { x.get(len) };
+                self.widen(&mut inner, tensors, input, rows)?;
+                let out = if apart { block } else { x };
+                self.narrow(&mut inner, tensors, rows, out.get_mut(len), !apart)?;
+            }
+            MlpTensors::Sparse { router, experts } => self.sparse(memory, router, experts)?,
+        }
+        self.after_block(memory, &layer.mlp_norm, layer.mlp_post_norm.as_ref())
+    }
+
+    /// The first half of a feed-forward block: its inner activations for `rows` rows of `input`.
+    fn widen(
+        &self,
+        inner: &mut Inner<'_>,
+        tensors: &FeedForward,
+        input: &[f32],
+        rows: usize,
+    ) -> Result<(), PassError> {
+        let Executor { isa, pool, .. } = self.executor;
+        let (isa, spec) = (*isa, &self.model.spec);
+        let len = rows * tensors.up.weight.rows;
+        let up = inner.up.get_mut(len);
+        let gate_bias = tensors.gate.as_ref().and_then(|gate| gate.bias.as_ref());
+        let [gate_bias, up_bias] = self.biases(inner.vectors, [gate_bias, tensors.up.bias.as_ref()])?;
+        match &tensors.gate {
+            Some(of_gate) => {
+                let gate = inner.gate.get_mut(len);
                 let linears = [
-                    self.linear(tensors, gate_bias, gate, false)?,
-                    self.linear(&layer.up, up_bias, up, false)?,
+                    self.linear(of_gate, gate_bias, gate, false)?,
+                    self.linear(&tensors.up, up_bias, up, false)?,
                 ];
-                matmul(isa, pool, packed, input, spec.hidden, rows, linears);
-                silu_mul(isa, pool, gate, up);
-                gate
+                matmul(isa, pool, inner.packed, input, spec.hidden, rows, linears);
+                activate_gate(isa, pool, spec.mlp, gate, up);
             }
             None => {
-                let linears = [self.linear(&layer.up, up_bias, up, false)?];
-                matmul(isa, pool, packed, input, spec.hidden, rows, linears);
-                gelu(isa, pool, up);
-                up
+                let linears = [self.linear(&tensors.up, up_bias, up, false)?];
+                matmul(isa, pool, inner.packed, input, spec.hidden, rows, linears);
+                activate(isa, pool, spec.mlp, up);
             }
-        };
-        let [bias] = self.vectors(vectors, [layer.down.bias.as_ref()])?;
-        let linears = [self.linear(&layer.down, bias, x, true)?];
-        matmul(isa, pool, packed, activated, spec.intermediate, rows, linears);
-        if !pre {
-            normalise_in_place(isa, pool, self.norm(vectors, &layer.mlp_norm)?, x);
+        }
+        Ok(())
+    }
+
+    /// The second half: from the inner activations to `out`.
+    fn narrow(
+        &self,
+        inner: &mut Inner<'_>,
+        tensors: &FeedForward,
+        rows: usize,
+        out: &mut [f32],
+        accumulate: bool,
+    ) -> Result<(), PassError> {
+        let Executor { isa, pool, .. } = self.executor;
+        let width = tensors.up.weight.rows;
+        let activated = if tensors.gate.is_some() { &*inner.gate } else { &*inner.up };
+        let [bias] = self.biases(inner.vectors, [tensors.down.bias.as_ref()])?;
+        let linears = [self.linear(&tensors.down, bias, out, accumulate)?];
+        matmul(*isa, pool, inner.packed, activated.get(rows * width), width, rows, linears);
+        Ok(())
+    }
+
+    /// A feed-forward block with experts. Only the weights of experts that some row goes to are touched. A row adds up
+    /// its experts in their order, whatever the other rows do.
+    fn sparse(
+        &self,
+        memory: &mut Memory,
+        router: &LinearTensors,
+        experts: &[FeedForward],
+    ) -> Result<(), PassError> {
+        let Executor { isa, pool, .. } = self.executor;
+        let (isa, rows, spec) = (*isa, self.rows, &self.model.spec);
+        let Some(settings) = &spec.experts else { return Ok(()) };
+        let hidden = spec.hidden;
+        let Memory { h, gate, up, packed, vectors, block, scores, routes, .. } = memory;
+        let input = h.get(rows * hidden);
+        let scores = scores.get_mut(rows * experts.len());
+        matmul(isa, pool, packed, input, hidden, rows, [self.linear(router, None, scores, false)?]);
+        route(scores, experts.len(), settings.per_token, settings.normalise, routes);
+        let block = block.get_mut(rows * hidden);
+        block.fill(0.0);
+        let mut inner = Inner { gate, up, packed, vectors };
+        for routes in routes.chunk_by(|a, b| a.expert == b.expert) {
+            let tensors = &experts[routes[0].expert];
+            let input_rows = memory.expert_input.get_mut(routes.len() * hidden);
+            for (route, to) in routes.iter().zip(input_rows.chunks_exact_mut(hidden)) {
+                to.copy_from_slice(&input[route.row * hidden..(route.row + 1) * hidden]);
+            }
+            self.widen(&mut inner, tensors, input_rows, routes.len())?;
+            let out = memory.expert_output.get_mut(routes.len() * hidden);
+            self.narrow(&mut inner, tensors, routes.len(), out, false)?;
+            for (route, out) in routes.iter().zip(out.chunks_exact(hidden)) {
+                let to = &mut block[route.row * hidden..(route.row + 1) * hidden];
+                add_scaled(isa, to, out, route.weight);
+            }
+        }
+        if !self.apart() {
+            self.add_block(memory);
         }
         Ok(())
     }
@@ -280,13 +426,15 @@ impl<'a> Step<'a> {
         if let Some(tensors) = &self.model.final_norm {
             normalise_in_place(*isa, pool, self.norm(vectors, tensors)?, h);
         }
-        if let Some(Tensor { dtype, rows, .. }) = self.model.output
-            && let Some(tensor) = &self.model.output
-        {
+        if let Some(tensor) = &self.model.output {
+            let &Tensor { dtype, rows, .. } = tensor;
             let out = output.get_mut(self.output_rows * rows);
             let linear =
                 Linear { weight: self.bytes(tensor)?, dtype, rows, bias: None, out, accumulate: false };
             matmul(*isa, pool, packed, h, hidden, self.output_rows, [linear]);
+            if let Some(limit) = self.model.spec.logit_cap {
+                cap(*isa, pool, limit, output.get_mut(self.output_rows * rows));
+            }
         }
         Ok(())
     }
@@ -318,4 +466,12 @@ impl<'a> Step<'a> {
         }
         Ok(())
     }
+}
+
+/// The memory that a feed-forward block works in.
+struct Inner<'a> {
+    gate: &'a mut Buffer,
+    up: &'a mut Buffer,
+    packed: &'a mut Buffer,
+    vectors: &'a mut Buffer,
 }

@@ -12,4 +12,5 @@ pub mod pool;
 pub mod sampling;
 
 pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights};
+pub use kernels::kv::KvBlocks;
 pub use model::{KvLayout, Model, ModelError, TensorDesc};

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tangram_checkpoint::{
-    Attention, DType, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Role, Rope, RopeScaling,
+    Attention, DType, ExpertRole, LayerRole, ModelSpec, Norm, NormPlacement, Output, Role, Rope, RopeScaling,
 };
 
 use crate::kernels::kv::{BLOCK_TOKENS, KvElement, KvShape};
@@ -114,11 +114,28 @@ pub(crate) struct Layer {
     pub(crate) query_norm: Option<Tensor>,
     pub(crate) key_norm: Option<Tensor>,
     pub(crate) attn_out: LinearTensors,
+    pub(crate) attn_post_norm: Option<NormTensors>,
     pub(crate) mlp_norm: NormTensors,
+    pub(crate) mlp: MlpTensors,
+    pub(crate) mlp_post_norm: Option<NormTensors>,
+    /// How many tokens a token looks at; `None` for all.
+    pub(crate) window: Option<usize>,
+    /// Whether the rotation is that of the local layers.
+    pub(crate) local_rotation: bool,
+}
+
+/// A feed-forward block, or an expert.
+pub(crate) struct FeedForward {
     /// Only gated.
     pub(crate) gate: Option<LinearTensors>,
     pub(crate) up: LinearTensors,
     pub(crate) down: LinearTensors,
+}
+
+/// What stands behind a layer's second norm.
+pub(crate) enum MlpTensors {
+    Dense(FeedForward),
+    Sparse { router: LinearTensors, experts: Vec<FeedForward> },
 }
 
 /// The plan of a model: its spec, where its tensors are used, and what its passes need.
@@ -134,8 +151,9 @@ pub struct Model {
     pub(crate) final_norm: Option<NormTensors>,
     /// The token embedding where tied; `None` in embedding models.
     pub(crate) output: Option<Tensor>,
-    /// Rotary frequency per pair, radians per token; empty without rotation.
-    pub(crate) frequencies: Vec<f32>,
+    pub(crate) rotation: Rotation,
+    /// Of the local layers, where it differs.
+    pub(crate) local_rotation: Option<Rotation>,
     /// `None` where nothing is cached.
     pub(crate) kv_shape: Option<KvShape>,
     kv: Option<KvLayout>,
@@ -197,7 +215,12 @@ impl Model {
             layers,
             final_norm,
             output,
-            frequencies: spec.rope.as_ref().map(frequencies).unwrap_or_default(),
+            rotation: spec.rope.as_ref().map(|rope| rotation(rope, spec.context)).unwrap_or_default(),
+            local_rotation: spec
+                .local
+                .as_ref()
+                .and_then(|local| local.rope.as_ref())
+                .map(|rope| rotation(rope, spec.context)),
             kv_shape,
             kv,
             spec,
@@ -221,23 +244,34 @@ impl Model {
         self.activation_elements(tokens, logit_rows).iter().sum::<usize>() * size_of::<f32>()
     }
 
-    /// Widths of what a pass holds per token and per output row.
-    pub(crate) fn activation_elements(&self, tokens: usize, output_rows: usize) -> [usize; 10] {
+    /// Elements of what a pass holds.
+    pub(crate) fn activation_elements(&self, tokens: usize, output_rows: usize) -> [usize; 15] {
         let spec = &self.spec;
         let queries = spec.heads * spec.head_dim;
         let keys = spec.kv_heads * spec.head_dim;
-        let widest = spec.hidden.max(queries).max(spec.intermediate).next_multiple_of(32);
+        let inner = spec.experts.as_ref().map_or(0, |experts| experts.intermediate);
+        let dense = self.layers.iter().any(|layer| matches!(layer.mlp, MlpTensors::Dense(_)));
+        let inner = if dense { inner.max(spec.intermediate) } else { inner };
+        let widest = spec.hidden.max(queries).max(inner).next_multiple_of(32);
         let rows = tokens.max(output_rows);
+        let apart = spec.norm_placement == NormPlacement::Sandwich || spec.parallel_residual;
+        let (routed, experts) = spec.experts.as_ref().map_or((0, 0), |experts| (tokens, experts.count));
+        let local_pairs = self.local_rotation.as_ref().map_or(0, |rotation| rotation.frequencies.len());
         [
             tokens * spec.hidden,
             rows * spec.hidden.max(queries),
             tokens * queries,
             tokens * keys,
             tokens * keys,
-            tokens * spec.intermediate,
-            if spec.mlp == Mlp::GatedSilu { tokens * spec.intermediate } else { 0 },
+            tokens * inner,
+            if spec.mlp.gated() { tokens * inner } else { 0 },
             rows * widest,
-            tokens * self.frequencies.len() * 2,
+            tokens * self.rotation.frequencies.len() * 2,
+            tokens * local_pairs * 2,
+            if apart || routed > 0 { tokens * spec.hidden } else { 0 },
+            tokens * experts,
+            routed * spec.hidden,
+            routed * spec.hidden,
             output_rows * self.output_width(),
         ]
     }
@@ -300,10 +334,35 @@ impl Roles<'_> {
         let key = linear(Key, KeyBias)?;
         let value = linear(Value, ValueBias)?;
         let attn_out = linear(AttnOut, AttnOutBias)?;
-        let gate = (spec.mlp == Mlp::GatedSilu).then(|| linear(Gate, GateBias)).transpose()?;
-        let up = linear(Up, UpBias)?;
-        let down = linear(Down, DownBias)?;
+        let mlp = match spec.layer_experts(layer as usize) {
+            None => MlpTensors::Dense(FeedForward {
+                gate: spec.mlp.gated().then(|| linear(Gate, GateBias)).transpose()?,
+                up: linear(Up, UpBias)?,
+                down: linear(Down, DownBias)?,
+            }),
+            Some(experts) => MlpTensors::Sparse {
+                router: self.matrix(role(Router))?,
+                experts: (0..experts.count as u32)
+                    .map(|expert| {
+                        let mut matrix = |part| self.matrix(role(Expert(expert, part)));
+                        Ok(FeedForward {
+                            gate: Some(matrix(ExpertRole::Gate)?),
+                            up: matrix(ExpertRole::Up)?,
+                            down: matrix(ExpertRole::Down)?,
+                        })
+                    })
+                    .collect::<Result<_, _>>()?,
+            },
+        };
+        let sandwich = spec.norm_placement == NormPlacement::Sandwich;
+        let mut post_norm = |weight| -> Result<Option<NormTensors>, ModelError> {
+            let weight = sandwich.then(|| self.take(role(weight))).transpose()?;
+            Ok(weight.map(|weight| NormTensors { weight, bias: None }))
+        };
+        let window = spec.window(layer as usize);
         Ok(Layer {
+            attn_post_norm: post_norm(AttnPostNorm)?,
+            mlp_post_norm: post_norm(MlpPostNorm)?,
             attn_norm: self.norm(role(AttnNorm), role(AttnNormBias))?,
             query,
             key,
@@ -312,10 +371,15 @@ impl Roles<'_> {
             key_norm: spec.qk_norm.then(|| self.take(role(KeyNorm))).transpose()?,
             attn_out,
             mlp_norm: self.norm(role(MlpNorm), role(MlpNormBias))?,
-            gate,
-            up,
-            down,
+            mlp,
+            window,
+            local_rotation: window.is_some() && spec.local.as_ref().is_some_and(|local| local.rope.is_some()),
         })
+    }
+
+    /// A matrix that never has a bias.
+    fn matrix(&mut self, role: Role) -> Result<LinearTensors, ModelError> {
+        Ok(LinearTensors { weight: self.take(role)?, bias: None })
     }
 }
 
@@ -345,30 +409,87 @@ fn check_spec(spec: &ModelSpec) -> Result<(), ModelError> {
     if !(epsilon.is_finite() && epsilon >= 0.0) {
         return fail(format!("norm epsilon is {epsilon}"));
     }
+    let factors = [spec.embedding_scale, spec.query_scale, spec.attention_cap, spec.logit_cap];
+    if let Some(factor) = factors.into_iter().flatten().find(|factor| !(factor.is_finite() && *factor > 0.0))
+    {
+        return fail(format!("{factor} as a scale or cap"));
+    }
     if let Some(rope) = &spec.rope {
-        if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > spec.head_dim {
-            return fail(format!("{} of {} elements of a head are rotated", rope.dims, spec.head_dim));
+        check_rope(rope, spec)?;
+    }
+    if let Some(local) = &spec.local {
+        within("window", local.window, MAX_ROWS)?;
+        if let Some(rope) = &local.rope {
+            check_rope(rope, spec)?;
         }
-        if let RopeScaling::Factors { factors } = &rope.scaling
-            && factors.len() != rope.dims / 2
-        {
-            return fail(format!("{} rotary factors for {} pairs", factors.len(), rope.dims / 2));
+        if spec.attention == Attention::Bidirectional {
+            return fail("a window in bidirectional attention".into());
         }
-        if !frequencies(rope).iter().all(|frequency| frequency.is_finite()) {
-            return fail("rotary frequencies are not finite".into());
+    }
+    if let Some(experts) = &spec.experts {
+        within("number of experts", experts.count, MAX_LAYERS)?;
+        within("experts per token", experts.per_token, experts.count)?;
+        within("intermediate size of an expert", experts.intermediate, MAX_WIDTH)?;
+        if !spec.mlp.gated() || spec.norm_placement == NormPlacement::Post || spec.parallel_residual {
+            return fail("experts without a gate, behind a post-norm or with a parallel residual".into());
         }
+    }
+    let centred = matches!(spec.norm, Norm::Layer { .. });
+    if centred && (spec.norm_placement == NormPlacement::Sandwich || spec.norm_plus_one) {
+        return fail(
+            "layer norm on the results of blocks, or with weights stored as their distance from 1".into(),
+        );
+    }
+    if spec.parallel_residual && spec.norm_placement != NormPlacement::Pre {
+        return fail("a parallel residual needs norms before the blocks only".into());
     }
     Ok(())
 }
 
-/// The frequency of every rotated pair, as Hugging Face transformers computes them.
-fn frequencies(rope: &Rope) -> Vec<f32> {
-    let plain = (0..rope.dims / 2).map(|pair| 1.0 / rope.theta.powf((2 * pair) as f64 / rope.dims as f64));
-    match &rope.scaling {
+fn check_rope(rope: &Rope, spec: &ModelSpec) -> Result<(), ModelError> {
+    let fail = |message: String| Err(ModelError::Spec(message));
+    if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > spec.head_dim {
+        return fail(format!("{} of {} elements of a head are rotated", rope.dims, spec.head_dim));
+    }
+    let factors = match &rope.scaling {
+        RopeScaling::Factors { factors } => [factors.len(), factors.len()],
+        RopeScaling::LongRope { short, long, .. } => [short.len(), long.len()],
+        _ => [rope.dims / 2; 2],
+    };
+    if factors != [rope.dims / 2; 2] {
+        return fail(format!("{factors:?} rotary factors for {} pairs", rope.dims / 2));
+    }
+    let Rotation { frequencies, magnitude } = rotation(rope, spec.context);
+    if !frequencies.iter().chain([&magnitude]).all(|value| value.is_finite()) {
+        return fail("rotary frequencies are not finite".into());
+    }
+    Ok(())
+}
+
+/// The rotation of a model or of its local layers.
+#[derive(Default)]
+pub(crate) struct Rotation {
+    /// Per pair, radians per token; empty without rotation.
+    pub(crate) frequencies: Vec<f32>,
+    /// What rotated elements are multiplied with.
+    pub(crate) magnitude: f32,
+}
+
+/// The rotation of a model that serves `context` tokens, as Hugging Face transformers computes it.
+fn rotation(rope: &Rope, context: usize) -> Rotation {
+    let pairs = rope.dims / 2;
+    let plain = (0..pairs).map(|pair| 1.0 / rope.theta.powf((2 * pair) as f64 / rope.dims as f64));
+    let divided = |factors: &[f32]| -> Vec<f32> {
+        plain.clone().zip(factors).map(|(f, &factor)| (f / f64::from(factor)) as f32).collect()
+    };
+    let mut magnitude = 1.0;
+    let frequencies = match &rope.scaling {
         RopeScaling::None => plain.map(|f| f as f32).collect(),
         RopeScaling::Linear { factor } => plain.map(|f| (f / factor) as f32).collect(),
-        RopeScaling::Factors { factors } => {
-            plain.zip(factors).map(|(f, &factor)| (f / f64::from(factor)) as f32).collect()
+        RopeScaling::Factors { factors } => divided(factors),
+        RopeScaling::LongRope { short, long, original_context, magnitude: of_scaling } => {
+            magnitude = *of_scaling;
+            divided(if context as f64 > *original_context { long } else { short })
         }
         &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => plain
             .map(|f| {
@@ -385,7 +506,38 @@ fn frequencies(rope: &Rope) -> Vec<f32> {
                 scaled as f32
             })
             .collect(),
-    }
+        &RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original_context,
+            truncate,
+            magnitude: of_scaling,
+        } => {
+            magnitude = of_scaling;
+            // The pair (as a real number) that turns this often within the original context.
+            let pair_of = |turns: f64| {
+                let wavelength = original_context / (turns * 2.0 * std::f64::consts::PI);
+                rope.dims as f64 * wavelength.ln() / (2.0 * rope.theta.ln())
+            };
+            let (mut low, mut high) = (pair_of(beta_fast), pair_of(beta_slow));
+            if truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            (low, high) = (low.max(0.0), high.min(rope.dims as f64 - 1.0));
+            if low == high {
+                high += 0.001;
+            }
+            plain
+                .enumerate()
+                .map(|(pair, f)| {
+                    let scaled = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    (f / factor * scaled + f * (1.0 - scaled)) as f32
+                })
+                .collect()
+        }
+    };
+    Rotation { frequencies, magnitude: magnitude as f32 }
 }
 
 #[cfg(test)]
@@ -396,16 +548,20 @@ mod tests {
         Rope { theta: 10000.0, dims: 8, scaling }
     }
 
+    fn frequencies(rope: Rope) -> Vec<f32> {
+        rotation(&rope, 128).frequencies
+    }
+
     #[test]
     fn frequencies_follow_the_published_formulas() {
-        let plain = frequencies(&rope(RopeScaling::None));
+        let plain = frequencies(rope(RopeScaling::None));
         assert_eq!(plain, [1.0, 0.1, 0.01, 0.001]);
-        let linear = frequencies(&rope(RopeScaling::Linear { factor: 4.0 }));
+        let linear = frequencies(rope(RopeScaling::Linear { factor: 4.0 }));
         assert_eq!(linear, [0.25, 0.025, 0.0025, 0.00025]);
-        let factors = frequencies(&rope(RopeScaling::Factors { factors: vec![1.0, 2.0, 4.0, 8.0] }));
+        let factors = frequencies(rope(RopeScaling::Factors { factors: vec![1.0, 2.0, 4.0, 8.0] }));
         assert_eq!(factors, [1.0, 0.05, 0.0025, 0.000125]);
         // Wavelengths 6.28, 62.8, 628, 6283 with borders at 64 / 4 and 64 / 1.
-        let llama3 = frequencies(&rope(RopeScaling::Llama3 {
+        let llama3 = frequencies(rope(RopeScaling::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
             high_freq_factor: 4.0,
@@ -415,5 +571,48 @@ mod tests {
         assert_eq!(llama3[0], 1.0);
         assert_eq!(llama3[1], ((1.0 - smooth) * 0.1 / 8.0 + smooth * 0.1) as f32);
         assert_eq!(llama3[2..], [0.00125, 0.000125]);
+    }
+
+    #[test]
+    fn yarn_keeps_fast_pairs_and_slows_the_others() {
+        let yarn = |truncate| {
+            rotation(
+                &rope(RopeScaling::Yarn {
+                    factor: 4.0,
+                    beta_fast: 8.0,
+                    beta_slow: 1.0,
+                    original_context: 512.0,
+                    truncate,
+                    magnitude: 1.25,
+                }),
+                2048,
+            )
+        };
+        // Pairs turn 81.5, 8.15, 0.815 and 0.08 times; 8 turns are at 1.008 and 1 turn at 1.911.
+        assert_eq!((yarn(true).frequencies, yarn(true).magnitude), (vec![1.0, 0.1, 0.0025, 0.00025], 1.25));
+        assert_eq!(yarn(false).frequencies[2], 0.0025);
+        let wide = rope(RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            original_context: 512.0,
+            truncate: true,
+            magnitude: 1.0,
+        });
+        // From pair 0 to pair 2.
+        assert_eq!(rotation(&wide, 2048).frequencies[1], (0.1 / 4.0 * 0.5 + 0.1 * 0.5) as f32);
+    }
+
+    #[test]
+    fn longrope_has_two_sets_of_factors() {
+        let scaling = RopeScaling::LongRope {
+            short: vec![1.0, 2.0, 4.0, 8.0],
+            long: vec![2.0, 4.0, 8.0, 16.0],
+            original_context: 64.0,
+            magnitude: 1.5,
+        };
+        let (short, long) = (rotation(&rope(scaling.clone()), 64), rotation(&rope(scaling), 65));
+        assert_eq!((short.frequencies, short.magnitude), (vec![1.0, 0.05, 0.0025, 0.000125], 1.5));
+        assert_eq!((long.frequencies, long.magnitude), (vec![0.5, 0.025, 0.00125, 0.0000625], 1.5));
     }
 }

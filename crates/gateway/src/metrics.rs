@@ -148,6 +148,7 @@ impl Collector for NodeCollector {
             ("pool_leased_bytes", "Bytes of resident tensors held by running requests", status.leased_bytes),
             ("pool_kv_bytes", "Bytes of KV blocks in use", status.kv_bytes),
             ("kv_blocks", "KV blocks in use", status.kv_blocks),
+            ("kv_cached_bytes", "Bytes of KV kept as cached prefixes", status.kv_cached_bytes),
             ("sequences_running", "Sequences running", status.running as u64),
             ("requests_waiting", "Requests waiting for admission", status.waiting as u64),
         ];
@@ -160,6 +161,7 @@ impl Collector for NodeCollector {
             ("bytes_reused", "Weight bytes found resident by activations", status.bytes_reused_total),
             ("bytes_evicted", "Weight bytes evicted", status.bytes_evicted_total),
             ("preemptions", "Sequences whose KV was taken and recomputed", status.preemptions_total),
+            ("cached_tokens", "Prompt tokens found in cached prefixes", status.cached_tokens_total),
             ("activations", "Models activated", status.activations_total),
         ];
         for (name, help, value) in counters {

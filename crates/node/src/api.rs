@@ -78,6 +78,8 @@ pub struct Timing {
     pub decode: Duration,
     /// From submission to the first token (or the embedding).
     pub first_token: Duration,
+    /// Prompt tokens whose keys and values were cached.
+    pub cached_tokens: u64,
     /// Weight bytes that this request brought in.
     pub bytes_loaded: u64,
     /// Weight bytes that were resident, or already on their way for another request.
@@ -241,6 +243,10 @@ pub struct NodeStatus {
     pub kv_bytes: u64,
     /// KV blocks in use.
     pub kv_blocks: u64,
+    /// Bytes of KV blocks that no sequence uses, kept as cached prefixes until their room is worth more.
+    pub kv_cached_bytes: u64,
+    /// Prompt tokens found in cached prefixes since the start.
+    pub cached_tokens_total: u64,
     /// Sequences running.
     pub running: usize,
     /// Requests waiting.

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tangram_checkpoint::{Manifest, TOKENIZER_FILE};
 use tangram_device::cpu::CpuDevice;
@@ -367,20 +367,8 @@ impl Node {
         for (tokens, sink) in sequences {
             self.shared.waiting.fetch_add(1, Ordering::AcqRel);
             self.shared.in_flight.fetch_add(1, Ordering::AcqRel);
-            let sequence = Sequence {
-                arrival: self.next_arrival.fetch_add(1, Ordering::Relaxed),
-                model: model.index,
-                tokens,
-                computed: 0,
-                kv: Vec::new(),
-                cancelled: cancel.flag.clone(),
-                sink,
-                submitted: Instant::now(),
-                admitted: None,
-                started: false,
-                first_token: None,
-                timing: Timing::default(),
-            };
+            let arrival = self.next_arrival.fetch_add(1, Ordering::Relaxed);
+            let sequence = Sequence::new(arrival, model.index, tokens, cancel.flag.clone(), sink);
             if self.commands.send(Command::Submit(Box::new(sequence))).is_err() {
                 self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
                 self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tangram_checkpoint::Hash;
 use tangram_device::Extent;
 use tangram_engine::sampling::Sampler;
+use tangram_pool::{BlockHash, Prefix};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{Embeddings, FinishReason, GenerateEvent, RequestError, Timing};
@@ -50,7 +52,11 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     /// Tokens whose keys and values are in the KV blocks.
     pub(crate) computed: usize,
+    /// Full blocks that it shares with other sequences, and the ones after them that it owns.
+    pub(crate) prefix: Prefix,
     pub(crate) kv: Vec<Extent>,
+    /// Hashes of the leading full blocks of `tokens`, as far as they have been needed.
+    hashes: Vec<BlockHash>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) sink: Sink,
     pub(crate) submitted: Instant,
@@ -62,6 +68,49 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
+    /// A sequence that has just been submitted.
+    pub(crate) fn new(
+        arrival: u64,
+        model: usize,
+        tokens: Vec<u32>,
+        cancelled: Arc<AtomicBool>,
+        sink: Sink,
+    ) -> Sequence {
+        Sequence {
+            arrival,
+            model,
+            tokens,
+            computed: 0,
+            prefix: Prefix::default(),
+            kv: Vec::new(),
+            hashes: Vec::new(),
+            cancelled,
+            sink,
+            submitted: Instant::now(),
+            admitted: None,
+            started: false,
+            first_token: None,
+            timing: Timing::default(),
+        }
+    }
+
+    /// Hashes of the first `count` blocks of `block_tokens` tokens, which must all be full. Each covers everything
+    /// before it, so equal hashes mean equal keys and values.
+    pub(crate) fn block_hashes(&mut self, count: usize, block_tokens: usize) -> &[BlockHash] {
+        for index in self.hashes.len()..count {
+            let mut bytes = self.hashes.last().map_or(Vec::new(), |hash| hash.to_vec());
+            let tokens = &self.tokens[index * block_tokens..(index + 1) * block_tokens];
+            bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
+            self.hashes.push(Hash::of(&bytes).0);
+        }
+        &self.hashes[..count]
+    }
+
+    /// KV blocks that it holds.
+    pub(crate) fn blocks(&self) -> usize {
+        self.prefix.len() + self.kv.len()
+    }
+
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
     }

@@ -10,10 +10,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tangram_device::Extent;
-use tangram_engine::{Chunk, Executor, LogitRows, Pass};
+use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Pass};
 use tangram_policy::{Admission, Attempt, Runnable, Share, TensorKey, compose};
-use tangram_pool::{KvArena, Lease, LoadFailure, Pool};
+use tangram_pool::{KvKey, Lease, LoadFailure, Pool};
 use tangram_store::{Store, TensorLoad, Wake};
 
 use crate::api::{
@@ -62,10 +61,45 @@ struct ModelEntry {
     deployed: Arc<DeployedModel>,
     plan: ModelPlan,
     keys: Vec<TensorKey>,
-    kv: Option<KvArena>,
+    kv: Option<KvKey>,
+    prefixes: PrefixUse,
     active: Option<Active>,
     waiting: usize,
     retire: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// What is known of a model's prefixes: how dear they are to compute and how often they come again.
+#[derive(Default)]
+struct PrefixUse {
+    /// Seconds of prefill per token, smoothed.
+    token_seconds: f64,
+    /// Blocks published, and blocks found by later sequences.
+    published: u64,
+    found: u64,
+}
+
+impl PrefixUse {
+    /// Prefills of at least this many tokens tell what a token costs; smaller steps mostly tell what a step costs.
+    const TELLING_TOKENS: usize = 16;
+
+    fn measured(&mut self, tokens: usize, seconds: f64) {
+        if tokens >= Self::TELLING_TOKENS {
+            let sample = seconds / tokens as f64;
+            let known = self.token_seconds > 0.0;
+            self.token_seconds = if known { self.token_seconds.mul_add(0.9, 0.1 * sample) } else { sample };
+        }
+    }
+
+    /// Seconds that a cached block saves when it is found.
+    fn block_seconds(&self, block_tokens: usize) -> f64 {
+        self.token_seconds * block_tokens as f64
+    }
+
+    /// Chance that a new block is ever found again: a block that nobody has asked for twice must not push out weights
+    /// that somebody has. Starts at one in twenty.
+    fn reuse_chance(&self) -> f64 {
+        (1 + self.found) as f64 / (20 + self.published) as f64
+    }
 }
 
 /// A model with running sequences: its lease, and the step under way.
@@ -83,6 +117,20 @@ struct Active {
 struct Step {
     pass: Pass,
     shares: Vec<Share>,
+    /// Time computed so far.
+    spent: Duration,
+}
+
+/// What came of composing a step.
+enum Begun {
+    /// It can run.
+    Ready,
+    /// There is no page for the KV that it needs, and nobody to take one from.
+    NoRoom,
+    /// A sequence gave its KV up; the step has to be composed anew.
+    Preempted,
+    /// The model's sequences have ended.
+    Failed,
 }
 
 enum Progress {
@@ -106,6 +154,7 @@ pub(crate) struct Worker {
     wake_pending: Arc<AtomicBool>,
     preemptions: u64,
     activations: u64,
+    cached_tokens: u64,
     published: Instant,
     stopping: bool,
 }
@@ -141,6 +190,7 @@ impl Worker {
             wake_pending,
             preemptions: 0,
             activations: 0,
+            cached_tokens: 0,
             published: now,
             stopping: false,
         }
@@ -229,7 +279,7 @@ impl Worker {
             .map_err(|error| error.to_string())?;
         let kv = match plan.engine.kv() {
             None => None,
-            Some(layout) => match KvArena::reserve(self.pool.memory().clone(), layout.block_bytes) {
+            Some(layout) => match self.pool.add_kv(layout.block_bytes) {
                 Ok(kv) => Some(kv),
                 Err(error) => {
                     self.pool.forget(&keys);
@@ -242,7 +292,16 @@ impl Worker {
             self.models.resize_with(index + 1, || None);
         }
         self.models[index] =
-            Some(ModelEntry { deployed, plan, keys, kv, active: None, waiting: 0, retire: None });
+            Some(ModelEntry {
+            deployed,
+            plan,
+            keys,
+            kv,
+            prefixes: PrefixUse::default(),
+            active: None,
+            waiting: 0,
+            retire: None,
+        });
         Ok(())
     }
 
@@ -253,6 +312,9 @@ impl Worker {
             && let Some(entry) = self.models[model].take()
         {
             self.pool.forget(&entry.keys);
+            if let Some(kv) = entry.kv {
+                self.pool.remove_kv(kv);
+            }
             if let Some(done) = entry.retire {
                 done();
             }
@@ -261,15 +323,9 @@ impl Worker {
 
     /// Counts a sequence out and tells its client.
     fn end(&mut self, sequence: Sequence, tell: impl FnOnce(Sequence)) {
-        debug_assert!(sequence.kv.is_empty(), "KV goes back to the pool before its sequence ends");
+        debug_assert!(sequence.blocks() == 0, "KV goes back to the pool before its sequence ends");
         self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
         tell(sequence);
-    }
-
-    fn give_kv(&mut self, model: usize, blocks: Vec<Extent>) {
-        if let Some(kv) = self.models[model].as_mut().and_then(|entry| entry.kv.as_mut()) {
-            self.pool.give_kv(kv, blocks);
-        }
     }
 
     // ---- admission ----------------------------------------------------------------------------------------------
@@ -301,7 +357,7 @@ impl Worker {
                     .sequences
                     .iter()
                     .map(|sequence| {
-                        entry.plan.kv_blocks(sequence.tokens.len() + 1).saturating_sub(sequence.kv.len())
+                        entry.plan.kv_blocks(sequence.tokens.len() + 1).saturating_sub(sequence.blocks())
                     })
                     .sum();
                 Some((blocks * entry.plan.kv_block_bytes()).div_ceil(page_bytes))
@@ -316,7 +372,12 @@ impl Worker {
         let page_bytes = self.pool.memory().page_bytes();
         let seconds = now.duration_since(self.epoch).as_secs_f64();
         let Some(entry) = self.models[sequence.model].as_mut() else { return Err(sequence) };
-        let own = entry.plan.kv_blocks(sequence.tokens.len() + 1) * entry.plan.kv_block_bytes();
+        let block_tokens = entry.plan.engine.kv().map_or(usize::MAX, |kv| kv.block_tokens);
+        // At least one token has to be computed, or there would be no logits to go on from.
+        let full = sequence.pending().saturating_sub(1) / block_tokens;
+        let hashes = sequence.block_hashes(full, block_tokens);
+        let in_use = entry.kv.map_or(0, |kv| self.pool.blocks_in_use(kv, hashes));
+        let own = (entry.plan.kv_blocks(sequence.tokens.len() + 1) - in_use) * entry.plan.kv_block_bytes();
         let reserve = promised + own.div_ceil(page_bytes);
         let (mut loaded, mut reused) = (0, 0);
         match &mut entry.active {
@@ -358,11 +419,21 @@ impl Worker {
             }
         }
         let Some(active) = &mut entry.active else { return Err(sequence) };
+        if let Some(kv) = entry.kv {
+            let saved = entry.prefixes.block_seconds(block_tokens);
+            let hashes = sequence.block_hashes(full, block_tokens);
+            let prefix = self.pool.lease_prefix(kv, hashes, saved, seconds);
+            entry.prefixes.found += prefix.len() as u64;
+            sequence.computed = prefix.len() * block_tokens;
+            sequence.prefix = prefix;
+        }
         entry.waiting -= 1;
         self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         if sequence.admitted.is_none() {
             sequence.admitted = Some(now);
             sequence.timing.queue = now.duration_since(sequence.submitted);
+            sequence.timing.cached_tokens = sequence.computed as u64;
+            self.cached_tokens += sequence.computed as u64;
         }
         sequence.timing.bytes_loaded += loaded;
         sequence.timing.bytes_reused = reused;
@@ -401,20 +472,27 @@ impl Worker {
             if ready_stages == 0 {
                 return Progress::Stalled;
             }
-            match self.begin_step(model) {
-                Ok(true) => {}
-                Ok(false) => return Progress::Stalled,
-                Err(()) => return Progress::Advanced,
+            // A preemption frees room for the one who needed it, who must get it before anybody else is admitted:
+            // else the preempted sequence could come back and take it, for ever.
+            loop {
+                match self.begin_step(model) {
+                    Begun::Ready => break,
+                    Begun::NoRoom => return Progress::Stalled,
+                    Begun::Preempted => {}
+                    Begun::Failed => return Progress::Advanced,
+                }
+                if self.models[model].as_ref().is_none_or(|entry| entry.active.is_none()) {
+                    return Progress::Advanced;
+                }
             }
         }
         self.advance(model, ready_stages)
     }
 
-    /// Composes the next step and takes the KV blocks that it needs. `Ok(false)`: nothing to do or no room just now;
-    /// `Err`: a sequence was preempted or failed, so the world has changed.
-    fn begin_step(&mut self, model: usize) -> Result<bool, ()> {
-        let Some(entry) = self.models[model].as_mut() else { return Ok(false) };
-        let Some(active) = entry.active.as_mut() else { return Ok(false) };
+    /// Composes the next step and takes the KV blocks that it needs.
+    fn begin_step(&mut self, model: usize) -> Begun {
+        let Some(entry) = self.models[model].as_mut() else { return Begun::Failed };
+        let Some(active) = entry.active.as_mut() else { return Begun::Failed };
         let indivisible = entry.plan.engine.kv().is_none();
         let runnable: Vec<Runnable> = active
             .sequences
@@ -425,11 +503,12 @@ impl Worker {
         for share in &shares {
             let sequence = &mut active.sequences[share.sequence];
             let blocks = entry.plan.kv_blocks(sequence.computed + share.tokens);
-            while sequence.kv.len() < blocks {
-                let Some(kv) = entry.kv.as_mut() else { break };
+            while sequence.blocks() < blocks {
+                let Some(kv) = entry.kv else { break };
                 match self.pool.take_kv(kv) {
                     Ok(block) => sequence.kv.push(block),
-                    Err(_) => return if self.preempt_youngest() { Err(()) } else { Ok(false) },
+                    Err(_) if self.preempt_youngest() => return Begun::Preempted,
+                    Err(_) => return Begun::NoRoom,
                 }
             }
         }
@@ -448,12 +527,12 @@ impl Worker {
             .collect();
         match self.executor.begin(&entry.plan.engine, &chunks) {
             Ok(pass) => {
-                active.step = Some(Step { pass, shares });
-                Ok(true)
+                active.step = Some(Step { pass, shares, spent: Duration::ZERO });
+                Begun::Ready
             }
             Err(error) => {
                 self.fail_model(model, &RequestError::Internal(error.to_string()));
-                Err(())
+                Begun::Failed
             }
         }
     }
@@ -468,16 +547,17 @@ impl Worker {
         }
         let weights = LeasedWeights { tensors: active.lease.tensors(), unique_of: &entry.plan.unique_of };
         let mut shares = step.shares.iter().peekable();
-        let mut kv: Vec<&mut [Extent]> = Vec::with_capacity(step.shares.len());
+        let mut kv: Vec<KvBlocks<'_>> = Vec::with_capacity(step.shares.len());
         for (index, sequence) in active.sequences.iter_mut().enumerate() {
             if shares.next_if(|share| share.sequence == index).is_some() {
-                kv.push(&mut sequence.kv);
+                kv.push(KvBlocks { shared: sequence.prefix.blocks(), own: &mut sequence.kv });
             }
         }
         let started = Instant::now();
         let result =
             self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
         let spent = started.elapsed();
+        step.spent += spent;
         for share in &step.shares {
             let sequence = &mut active.sequences[share.sequence];
             if sequence.first_token.is_none() {
@@ -507,13 +587,28 @@ impl Worker {
     fn complete_step(&mut self, model: usize) {
         let Some(entry) = self.models[model].as_mut() else { return };
         let Some(active) = entry.active.as_mut() else { return };
-        let Some(Step { mut pass, shares }) = active.step.take() else { return };
+        let Some(Step { mut pass, shares, spent }) = active.step.take() else { return };
         let complete = active.complete;
         let now = Instant::now();
+        let seconds = now.duration_since(self.epoch).as_secs_f64();
+        let tokens = shares.iter().map(|share| share.tokens).sum();
+        entry.prefixes.measured(tokens, spent.as_secs_f64());
         let mut over: Vec<(usize, Outcome)> = Vec::new();
         for (chunk, share) in shares.iter().enumerate() {
             let sequence = &mut active.sequences[share.sequence];
             sequence.computed += share.tokens;
+            if let Some((kv, layout)) = entry.kv.zip(entry.plan.engine.kv()) {
+                let full = sequence.computed / layout.block_tokens;
+                while sequence.prefix.len() < full && !sequence.kv.is_empty() {
+                    let index = sequence.prefix.len();
+                    let hash = sequence.block_hashes(index + 1, layout.block_tokens)[index];
+                    let uses = &mut entry.prefixes;
+                    let worth = uses.block_seconds(layout.block_tokens) * uses.reuse_chance();
+                    uses.published += 1;
+                    let block = sequence.kv.remove(0);
+                    self.pool.publish(kv, &mut sequence.prefix, hash, block, worth, seconds);
+                }
+            }
             if sequence.pending() > 0 {
                 continue;
             }
@@ -557,8 +652,11 @@ impl Worker {
             }
         }
         let mut sequence = active.sequences.remove(index);
-        let blocks = std::mem::take(&mut sequence.kv);
-        self.give_kv(model, blocks);
+        let (prefix, blocks) = (std::mem::take(&mut sequence.prefix), std::mem::take(&mut sequence.kv));
+        self.pool.release_prefix(prefix);
+        if let Some(kv) = self.models[model].as_ref().and_then(|entry| entry.kv) {
+            self.pool.give_kv(kv, blocks);
+        }
         Some(sequence)
     }
 
@@ -614,7 +712,7 @@ impl Worker {
     fn preempt_youngest(&mut self) -> bool {
         let candidates = self.models.iter().enumerate().filter_map(|(model, entry)| {
             let sequences = entry.as_ref()?.active.as_ref()?.sequences.iter().enumerate();
-            sequences.filter(|(_, s)| !s.kv.is_empty()).map(|(index, s)| (s.arrival, model, index)).max()
+            sequences.filter(|(_, s)| s.blocks() > 0).map(|(index, s)| (s.arrival, model, index)).max()
         });
         let Some((arrival, model, index)) = candidates.max() else { return false };
         self.abandon_step_with(model, index);
@@ -683,6 +781,8 @@ impl Worker {
             leased_bytes: stats.leased_bytes,
             kv_bytes: stats.kv_bytes,
             kv_blocks: stats.kv_blocks,
+            kv_cached_bytes: stats.kv_cached_bytes,
+            cached_tokens_total: self.cached_tokens,
             running: 0,
             waiting: self.queue.len(),
             bytes_loaded_total: stats.loaded_total,

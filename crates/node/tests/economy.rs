@@ -201,6 +201,34 @@ fn preempted_sequences_lose_no_token() {
     assert!(tight.status().preemptions_total > 0, "the pool was large enough for everybody");
 }
 
+/// A prompt that begins as an earlier one is computed from where they part, with the same tokens; the cached blocks
+/// give way when their room is needed.
+#[test]
+fn common_prefixes_are_computed_once() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    random_model(sources.path(), 3);
+    let node = open(data.path(), 32 << 20);
+    let model = deploy(&node, "m", sources.path());
+    let system: Vec<u32> = (0..40).map(|i| 3 + i % 50).collect();
+    let prompt = |end: u32| system.iter().copied().chain([end, end + 1]).collect::<Vec<u32>>();
+    let first = run(&node, request(&model, &prompt(60), 30));
+    assert_eq!(first.timing.cached_tokens, 0);
+    let again = run(&node, request(&model, &prompt(60), 30));
+    assert_eq!((again.timing.cached_tokens, &again.tokens), (32, &first.tokens));
+    let other = run(&node, request(&model, &prompt(90), 30));
+    assert_eq!(other.timing.cached_tokens, 32);
+    // A conversation that goes on finds what was generated, too.
+    let longer: Vec<u32> = prompt(60).into_iter().chain(first.tokens.iter().copied()).chain([7]).collect();
+    assert_eq!(run(&node, request(&model, &longer, 4)).timing.cached_tokens, 64);
+    all_kv_is_back(&node);
+    eventually("cached prefixes are shown", || node.status().kv_cached_bytes > 0);
+    // The same answers from a node that has cached nothing.
+    let fresh = tempfile::tempdir().unwrap();
+    let node = open(fresh.path(), 32 << 20);
+    let model = deploy(&node, "m", sources.path());
+    assert_eq!(run(&node, request(&model, &prompt(90), 30)).tokens, other.tokens);
+}
+
 #[test]
 fn a_client_that_goes_away_frees_its_kv() {
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -14,7 +14,10 @@ use tangram_device::cpu::CpuDevice;
 use tangram_engine::{Chunk, Executor, LogitRows, Model, TensorDesc, Weights};
 
 /// The families that this build serves.
-const FAMILIES: [&str; 4] = ["llama", "llama3rope", "qwen2", "qwen3"];
+const FAMILIES: [&str; 13] = [
+    "gemma2", "gemma3", "gpt2", "gptneox", "llama", "llama3rope", "mistral", "mixtral", "opt", "phi3", "qwen2",
+    "qwen3", "qwen3moe",
+];
 
 #[derive(Deserialize)]
 struct Golden {
@@ -74,7 +77,7 @@ fn logits_agree_with_the_reference() {
                 .collect();
             let chunk = Chunk { tokens: &tokens, position: 0, logits: LogitRows::All };
             let mut pass = executor.begin(&model, &[chunk]).unwrap();
-            assert!(executor.advance(&mut pass, &model, &weights, &mut [&mut kv], usize::MAX).unwrap());
+            assert!(executor.advance(&mut pass, &model, &weights, &mut [kv.as_mut_slice().into()], usize::MAX).unwrap());
             let rows: Vec<&[f32]> = pass.logits(0).chunks(manifest.spec.vocab).collect();
             for (i, &expected) in prompt.output_ids.iter().enumerate() {
                 let row = rows[prompt.prompt_ids.len() - 1 + i];

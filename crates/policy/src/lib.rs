@@ -1,12 +1,17 @@
-//! Decisions: what to keep, evict, admit, batch and preempt. Pure: no clock, no I/O, no threads.
+//! Decisions: what to keep, evict, pack, prefetch, place, admit, batch and preempt. Pure: no clock, no I/O, no threads.
 //!
 //! Time enters as seconds in an argument, randomness not at all, so a recorded run replays to the same decisions.
 //! The live node drives this code, and a simulator can drive the same.
 
 pub mod admission;
 pub mod batch;
+pub mod packing;
+pub mod placement;
+pub mod prefetch;
 pub mod retention;
+pub mod stall;
 
 pub use admission::{Admission, Attempt};
 pub use batch::{Runnable, Share, compose};
+pub use prefetch::Forecast;
 pub use retention::{Event, Retention, TensorKey};

@@ -6,7 +6,12 @@
 //!   tensors does not change while neither is used and an ordered set suffices: O(log n) per decision.
 //! - Time saved per byte = 1/bandwidth of the tier it would come back from + a fixed cost per tensor / its bytes.
 //! - Exposure falls with the layer: what comes late in the forward pass can be loaded behind the computation of what
-//!   comes early, so its absence costs less.
+//!   comes early, so its absence costs less. Until somebody who knows the model's timing says what a tensor's absence
+//!   would expose ([`Event::Appraised`], computed by [`crate::stall`]), its depth stands in for that.
+//! - A forecast may say that a tensor's use is likelier or unlikelier just now than its history says
+//!   ([`Event::Expected`]): somebody waits for it, or [`crate::prefetch`] has seen the pattern.
+//!
+//! The same order, turned round, says which absent tensor would be worth most: what to prefetch.
 //!
 //! Never holds a pointer and never frees anything: it answers who should go next, the pool carries it out.
 
@@ -72,6 +77,26 @@ pub enum Event {
         /// Which tensor.
         tensor: TensorKey,
     },
+    /// Somebody computed what the tensor's absence would cost; this replaces the estimate from its depth.
+    Appraised {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Seconds by which the next use would be delayed if only it were absent, above 0.
+        seconds: f64,
+    },
+    /// A forecast for the tensor, in place of the one before.
+    Expected {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// log2 of how much likelier its next use is than its demand so far says; 0 if nothing is known.
+        log2: f64,
+    },
+    /// The absent tensor is being brought in although nobody has asked for it. That is no use; [`Event::Idle`] follows
+    /// when it is there.
+    Fetched {
+        /// Which tensor.
+        tensor: TensorKey,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -86,10 +111,21 @@ struct Entry {
     bytes: u64,
     /// log2 of the time saved per byte times exposure.
     value: f64,
+    /// Whether `value` was appraised and no longer follows from the depth.
+    appraised: bool,
     /// log2 of the decayed number of uses, as seen from time 0; −∞ if never used.
     demand: f64,
+    /// log2 of the forecast's factor.
+    expected: f64,
     depth: f64,
     state: State,
+}
+
+impl Entry {
+    /// log2 of the worth per byte, as seen from time 0.
+    fn worth(&self) -> f64 {
+        self.demand + self.expected + self.value
+    }
 }
 
 /// A float with a total order, so that it can be a key. Never NaN.
@@ -108,11 +144,20 @@ impl Ord for Worth {
 }
 
 /// Demand and residency of every catalogued tensor, and the order in which idle ones should go.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Retention {
+    half_life: f64,
     entries: Vec<Option<Entry>>,
     idle: BTreeSet<(Worth, TensorKey)>,
     idle_bytes: u64,
+    /// Absent tensors that have been used or are expected to be.
+    absent: BTreeSet<(Worth, TensorKey)>,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self::with_half_life(HALF_LIFE_SECONDS)
+    }
 }
 
 impl Retention {
@@ -121,36 +166,55 @@ impl Retention {
         Self::default()
     }
 
+    /// Nothing is catalogued; remembered demand halves in `seconds` (above 0; infinite for never).
+    pub fn with_half_life(seconds: f64) -> Self {
+        Retention {
+            half_life: seconds,
+            entries: Vec::new(),
+            idle: BTreeSet::new(),
+            idle_bytes: 0,
+            absent: BTreeSet::new(),
+        }
+    }
+
     /// Learns an event. Events that contradict the state (evicting a leased tensor, say) are programming errors and
     /// panic in debug builds; in release builds they are ignored, which leaves the tensor where it is.
     pub fn apply(&mut self, event: Event) {
         match event {
             Event::Catalogued { tensor, bytes, depth } => self.catalogue(tensor, bytes, depth),
             Event::Forgotten { tensor } => {
-                let entry = self.entries.get_mut(tensor.0 as usize);
-                debug_assert!(matches!(&entry, Some(Some(Entry { state: State::Absent, .. }))));
-                if let Some(entry) = entry {
+                debug_assert!(matches!(self.entry(tensor), Some(Entry { state: State::Absent, .. })));
+                self.unlist(tensor);
+                if let Some(entry) = self.entries.get_mut(tensor.0 as usize) {
                     *entry = None;
                 }
             }
             Event::Leased { tensor, at } => {
-                self.leave_idle(tensor);
+                self.unlist(tensor);
                 self.set_state(tensor, State::Leased);
                 self.count_use(tensor, at);
             }
             Event::Used { tensor, at } => self.count_use(tensor, at),
+            Event::Fetched { tensor } => {
+                debug_assert!(matches!(self.entry(tensor), Some(Entry { state: State::Absent, .. })));
+                self.unlist(tensor);
+                self.set_state(tensor, State::Leased);
+            }
             Event::Idle { tensor } => {
-                let Some(entry) = self.entry_mut(tensor) else { return };
-                debug_assert_eq!(entry.state, State::Leased);
-                entry.state = State::Idle;
-                let (key, bytes) = ((Worth(entry.demand + entry.value), tensor), entry.bytes);
-                self.idle.insert(key);
-                self.idle_bytes += bytes;
+                debug_assert!(matches!(self.entry(tensor), Some(Entry { state: State::Leased, .. })));
+                self.set_state(tensor, State::Idle);
+                self.list(tensor);
             }
             Event::Evicted { tensor } => {
-                self.leave_idle(tensor);
+                self.unlist(tensor);
                 self.set_state(tensor, State::Absent);
+                self.list(tensor);
             }
+            Event::Appraised { tensor, seconds } => self.revalue(tensor, |entry| {
+                entry.value = (seconds.max(f64::MIN_POSITIVE) / entry.bytes.max(1) as f64).log2();
+                entry.appraised = true;
+            }),
+            Event::Expected { tensor, log2 } => self.revalue(tensor, |entry| entry.expected = log2),
         }
     }
 
@@ -159,9 +223,50 @@ impl Retention {
         self.idle.first().map(|&(_, tensor)| tensor)
     }
 
+    /// All idle resident tensors, the one that is worth least per byte first.
+    pub fn idle(&self) -> impl Iterator<Item = TensorKey> {
+        self.idle.iter().map(|&(_, tensor)| tensor)
+    }
+
     /// Bytes of all idle resident tensors.
     pub fn idle_bytes(&self) -> u64 {
         self.idle_bytes
+    }
+
+    /// The absent tensor that would be worth most per byte, of those used before; ties go to the higher key.
+    pub fn most_wanted(&self) -> Option<TensorKey> {
+        self.absent.last().map(|&(_, tensor)| tensor)
+    }
+
+    /// All absent tensors that have been used, the one that would be worth most per byte first.
+    pub fn wanted(&self) -> impl Iterator<Item = TensorKey> {
+        self.absent.iter().rev().map(|&(_, tensor)| tensor)
+    }
+
+    /// log2 of a tensor's worth per byte in seconds saved per byte, times the uses remembered at time 0: comparable
+    /// between tensors at any time. −∞ for one that was never used; `None` for one that is not catalogued.
+    pub fn log2_worth(&self, tensor: TensorKey) -> Option<f64> {
+        self.entry(tensor).map(Entry::worth)
+    }
+
+    /// What evicting the idle tensors that are worth least, `bytes` of them, would cost at time `now`: the sum over
+    /// them of remembered uses × forecast × seconds saved. Dividing by all remembered uses gives the expected delay of
+    /// the next request. Takes as many steps as tensors would go.
+    pub fn damage(&self, bytes: u64, now: f64) -> f64 {
+        let (mut left, mut damage) = (bytes, 0.0);
+        for &(worth, tensor) in &self.idle {
+            if left == 0 {
+                break;
+            }
+            let size = self.entry(tensor).map_or(0, |entry| entry.bytes);
+            damage += (worth.0 - now / self.half_life).exp2() * size as f64;
+            left = left.saturating_sub(size);
+        }
+        damage
+    }
+
+    fn entry(&self, tensor: TensorKey) -> Option<&Entry> {
+        self.entries.get(tensor.0 as usize)?.as_ref()
     }
 
     fn entry_mut(&mut self, tensor: TensorKey) -> Option<&mut Entry> {
@@ -173,43 +278,77 @@ impl Retention {
         if self.entries.len() <= index {
             self.entries.resize(index + 1, None);
         }
-        let was_idle = self.leave_idle(tensor);
-        let entry = self.entries[index].get_or_insert(Entry {
+        self.entries[index].get_or_insert(Entry {
             bytes,
             value: 0.0,
+            appraised: false,
             demand: f64::NEG_INFINITY,
+            expected: 0.0,
             depth: 1.0,
             state: State::Absent,
         });
-        entry.depth = entry.depth.min(depth.clamp(0.0, 1.0));
-        let seconds_per_byte = 1.0 / TIER_BYTES_PER_SECOND + TENSOR_SECONDS / entry.bytes.max(1) as f64;
-        entry.value = (seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth)).log2();
-        if was_idle {
-            let key = (Worth(entry.demand + entry.value), tensor);
-            let bytes = entry.bytes;
-            self.idle.insert(key);
-            self.idle_bytes += bytes;
+        self.revalue(tensor, |entry| {
+            entry.depth = entry.depth.min(depth.clamp(0.0, 1.0));
+            if !entry.appraised {
+                let seconds_per_byte =
+                    1.0 / TIER_BYTES_PER_SECOND + TENSOR_SECONDS / entry.bytes.max(1) as f64;
+                entry.value = (seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth)).log2();
+            }
+        });
+    }
+
+    /// Changes what a tensor is worth, and its place in the order with it.
+    fn revalue(&mut self, tensor: TensorKey, change: impl FnOnce(&mut Entry)) {
+        self.unlist(tensor);
+        if let Some(entry) = self.entry_mut(tensor) {
+            change(entry);
         }
+        self.list(tensor);
     }
 
     fn count_use(&mut self, tensor: TensorKey, at: f64) {
+        let now = at / self.half_life;
         let Some(entry) = self.entry_mut(tensor) else { return };
         debug_assert_eq!(entry.state, State::Leased);
         // log2(2^a + 2^b) without overflow, however long the process has been running.
-        let (now, old) = (at / HALF_LIFE_SECONDS, entry.demand);
+        let old = entry.demand;
         let (high, low) = if now > old { (now, old) } else { (old, now) };
+        if high == f64::NEG_INFINITY {
+            return;
+        }
         entry.demand = high + (low - high).exp2().ln_1p() / std::f64::consts::LN_2;
     }
 
-    /// Takes a tensor out of the eviction order; says whether it was in it.
-    fn leave_idle(&mut self, tensor: TensorKey) -> bool {
-        let Some(entry) = self.entry_mut(tensor) else { return false };
-        if entry.state != State::Idle {
-            return false;
+    /// Takes a tensor out of the order that it is in.
+    fn unlist(&mut self, tensor: TensorKey) {
+        let Some(entry) = self.entry(tensor) else { return };
+        let (state, bytes, key) = (entry.state, entry.bytes, (Worth(entry.worth()), tensor));
+        match state {
+            State::Idle => {
+                self.idle_bytes -= bytes;
+                self.idle.remove(&key);
+            }
+            State::Absent => {
+                self.absent.remove(&key);
+            }
+            State::Leased => {}
         }
-        let (key, bytes) = ((Worth(entry.demand + entry.value), tensor), entry.bytes);
-        self.idle_bytes -= bytes;
-        self.idle.remove(&key)
+    }
+
+    /// Puts a tensor into the order of its state.
+    fn list(&mut self, tensor: TensorKey) {
+        let Some(entry) = self.entry(tensor) else { return };
+        let (state, bytes, worth) = (entry.state, entry.bytes, entry.worth());
+        match state {
+            State::Idle => {
+                self.idle_bytes += bytes;
+                self.idle.insert((Worth(worth), tensor));
+            }
+            State::Absent if worth > f64::NEG_INFINITY => {
+                self.absent.insert((Worth(worth), tensor));
+            }
+            State::Absent | State::Leased => {}
+        }
     }
 
     fn set_state(&mut self, tensor: TensorKey, state: State) {
@@ -255,7 +394,8 @@ mod tests {
 
     #[test]
     fn rarely_used_goes_first() {
-        let retention = with_idle(&[(MIB, 0.5, &[0.0, 1.0, 2.0]), (MIB, 0.5, &[2.0]), (MIB, 0.5, &[1.0, 2.0])]);
+        let retention =
+            with_idle(&[(MIB, 0.5, &[0.0, 1.0, 2.0]), (MIB, 0.5, &[2.0]), (MIB, 0.5, &[1.0, 2.0])]);
         assert_eq!(eviction_order(retention), [1, 2, 0]);
     }
 
@@ -284,6 +424,56 @@ mod tests {
     fn a_model_that_needs_it_earlier_raises_a_shared_tensor() {
         let mut retention = with_idle(&[(MIB, 0.9, &[0.0]), (MIB, 0.5, &[0.0])]);
         retention.apply(Event::Catalogued { tensor: key(0), bytes: MIB, depth: 0.1 });
+        assert_eq!(eviction_order(retention), [1, 0]);
+    }
+
+    #[test]
+    fn an_appraisal_replaces_the_guess_from_the_depth() {
+        let mut retention = with_idle(&[(MIB, 0.0, &[0.0]), (MIB, 1.0, &[0.0])]);
+        retention.apply(Event::Appraised { tensor: key(0), seconds: 1e-6 });
+        retention.apply(Event::Appraised { tensor: key(1), seconds: 2e-6 });
+        retention.apply(Event::Catalogued { tensor: key(0), bytes: MIB, depth: 0.0 });
+        let cost = retention.damage(2 * MIB, 0.0);
+        assert!((cost - 3e-6).abs() < 1e-12, "{cost}");
+        assert!((retention.damage(1, HALF_LIFE_SECONDS) - 0.5e-6).abs() < 1e-12);
+        assert_eq!(eviction_order(retention), [0, 1]);
+    }
+
+    #[test]
+    fn a_forecast_moves_a_tensor_and_goes_again() {
+        let mut retention = with_idle(&[(MIB, 0.5, &[0.0]), (MIB, 0.5, &[0.0, 0.0, 0.0])]);
+        retention.apply(Event::Expected { tensor: key(0), log2: 3.0 });
+        assert_eq!(retention.least_worth(), Some(key(1)));
+        retention.apply(Event::Expected { tensor: key(0), log2: 0.0 });
+        assert_eq!(eviction_order(retention), [0, 1]);
+    }
+
+    #[test]
+    fn absent_tensors_are_wanted_in_the_order_of_worth() {
+        let mut retention = with_idle(&[(MIB, 0.5, &[0.0]), (MIB, 0.5, &[0.0, 0.0]), (MIB, 0.5, &[])]);
+        assert_eq!(retention.most_wanted(), None);
+        retention.apply(Event::Evicted { tensor: key(0) });
+        retention.apply(Event::Evicted { tensor: key(1) });
+        assert_eq!(retention.wanted().collect::<Vec<_>>(), [key(1), key(0)]);
+        retention.apply(Event::Fetched { tensor: key(1) });
+        assert_eq!((retention.most_wanted(), retention.least_worth()), (Some(key(0)), None));
+        retention.apply(Event::Idle { tensor: key(1) });
+        assert_eq!(retention.least_worth(), Some(key(1)));
+        assert!(retention.log2_worth(key(1)) > retention.log2_worth(key(0)));
+        retention.apply(Event::Forgotten { tensor: key(0) });
+        assert_eq!((retention.most_wanted(), retention.log2_worth(key(0))), (None, None));
+    }
+
+    #[test]
+    fn without_decay_only_the_number_of_uses_counts() {
+        let mut retention = Retention::with_half_life(f64::INFINITY);
+        for (tensor, uses) in [(key(0), &[0.0, 0.0][..]), (key(1), &[1e6])] {
+            retention.apply(Event::Catalogued { tensor, bytes: MIB, depth: 0.0 });
+            for &at in uses {
+                retention.apply(Event::Leased { tensor, at });
+                retention.apply(Event::Idle { tensor });
+            }
+        }
         assert_eq!(eviction_order(retention), [1, 0]);
     }
 

@@ -7,9 +7,11 @@
 //! The pool has one owner and no locks; only filling a tensor happens on other threads, through [`Part`]s.
 
 mod kv;
+mod pages;
 mod pool;
+mod prefix;
 mod tensor;
 
-pub use kv::KvArena;
+pub use kv::{BlockHash, KvKey, Prefix};
 pub use pool::{Activation, CatalogueEntry, Lease, Pool, PoolStats, Shortage, pages_alone};
 pub use tensor::{LoadFailure, Part, Tensor, Vacancy};

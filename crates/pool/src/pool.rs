@@ -10,6 +10,8 @@ use tangram_device::{Arena, Claim, Contents, DeviceError, Extent, Memory};
 use tangram_policy::{Event, Retention, TensorKey};
 
 use crate::kv::KvArena;
+use crate::pages::{PageAccount, Place};
+use crate::prefix::PublishedBlock;
 use crate::tensor::{Tensor, Vacancy};
 
 /// A tensor as the catalogue knows it.
@@ -49,17 +51,6 @@ pub struct Shortage {
     pub available: usize,
 }
 
-/// Where a tensor is in the accounts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// Not on the device.
-    Absent,
-    /// On the device, or arriving, and not evictable.
-    Pinned,
-    /// On the device and evictable.
-    Idle,
-}
-
 struct Slot {
     id: ContentId,
     checkpoint: String,
@@ -77,21 +68,7 @@ struct CheckpointArena {
     arena: Arc<Arena>,
     /// Catalogued tensors in it.
     tensors: usize,
-    /// Pages that a resident tensor begins or ends in, and that it may therefore share with its neighbours.
-    edges: HashMap<usize, Edge>,
-}
-
-/// How many resident tensors begin or end in a page, and how many of them are pinned.
-#[derive(Clone, Copy, Debug, Default)]
-struct Edge {
-    resident: u32,
-    pinned: u32,
-}
-
-impl Edge {
-    fn is_idle(self) -> bool {
-        self.resident > 0 && self.pinned == 0
-    }
+    pages: PageAccount,
 }
 
 /// The right to use a set of tensors. Give it back with [`Pool::release`].
@@ -131,6 +108,8 @@ pub struct PoolStats {
     pub kv_bytes: u64,
     /// Number of KV blocks in use.
     pub kv_blocks: u64,
+    /// KV blocks that no sequence uses, kept as cached prefixes.
+    pub kv_cached_bytes: u64,
     /// Brought in since the start.
     pub loaded_total: u64,
     /// Found resident since the start.
@@ -141,17 +120,19 @@ pub struct PoolStats {
 
 /// One device's memory as a cache of tensors.
 pub struct Pool {
-    memory: Arc<Memory>,
-    retention: Retention,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) retention: Retention,
     slots: Vec<Option<Slot>>,
-    vacant_keys: Vec<TensorKey>,
+    pub(crate) vacant_keys: Vec<TensorKey>,
     by_id: HashMap<ContentId, TensorKey>,
     arenas: HashMap<String, CheckpointArena>,
     /// Tensors without a lease that are not evictable yet: still arriving, or just being let go by the loader.
     unsettled: Vec<TensorKey>,
     /// Pages that evicting everything idle would free.
-    idle_pages: usize,
-    stats: PoolStats,
+    pub(crate) idle_pages: usize,
+    pub(crate) kv: Vec<Option<KvArena>>,
+    pub(crate) published: HashMap<TensorKey, PublishedBlock>,
+    pub(crate) stats: PoolStats,
     log: Option<Vec<Event>>,
 }
 
@@ -167,6 +148,8 @@ impl Pool {
             arenas: HashMap::new(),
             unsettled: Vec::new(),
             idle_pages: 0,
+            kv: Vec::new(),
+            published: HashMap::new(),
             stats: PoolStats::default(),
             log: None,
         }
@@ -192,44 +175,43 @@ impl Pool {
         &self.memory
     }
 
-    /// Moves a tensor in the accounts of pages. Only the first and the last page of a tensor can be shared with others.
+    /// Moves a tensor or a published block in the accounts of pages.
     fn set_place(&mut self, key: TensorKey, to: Place) {
         let page_bytes = self.memory.page_bytes();
-        let Some(slot) = self.slots.get_mut(key.0 as usize).and_then(Option::as_mut) else { return };
-        let from = std::mem::replace(&mut slot.place, to);
-        if from == to {
-            return;
-        }
-        let (first, last) = (slot.offset / page_bytes, (slot.offset + slot.bytes - 1) / page_bytes);
-        let inside = last.saturating_sub(first + 1);
-        let Some(arena) = self.arenas.get_mut(&slot.checkpoint) else { return };
-        self.idle_pages -= if from == Place::Idle { inside } else { 0 };
-        self.idle_pages += if to == Place::Idle { inside } else { 0 };
-        for page in (first..=last).step_by((last - first).max(1)) {
-            let edge = arena.edges.entry(page).or_default();
-            self.idle_pages -= usize::from(edge.is_idle());
-            edge.resident -= u32::from(from != Place::Absent);
-            edge.resident += u32::from(to != Place::Absent);
-            edge.pinned -= u32::from(from == Place::Pinned);
-            edge.pinned += u32::from(to == Place::Pinned);
-            self.idle_pages += usize::from(edge.is_idle());
-            if edge.resident == 0 {
-                arena.edges.remove(&page);
+        if let Some(Some(slot)) = self.slots.get_mut(key.0 as usize) {
+            let from = std::mem::replace(&mut slot.place, to);
+            if let Some(arena) = self.arenas.get_mut(&slot.checkpoint) {
+                arena.pages.change((slot.offset, slot.bytes, page_bytes), from, to, &mut self.idle_pages);
+            }
+        } else if let Some(block) = self.published.get_mut(&key) {
+            let from = std::mem::replace(&mut block.place, to);
+            if let Some(Some(kv)) = self.kv.get_mut(block.kv.0) {
+                let span = (block.extent.offset(), block.extent.len(), page_bytes);
+                kv.pages.change(span, from, to, &mut self.idle_pages);
             }
         }
     }
 
-    fn apply(&mut self, event: Event) {
+    pub(crate) fn apply(&mut self, event: Event) {
         match event {
             Event::Leased { tensor, .. } => self.set_place(tensor, Place::Pinned),
             Event::Idle { tensor } => self.set_place(tensor, Place::Idle),
             Event::Evicted { tensor } => self.set_place(tensor, Place::Absent),
-            Event::Catalogued { .. } | Event::Forgotten { .. } | Event::Used { .. } => {}
+            _ => {}
         }
         if let Some(log) = &mut self.log {
             log.push(event);
         }
         self.retention.apply(event);
+    }
+
+    /// A key that nothing has. Goes back by `vacant_keys`.
+    pub(crate) fn new_key(&mut self) -> TensorKey {
+        let key = self.vacant_keys.pop().unwrap_or(TensorKey(self.slots.len() as u32));
+        if key.0 as usize == self.slots.len() {
+            self.slots.push(None);
+        }
+        key
     }
 
     fn slot(&self, key: TensorKey) -> Option<&Slot> {
@@ -255,7 +237,7 @@ impl Pool {
                 let arena = Arena::reserve(self.memory.clone(), data_bytes(&entry.checkpoint) as usize)?;
                 self.arenas.insert(
                     entry.checkpoint.clone(),
-                    CheckpointArena { arena, tensors: 0, edges: HashMap::new() },
+                    CheckpointArena { arena, tensors: 0, pages: PageAccount::default() },
                 );
             }
         }
@@ -264,10 +246,7 @@ impl Pool {
             let key = match self.by_id.get(&entry.id) {
                 Some(&key) => key,
                 None => {
-                    let key = self.vacant_keys.pop().unwrap_or(TensorKey(self.slots.len() as u32));
-                    if key.0 as usize == self.slots.len() {
-                        self.slots.push(None);
-                    }
+                    let key = self.new_key();
                     self.slots[key.0 as usize] = Some(Slot {
                         id: entry.id,
                         checkpoint: entry.checkpoint.clone(),
@@ -474,7 +453,7 @@ impl Pool {
 
     /// Looks after tensors without a lease that were arriving when they lost it: those that arrived become evictable,
     /// those that failed or were given up are gone.
-    fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         for key in std::mem::take(&mut self.unsettled) {
             let Some(tensor) = self.slot(key).and_then(|slot| slot.tensor.as_ref()) else { continue };
             // While the loader still holds the tensor its bytes are in flight, or it is just letting go.
@@ -546,14 +525,14 @@ impl Pool {
         Ok(extents)
     }
 
-    fn check_room(&self, needed: usize) -> Result<(), Shortage> {
+    pub(crate) fn check_room(&self, needed: usize) -> Result<(), Shortage> {
         let available = self.available_pages();
         if needed <= available { Ok(()) } else { Err(Shortage { needed, available }) }
     }
 
     /// Evicts idle tensors, least worth first, until as many pages are free as `needed` says (which may change as
     /// tensors that share a page with the wanted ones go).
-    fn make_room(&mut self, needed: impl Fn(&Pool) -> usize) -> Result<(), Shortage> {
+    pub(crate) fn make_room(&mut self, needed: impl Fn(&Pool) -> usize) -> Result<(), Shortage> {
         loop {
             let (needed, free) = (needed(self), self.memory.free_pages());
             if free >= needed {
@@ -573,9 +552,12 @@ impl Pool {
         }
     }
 
-    /// Takes an idle tensor off the device; its extent goes to `freed`. Gives its bytes. A tensor that anybody holds
+    /// Takes an idle tensor or published block off the device; its extent goes to `freed`. Gives its bytes. A tensor that anybody holds
     /// cannot be unwrapped and so cannot be evicted, whatever the accounts say.
     fn evict(&mut self, key: TensorKey, freed: &mut Vec<Extent>) -> usize {
+        if self.published.contains_key(&key) {
+            return self.evict_block(key, freed);
+        }
         let Some(slot) = self.slot_mut(key) else { return 0 };
         let Some(tensor) = slot.tensor.take() else { return 0 };
         let len = tensor.len();
@@ -593,39 +575,6 @@ impl Pool {
         self.stats.evicted_total += len as u64;
         self.apply(Event::Evicted { tensor: key });
         len
-    }
-
-    /// Pages that are free or that evicting everything idle would free.
-    pub fn available_pages(&self) -> usize {
-        self.memory.free_pages() + self.idle_pages
-    }
-
-    /// Takes a KV block, evicting idle tensors if there is no free page for it.
-    ///
-    /// # Errors
-    /// [`Shortage`] when everything resident is leased.
-    pub fn take_kv(&mut self, kv: &mut KvArena) -> Result<Extent, Shortage> {
-        self.settle();
-        let block = loop {
-            match kv.take() {
-                Ok(block) => break block,
-                Err(DeviceError::OutOfPages { needed, .. }) => {
-                    self.check_room(needed)?;
-                    self.make_room(|_| needed)?;
-                }
-                Err(_) => return Err(Shortage { needed: 1, available: self.memory.free_pages() }),
-            }
-        };
-        self.stats.kv_blocks += 1;
-        self.stats.kv_bytes += block.len() as u64;
-        Ok(block)
-    }
-
-    /// Gives KV blocks back.
-    pub fn give_kv(&mut self, kv: &mut KvArena, blocks: Vec<Extent>) {
-        self.stats.kv_blocks -= blocks.len() as u64;
-        self.stats.kv_bytes -= blocks.iter().map(|block| block.len() as u64).sum::<u64>();
-        kv.give(blocks);
     }
 }
 

@@ -163,7 +163,9 @@ fn fill(
         _ => format!("its data file cannot be read: {error}"),
     })?;
     if hash.is_none_or(|hash| *blake3::hash(bytes).as_bytes() != hash.0) {
-        return Err(format!("the stored bytes at offset {offset} do not match their hash: the file is damaged"));
+        return Err(format!(
+            "the stored bytes at offset {offset} do not match their hash: the file is damaged"
+        ));
     }
     Ok(())
 }
@@ -234,7 +236,8 @@ mod tests {
                 .into_iter()
                 .map(|vacancy| {
                     let i = vacancy.tensor().key().0 as usize;
-                    let chunks = self.data[i].chunks(CHUNK_BYTES as usize).map(|c| Hash(*blake3::hash(c).as_bytes()));
+                    let chunks =
+                        self.data[i].chunks(CHUNK_BYTES as usize).map(|c| Hash(*blake3::hash(c).as_bytes()));
                     TensorLoad {
                         file: self.path.clone(),
                         offset: self.offsets[i],
@@ -274,18 +277,25 @@ mod tests {
         let tensors = world.load();
         assert!(tensors[0].is_ready() && tensors[2].is_ready());
         let Some(LoadFailure::Failed(message)) = tensors[1].failure() else { panic!("must fail") };
-        assert!(message.contains("t1") && message.contains("hash") && message.contains("deploy"), "{message}");
+        assert!(
+            message.contains("t1") && message.contains("hash") && message.contains("deploy"),
+            "{message}"
+        );
     }
 
     #[test]
     fn truncated_and_missing_files_fail_with_what_to_do() {
         let mut short = world(&[1000, 5000]);
         std::fs::write(&short.path, vec![0; 100]).unwrap();
-        let Some(LoadFailure::Failed(message)) = short.load()[1].failure().cloned() else { panic!("must fail") };
+        let Some(LoadFailure::Failed(message)) = short.load()[1].failure().cloned() else {
+            panic!("must fail")
+        };
         assert!(message.contains("truncated"), "{message}");
         let mut gone = world(&[1000]);
         std::fs::remove_file(&gone.path).unwrap();
-        let Some(LoadFailure::Failed(message)) = gone.load()[0].failure().cloned() else { panic!("must fail") };
+        let Some(LoadFailure::Failed(message)) = gone.load()[0].failure().cloned() else {
+            panic!("must fail")
+        };
         assert!(message.contains("cannot be opened"), "{message}");
     }
 
@@ -301,10 +311,14 @@ mod tests {
         for (i, activation) in [big, small].into_iter().enumerate() {
             let order = order.clone();
             let wake: Wake = Arc::new(move || order.lock().unwrap().push(i));
-            let chunks = world.data[i].chunks(CHUNK_BYTES as usize).map(|c| Hash(*blake3::hash(c).as_bytes()));
+            let chunks =
+                world.data[i].chunks(CHUNK_BYTES as usize).map(|c| Hash(*blake3::hash(c).as_bytes()));
             let vacancy = activation.missing.into_iter().next().unwrap();
             let (file, offset) = (world.path.clone(), world.offsets[i]);
-            store.load(vec![TensorLoad { vacancy, file, offset, chunks: chunks.collect(), name: "t".into() }], &wake);
+            store.load(
+                vec![TensorLoad { vacancy, file, offset, chunks: chunks.collect(), name: "t".into() }],
+                &wake,
+            );
         }
         let deadline = Instant::now() + Duration::from_secs(30);
         while order.lock().unwrap().len() < 2 {

@@ -110,7 +110,8 @@ impl Client {
                 if text.is_empty() || text == b"[DONE]" {
                     continue;
                 }
-                let value: Value = serde_json::from_slice(text).context("the server sent a line that is no JSON")?;
+                let value: Value =
+                    serde_json::from_slice(text).context("the server sent a line that is no JSON")?;
                 if let Some(message) = error_message(&value) {
                     bail!("{message}");
                 }

@@ -104,7 +104,8 @@ impl ServerOptions {
             device_memory,
             threads: self.threads.or(file.threads),
             max_waiting: self.max_waiting.or(file.max_waiting).unwrap_or(DEFAULT_MAX_WAITING),
-            max_body: size(self.max_body, file.max_body, "max-body")?.map_or(DEFAULT_MAX_BODY, |n| n as usize),
+            max_body: size(self.max_body, file.max_body, "max-body")?
+                .map_or(DEFAULT_MAX_BODY, |n| n as usize),
             api_key: self.api_key.or(file.api_key).filter(|key| !key.is_empty()),
         })
     }

@@ -10,7 +10,7 @@ use tangram_checkpoint::Attention;
 use super::buffer::Disjoint;
 use super::elementwise::{NormWeights, prepare_heads};
 use super::kv::{BLOCK_TOKENS, KvView, widen_rows_f32};
-use super::simd::{LANES, Simd, exp, load_partial, store_partial};
+use super::simd::{LANES, Simd, cap_softly, exp, load_partial, store_partial};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
 
@@ -42,6 +42,16 @@ impl Span {
 
     fn last_limit(&self) -> usize {
         self.limit(self.tokens - 1)
+    }
+
+    /// The first position that a token looks at.
+    fn first(&self, token: usize, window: Option<usize>) -> usize {
+        window.map_or(0, |window| self.limit(token).saturating_sub(window))
+    }
+
+    /// The start of the first tile that the span looks at.
+    fn base(&self, window: Option<usize>) -> usize {
+        self.first(0, window) / BLOCK_TOKENS * BLOCK_TOKENS
     }
 }
 
@@ -92,6 +102,17 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Elements per head.
     pub head_dim: usize,
+}
+
+/// How dot products of queries with keys become scores.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoring {
+    /// What they are multiplied with.
+    pub scale: f32,
+    /// A score `s` becomes `cap · tanh(s / cap)`.
+    pub cap: Option<f32>,
+    /// How many positions a token looks at, itself included; at least 1. Only for causal attention.
+    pub window: Option<usize>,
 }
 
 /// Where keys and values are.
@@ -162,10 +183,12 @@ pub fn prepare(
 }
 
 /// Attends: `out` and `queries` are `[rows, heads · head_dim]`, the spans together cover all rows.
+#[expect(clippy::too_many_arguments, reason = "a kernel's operands")]
 pub fn attend(
     isa: Isa,
     pool: &Pool,
     shape: Heads,
+    scoring: Scoring,
     spans: &Spans,
     keys: Keys<'_>,
     queries: &[f32],
@@ -181,15 +204,16 @@ pub fn attend(
         assert!(spans.iter().all(|span| span.row >= span.position), "every sequence is whole");
     }
     let stride = shape.head_dim.next_multiple_of(LANES);
-    let memory = |span: &Span| Memory::new(span.tokens * group, stride, span.last_limit());
+    let seen = |span: &Span| span.last_limit() - span.base(scoring.window);
+    let memory = |span: &Span| Memory::new(span.tokens * group, stride, seen(span));
     let scratch = spans.iter().map(|span| memory(span).total()).max().unwrap_or(0);
-    let work = spans.iter().map(|span| span.tokens * span.last_limit() * group * stride / 2).sum();
+    let work = spans.iter().map(|span| span.tokens * seen(span) * group * stride / 2).sum();
     let out = Disjoint::new(out);
     pool.run(spans.len() * shape.kv_heads, scratch, work, &|task, scratch| {
         let span = spans[task / shape.kv_heads];
         let memory = memory(&span);
         let head = task % shape.kv_heads;
-        isa.dispatch(Attend { shape, span, head, keys, queries, out: &out, memory, scratch });
+        isa.dispatch(Attend { shape, scoring, span, head, keys, queries, out: &out, memory, scratch });
     });
 }
 
@@ -216,6 +240,7 @@ impl Memory {
 /// One key/value head of one span.
 struct Attend<'a> {
     shape: Heads,
+    scoring: Scoring,
     span: Span,
     head: usize,
     keys: Keys<'a>,
@@ -232,6 +257,7 @@ impl Kernel for Attend<'_> {
     fn run<S: Simd>(self, s: S) {
         let Attend {
             shape: Heads { heads, kv_heads, head_dim },
+            scoring: Scoring { scale, cap, window },
             span,
             head,
             keys,
@@ -242,9 +268,12 @@ impl Kernel for Attend<'_> {
         } = self;
         let group = heads / kv_heads;
         let Memory { rows, stride, positions } = memory;
-        let limit = |row: usize| span.limit(row / group);
+        let base = span.base(window);
+        let (limit, first) =
+            (|row: usize| span.limit(row / group), |row: usize| span.first(row / group, window));
+        let sees = |row: usize, tile: usize| tile < limit(row) && first(row) < tile + BLOCK_TOKENS;
         let place = |row: usize| ((span.row + row / group) * heads + head * group + row % group) * head_dim;
-        let scale = s.splat(1.0 / (head_dim as f32).sqrt());
+        let scale = s.splat(scale);
 
         let (query, scratch) = scratch.split_at_mut(rows * stride);
         let (sums, scratch) = scratch.split_at_mut(rows * stride);
@@ -258,29 +287,36 @@ impl Kernel for Attend<'_> {
             query[row * stride + head_dim..(row + 1) * stride].fill(0.0);
         }
 
-        for start in (0..span.last_limit()).step_by(BLOCK_TOKENS) {
+        for start in (base..span.last_limit()).step_by(BLOCK_TOKENS) {
             load_tile(s, keys, span, start, false, head, kv_heads, head_dim, tile);
-            for row in (0..rows).filter(|&row| start < limit(row)) {
+            for row in (0..rows).filter(|&row| sees(row, start)) {
                 let query = &query[row * stride..(row + 1) * stride];
-                let scores = &mut scores[row * positions + start..row * positions + start + BLOCK_TOKENS];
+                let from = row * positions + start - base;
+                let scores = &mut scores[from..from + BLOCK_TOKENS];
                 for half in 0..BLOCK_TOKENS / LANES {
                     let dots = dots(s, query, &tile[half * LANES * stride..(half + 1) * LANES * stride]);
+                    let mut score = s.mul(dots, scale);
+                    if let Some(cap) = cap {
+                        score = cap_softly(s, score, cap);
+                    }
                     // SAFETY: a tile of scores has two vectors.
-                    unsafe { s.store(scores.as_mut_ptr().add(half * LANES), s.mul(dots, scale)) };
+                    unsafe { s.store(scores.as_mut_ptr().add(half * LANES), score) };
                 }
             }
         }
         for row in 0..rows {
-            let scores = &mut scores[row * positions..row * positions + limit(row)];
+            let scores = &mut scores[row * positions..(row + 1) * positions];
+            let scores = &mut scores[first(row) - base..limit(row) - base];
             // The weights stay unnormalised; their sum is divided out of the result at the end.
             query[row * stride] = softmax(s, scores);
         }
-        for start in (0..span.last_limit()).step_by(BLOCK_TOKENS) {
+        for start in (base..span.last_limit()).step_by(BLOCK_TOKENS) {
             load_tile(s, keys, span, start, true, head, kv_heads, head_dim, tile);
-            for row in (0..rows).filter(|&row| start < limit(row)) {
-                let count = BLOCK_TOKENS.min(limit(row) - start);
-                let weights = &scores[row * positions + start..row * positions + start + count];
-                add_values(s, weights, tile, &mut sums[row * stride..(row + 1) * stride]);
+            for row in (0..rows).filter(|&row| sees(row, start)) {
+                let (from, to) = (start.max(first(row)), limit(row).min(start + BLOCK_TOKENS));
+                let weights = &scores[row * positions + from - base..row * positions + to - base];
+                let values = &tile[(from - start) * stride..];
+                add_values(s, weights, values, &mut sums[row * stride..(row + 1) * stride]);
             }
         }
         for row in 0..rows {

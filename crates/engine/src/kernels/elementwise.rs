@@ -4,11 +4,11 @@
 //! the same vector code, padded. Sums over a row have the order of additions of [`super::matmul`].
 #![allow(unsafe_code)]
 
-use tangram_checkpoint::Norm;
+use tangram_checkpoint::{Mlp, Norm};
 
 use super::buffer::Disjoint;
 use super::format::GROUP;
-use super::simd::{LANES, PARTS, Simd, exp, load_partial, store_partial};
+use super::simd::{LANES, PARTS, Simd, cap_softly, exp, load_partial, store_partial};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
 
@@ -127,6 +127,28 @@ impl Pairwise for Add {
     }
 }
 
+/// x + y · scale.
+#[derive(Clone, Copy)]
+struct AddScaled(f32);
+
+impl Pairwise for AddScaled {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V, y: S::V) -> S::V {
+        s.fma(y, s.splat(self.0), x)
+    }
+}
+
+/// gelu(gate) · up by the tanh approximation.
+#[derive(Clone, Copy)]
+struct GeluTanhTimes;
+
+impl Pairwise for GeluTanhTimes {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, gate: S::V, up: S::V) -> S::V {
+        s.mul(GeluTanh.apply(s, gate), up)
+    }
+}
+
 /// silu(gate) · up.
 #[derive(Clone, Copy)]
 struct SiluTimes;
@@ -167,17 +189,47 @@ impl Kernel for NormRow<'_> {
     }
 }
 
-/// `gate = silu(gate) · up`, element by element.
-pub fn silu_mul(isa: Isa, pool: &Pool, gate: &mut [f32], up: &[f32]) {
-    assert_eq!(gate.len(), up.len());
-    for_elements(pool, gate, |start, gate| {
-        isa.dispatch(SiluMul { up: &up[start..start + gate.len()], gate });
+/// `gate = activation(gate) · up`, element by element, with the activation of a gated `mlp`.
+pub fn activate_gate(isa: Isa, pool: &Pool, mlp: Mlp, gate: &mut [f32], up: &[f32]) {
+    match mlp {
+        Mlp::GatedGeluTanh => update_all(isa, pool, gate, up, GeluTanhTimes),
+        _ => update_all(isa, pool, gate, up, SiluTimes),
+    }
+}
+
+/// The activation of an `mlp` without a gate, in place.
+pub fn activate(isa: Isa, pool: &Pool, mlp: Mlp, x: &mut [f32]) {
+    match mlp {
+        Mlp::Relu => map_all(isa, pool, x, Relu),
+        Mlp::GeluTanh => map_all(isa, pool, x, GeluTanh),
+        _ => map_all(isa, pool, x, Gelu),
+    }
+}
+
+/// Replaces every element by `cap · tanh(element / cap)`.
+pub fn cap(isa: Isa, pool: &Pool, cap: f32, x: &mut [f32]) {
+    map_all(isa, pool, x, Cap(cap));
+}
+
+/// `x += y`, element by element.
+pub fn add(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32]) {
+    update_all(isa, pool, x, y, Add);
+}
+
+/// `x[row] += y · weight` for one row of `x` (as wide as `y`).
+pub fn add_scaled(isa: Isa, x: &mut [f32], y: &[f32], weight: f32) {
+    isa.dispatch(Update { x, y, f: AddScaled(weight) });
+}
+
+fn update_all<F: Pairwise + Sync>(isa: Isa, pool: &Pool, x: &mut [f32], y: &[f32], f: F) {
+    assert_eq!(x.len(), y.len());
+    for_elements(pool, x, |start, x| {
+        isa.dispatch(Update { y: &y[start..start + x.len()], x, f });
     });
 }
 
-/// The exact GELU, `x/2 · (1 + erf(x/√2))`, in place.
-pub fn gelu(isa: Isa, pool: &Pool, x: &mut [f32]) {
-    for_elements(pool, x, |_, x| isa.dispatch(Gelu { x }));
+fn map_all<F: Single + Sync>(isa: Isa, pool: &Pool, x: &mut [f32], f: F) {
+    for_elements(pool, x, |_, x| isa.dispatch(Map { x, f }));
 }
 
 /// Shares out the elements of `data`: `body(first element, elements)`.
@@ -191,42 +243,96 @@ fn for_elements(pool: &Pool, data: &mut [f32], body: impl Fn(usize, &mut [f32]) 
     });
 }
 
-struct SiluMul<'a> {
-    gate: &'a mut [f32],
-    up: &'a [f32],
+struct Update<'a, F> {
+    x: &'a mut [f32],
+    y: &'a [f32],
+    f: F,
 }
 
-impl Kernel for SiluMul<'_> {
+impl<F: Pairwise> Kernel for Update<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        update(s, self.gate, self.up, SiluTimes);
+        update(s, self.x, self.y, self.f);
     }
 }
 
-struct Gelu<'a> {
-    x: &'a mut [f32],
+/// A function of one vector; see [`Pairwise`].
+trait Single: Copy {
+    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V;
 }
 
-impl Kernel for Gelu<'_> {
+struct Map<'a, F> {
+    x: &'a mut [f32],
+    f: F,
+}
+
+impl<F: Single> Kernel for Map<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let x = self.x;
+        let Map { x, f } = self;
         let (whole, tail) = (x.len() / LANES, x.len() % LANES);
         let x = x.as_mut_ptr();
         // SAFETY: all offsets are below the length.
         unsafe {
             for i in 0..whole {
-                s.store(x.add(i * LANES), gelu_vector(s, s.load(x.add(i * LANES))));
+                s.store(x.add(i * LANES), f.apply(s, s.load(x.add(i * LANES))));
             }
             if tail > 0 {
                 let x = x.add(whole * LANES);
-                store_partial(s, x, gelu_vector(s, load_partial(s, x, tail)), tail);
+                store_partial(s, x, f.apply(s, load_partial(s, x, tail)), tail);
             }
         }
+    }
+}
+
+/// max(x, 0); NaN stays.
+#[derive(Clone, Copy)]
+struct Relu;
+
+impl Single for Relu {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+        s.max(s.splat(0.0), x)
+    }
+}
+
+/// cap · tanh(x / cap).
+#[derive(Clone, Copy)]
+struct Cap(f32);
+
+impl Single for Cap {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+        cap_softly(s, x, self.0)
+    }
+}
+
+/// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`, which is `x / (1 + e^−2u)` with the argument `u` of the tangent.
+#[derive(Clone, Copy)]
+struct GeluTanh;
+
+impl Single for GeluTanh {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+        let one = s.splat(1.0);
+        let factor = s.fma(s.mul(x, x), s.splat(0.044_715), one);
+        let minus_twice = s.mul(s.mul(x, factor), s.splat(-1.595_769_1));
+        s.div(x, s.add(one, exp(s, minus_twice)))
+    }
+}
+
+/// The exact GELU, `x/2 · (1 + erf(x/√2))`.
+#[derive(Clone, Copy)]
+struct Gelu;
+
+impl Single for Gelu {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+        gelu_vector(s, x)
     }
 }
 

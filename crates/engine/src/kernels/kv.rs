@@ -5,6 +5,8 @@
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
 
 use tangram_device::Extent;
 
@@ -64,9 +66,25 @@ impl KvShape {
     }
 }
 
+/// The KV blocks of one sequence in the order of its tokens: full ones that it shares with other sequences and that
+/// nobody writes any more, then its own.
+pub struct KvBlocks<'a> {
+    /// Full blocks of a common prefix.
+    pub shared: &'a [Arc<Extent>],
+    /// Blocks that only this sequence has.
+    pub own: &'a mut [Extent],
+}
+
+impl<'a> From<&'a mut [Extent]> for KvBlocks<'a> {
+    fn from(own: &'a mut [Extent]) -> Self {
+        KvBlocks { shared: &[], own }
+    }
+}
+
 struct Block(*mut u8);
 
-// SAFETY: a block is only accessed through a `KvView`, which borrows its extent exclusively.
+// SAFETY: a block is only accessed through a `KvView`, which borrows own extents exclusively and never writes shared
+// ones (checked by `KvTable::bind`).
 unsafe impl Send for Block {}
 // SAFETY: as above.
 unsafe impl Sync for Block {}
@@ -85,6 +103,11 @@ pub enum KvProblem {
     },
     /// An extent is shorter than a block.
     Short {
+        /// Which chunk.
+        chunk: usize,
+    },
+    /// The chunk would write into blocks that the sequence shares with others.
+    Shared {
         /// Which chunk.
         chunk: usize,
     },
@@ -112,27 +135,38 @@ pub struct KvView<'a> {
 }
 
 impl KvTable {
-    /// Borrows the blocks of every chunk. `tokens` gives, per chunk, how many tokens its blocks must hold.
+    /// Borrows the blocks of every chunk. `tokens` gives, per chunk, the positions that it writes.
     ///
     /// # Errors
-    /// [`KvProblem`] if blocks are missing, short or out of the processor's reach.
+    /// [`KvProblem`] if blocks are missing, short, out of the processor's reach, or shared where they are written.
     pub fn bind<'a>(
         &'a mut self,
         shape: KvShape,
-        kv: &'a mut [&mut [Extent]],
-        tokens: impl Iterator<Item = usize>,
+        kv: &'a mut [KvBlocks<'_>],
+        tokens: impl Iterator<Item = Range<usize>>,
     ) -> Result<KvView<'a>, KvProblem> {
         self.blocks.clear();
         self.first.clear();
         let bytes = shape.block_bytes().unwrap_or(usize::MAX);
-        for (chunk, (extents, tokens)) in kv.iter_mut().zip(tokens).enumerate() {
-            let needed = tokens.div_ceil(BLOCK_TOKENS);
-            let given = extents.len();
-            let Some(extents) = extents.get_mut(..needed) else {
+        for (chunk, (KvBlocks { shared, own }, tokens)) in kv.iter_mut().zip(tokens).enumerate() {
+            let needed = tokens.end.div_ceil(BLOCK_TOKENS);
+            let given = shared.len() + own.len();
+            if given < needed {
                 return Err(KvProblem::TooFew { chunk, needed, given });
-            };
+            }
+            if tokens.start < shared.len() * BLOCK_TOKENS {
+                return Err(KvProblem::Shared { chunk });
+            }
             self.first.push(self.blocks.len());
-            for extent in extents {
+            for extent in *shared {
+                let memory = extent.host_bytes().ok_or(KvProblem::NotHost { chunk })?;
+                if memory.len() < bytes {
+                    return Err(KvProblem::Short { chunk });
+                }
+                // Only read: the chunk's tokens, which alone are written, lie behind all shared blocks.
+                self.blocks.push(Block(memory.as_ptr().cast_mut()));
+            }
+            for extent in own.iter_mut().take(needed - shared.len()) {
                 let memory = extent.host_bytes_mut().ok_or(KvProblem::NotHost { chunk })?;
                 if memory.len() < bytes {
                     return Err(KvProblem::Short { chunk });

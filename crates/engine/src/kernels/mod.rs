@@ -15,6 +15,7 @@ pub mod elementwise;
 mod format;
 pub mod kv;
 pub mod matmul;
+pub mod routing;
 mod simd;
 
 pub use buffer::Buffer;

@@ -353,3 +353,29 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let p = s.add(s.fma(p, s.mul(r, r), r), s.splat(1.0));
     s.keep_from(x, s.splat(LOWEST), s.mul(p, s.pow2(n)))
 }
+
+/// The hyperbolic tangent to a few units in the last place: an odd polynomial for small arguments (Cephes' `tanhf`),
+/// `1 − 2 / (e^2|x| + 1)` beyond. NaN for NaN.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
+    let one = s.splat(1.0);
+    let size = s.abs(x);
+    let power = exp(s, s.add(size, size));
+    let large = s.sub(one, s.div(s.splat(2.0), s.add(power, one)));
+    let square = s.mul(x, x);
+    let mut p = s.splat(-5.704_988e-3);
+    for c in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+        p = s.fma(p, square, s.splat(c));
+    }
+    let small = s.fma(s.mul(p, square), size, size);
+    let bound = s.splat(0.625);
+    // small − small + large where the argument is large.
+    let value = s.add(s.sub(small, s.keep_from(size, bound, small)), s.keep_from(size, bound, large));
+    s.copysign(value, x)
+}
+
+/// `cap · tanh(x / cap)`.
+#[inline(always)]
+pub(crate) fn cap_softly<S: Simd>(s: S, x: S::V, cap: f32) -> S::V {
+    s.mul(tanh(s, s.div(x, s.splat(cap))), s.splat(cap))
+}

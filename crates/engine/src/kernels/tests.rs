@@ -4,12 +4,14 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
-use tangram_checkpoint::{Attention, DType, Norm};
+use tangram_checkpoint::{Attention, DType, Mlp, Norm};
 
-use super::attention::{Heads, Keys, Preparation, Spans, attend, prepare};
-use super::elementwise::{NormWeights, gelu, length, normalise, normalise_in_place, silu_mul};
+use super::attention::{Heads, Keys, Preparation, Scoring, Spans, attend, prepare};
+use super::elementwise::{
+    NormWeights, activate, activate_gate, add, add_scaled, cap, length, normalise, normalise_in_place,
+};
 use super::matmul::{Linear, matmul};
-use super::simd::{LANES, Scalar, Simd, exp};
+use super::simd::{LANES, Scalar, Simd, exp, tanh};
 use super::{Buffer, Isa, Kernel, dequantise_row};
 use crate::pool::Pool;
 
@@ -192,6 +194,34 @@ fn exp_is_accurate_and_bounded() {
 }
 
 #[test]
+fn tanh_is_accurate_and_bounded() {
+    struct Tanh<'a>(&'a mut [f32; 8]);
+    impl Kernel for Tanh<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            // SAFETY: eight lanes.
+            unsafe { s.store(self.0.as_mut_ptr(), tanh(s, s.load(self.0.as_ptr()))) }
+        }
+    }
+    for isa in Isa::available() {
+        for i in 1..20_000i32 {
+            let x = (i as f32 * 1e-3).powi(2) * 0.1;
+            let mut lanes = [x, -x, 0.0, -0.0, 0.0, 0.0, 0.0, 0.0];
+            isa.dispatch(Tanh(&mut lanes));
+            let expected = f64::from(x).tanh();
+            assert!((f64::from(lanes[0]) / expected - 1.0).abs() < 4e-7, "{x}: {} {expected}", lanes[0]);
+            assert_eq!((lanes[1], lanes[2].to_bits(), lanes[3].to_bits()), (-lanes[0], 0, 1 << 31));
+        }
+        let mut lanes = [f32::INFINITY, f32::NEG_INFINITY, 1e30, 0.625, -0.625, f32::NAN, 100.0, 9.0];
+        isa.dispatch(Tanh(&mut lanes));
+        assert_eq!(lanes[..3], [1.0, -1.0, 1.0]);
+        assert!((lanes[3] - 0.554_599_7).abs() < 1e-6 && lanes[3] == -lanes[4] && lanes[5].is_nan());
+    }
+}
+
+#[test]
 fn a_token_has_the_same_product_in_every_company() {
     for isa in Isa::available() {
         let mut random = Random::new(2);
@@ -362,27 +392,35 @@ proptest! {
     }
 
     #[test]
-    fn activations_are_right_at_every_place(len in 1usize..70, seed: u64) {
+    fn activations_are_right_at_every_place(len in 1usize..70, limit in 0.5f32..60.0, seed: u64) {
         let mut random = Random::new(seed);
         let x: Vec<f32> = random.values(len).iter().map(|x| x * 5.0).collect();
         let up = random.values(len);
         let pool = Pool::new(1);
+        type Function<'a> = (&'a dyn Fn(Isa, &mut [f32], &[f32]), &'a dyn Fn(f64, f64) -> f64);
+        let gelu = |x: f64| x * 0.5 * (1.0 + erf(x / std::f64::consts::SQRT_2));
+        let gelu_tanh = |x: f64| x * 0.5 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+        let functions: [Function<'_>; 8] = [
+            (&|isa, x, up| activate_gate(isa, &pool, Mlp::GatedSilu, x, up), &|x, up| x / (1.0 + (-x).exp()) * up),
+            (&|isa, x, up| activate_gate(isa, &pool, Mlp::GatedGeluTanh, x, up), &|x, up| gelu_tanh(x) * up),
+            (&|isa, x, _| activate(isa, &pool, Mlp::Gelu, x), &|x, _| gelu(x)),
+            (&|isa, x, _| activate(isa, &pool, Mlp::GeluTanh, x), &|x, _| gelu_tanh(x)),
+            (&|isa, x, _| activate(isa, &pool, Mlp::Relu, x), &|x, _| x.max(0.0)),
+            (&|isa, x, _| cap(isa, &pool, limit, x), &|x, _| f64::from(limit) * (x / f64::from(limit)).tanh()),
+            (&|isa, x, up| add(isa, &pool, x, up), &|x, up| x + up),
+            (&|isa, x, up| add_scaled(isa, x, up, limit), &|x, up| x + up * f64::from(limit)),
+        ];
         for isa in Isa::available() {
-            let mut silu = x.clone();
-            silu_mul(isa, &pool, &mut silu, &up);
-            let mut gelued = x.clone();
-            gelu(isa, &pool, &mut gelued);
-            for i in 0..len {
-                let wide = f64::from(x[i]);
-                prop_assert!(close(silu[i], wide / (1.0 + (-wide).exp()) * f64::from(up[i]), 1.0 + wide.abs()));
-                let phi = 0.5 * (1.0 + erf(wide / std::f64::consts::SQRT_2));
-                prop_assert!(close(gelued[i], wide * phi, 1.0 + wide.abs()), "{} {}", gelued[i], wide * phi);
-                let mut alone = [x[i]];
-                silu_mul(isa, &pool, &mut alone, &up[i..=i]);
-                prop_assert_eq!(alone[0].to_bits(), silu[i].to_bits());
-                alone[0] = x[i];
-                gelu(isa, &pool, &mut alone);
-                prop_assert_eq!(alone[0].to_bits(), gelued[i].to_bits());
+            for (number, (function, expected)) in functions.iter().enumerate() {
+                let mut found = x.clone();
+                function(isa, &mut found, &up);
+                for i in 0..len {
+                    let expected = expected(f64::from(x[i]), f64::from(up[i]));
+                    prop_assert!(close(found[i], expected, 1.0 + expected.abs()), "{} {} {}", number, found[i], expected);
+                    let mut alone = [x[i]];
+                    function(isa, &mut alone, &up[i..=i]);
+                    prop_assert_eq!(alone[0].to_bits(), found[i].to_bits());
+                }
             }
             let expected = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
             prop_assert!(close(length(isa, &x), expected, expected));
@@ -398,6 +436,8 @@ proptest! {
         lengths in prop::collection::vec(1usize..50, 1..4),
         causal: bool,
         normed: bool,
+        window in prop::option::of(1usize..40),
+        limit in prop::option::of(0.5f32..20.0),
         isa in prop::sample::select(Isa::available()),
         seed: u64,
     ) {
@@ -425,7 +465,9 @@ proptest! {
         let preparation = Preparation { query_norm: norm, key_norm: norm, angles: &table, half };
         prepare(isa, &pool, shape, preparation, &spans, None, &mut query, &mut key, &values);
         let mut out = vec![0.0; query.len()];
-        attend(isa, &pool, shape, &spans, Keys::Fresh(&key, &values), &query, &mut out);
+        let window = window.filter(|_| causal);
+        let scoring = Scoring { scale: 1.0 / (head_dim as f32).sqrt(), cap: limit, window };
+        attend(isa, &pool, shape, scoring, &spans, Keys::Fresh(&key, &values), &query, &mut out);
 
         let ready = |x: &[f32], row: usize, heads: usize, head: usize| -> Vec<f64> {
             let start = (row * heads + head) * head_dim;
@@ -447,16 +489,21 @@ proptest! {
                 for head in 0..shape.heads {
                     let q = ready(&queries, first + token, shape.heads, head);
                     let seen = if causal { token + 1 } else { tokens };
-                    let weights: Vec<f64> = (0..seen)
+                    let hidden = window.map_or(0, |window| seen.saturating_sub(window));
+                    let weights: Vec<f64> = (hidden..seen)
                         .map(|position| {
                             let k = ready(&keys, first + position, kv_heads, head / group);
                             let dot: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
-                            (dot / (head_dim as f64).sqrt()).exp()
+                            let score = dot / (head_dim as f64).sqrt();
+                            match limit.map(f64::from) {
+                                Some(cap) => (cap * (score / cap).tanh()).exp(),
+                                None => score.exp(),
+                            }
                         })
                         .collect();
                     for i in 0..head_dim {
                         let value = |p: usize| f64::from(values[((first + p) * kv_heads + head / group) * head_dim + i]);
-                        let sum: f64 = weights.iter().enumerate().map(|(p, w)| w * value(p)).sum();
+                        let sum: f64 = weights.iter().zip(hidden..).map(|(w, p)| w * value(p)).sum();
                         let expected = sum / weights.iter().sum::<f64>();
                         let found = out[((first + token) * shape.heads + head) * head_dim + i];
                         prop_assert!(close(found, expected, 10.0), "{} {}", found, expected);

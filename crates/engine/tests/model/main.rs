@@ -10,7 +10,7 @@ use support::{Blocks, Sample, reference_embedding, reference_logits, sample, spe
 use tangram_checkpoint::{DType, LayerRole, Output, Pooling, Role};
 use tangram_device::Extent;
 use tangram_engine::kernels::Isa;
-use tangram_engine::{Chunk, Executor, LogitRows, Model, ModelError, PassError, TensorDesc};
+use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, ModelError, PassError, TensorDesc};
 
 const DECODERS: [&str; 3] = ["llama", "qwen2", "qwen3"];
 
@@ -23,7 +23,7 @@ fn step(
     executor: &Executor,
     sample: &Sample,
     batch: &[Chunk<'_>],
-    kv: &mut [&mut [Extent]],
+    kv: &mut [KvBlocks<'_>],
 ) -> Result<Vec<Vec<f32>>, PassError> {
     let mut pass = executor.begin(&sample.model, batch)?;
     assert!(executor.advance(&mut pass, &sample.model, sample, kv, usize::MAX)?);
@@ -39,7 +39,9 @@ fn in_chunks(executor: &Executor, sample: &Sample, tokens: &[u32], sizes: &[usiz
     let mut position = 0;
     for &size in sizes {
         let chunk = Chunk { tokens: &tokens[position..position + size], position, logits: LogitRows::All };
-        logits.extend(step(executor, sample, &[chunk], &mut [&mut blocks]).expect("logits").remove(0));
+        logits.extend(
+            step(executor, sample, &[chunk], &mut [blocks.as_mut_slice().into()]).expect("logits").remove(0),
+        );
         position += size;
     }
     assert_eq!(position, tokens.len());
@@ -122,7 +124,7 @@ fn stages_one_by_one_change_nothing() {
         let mut pass = executor.begin(&sample.model, &[chunk]).expect("a pass");
         let stages = sample.model.spec().stages();
         for ready in 0..=stages {
-            let kv: &mut [&mut [Extent]] = &mut [&mut blocks];
+            let kv: &mut [KvBlocks<'_>] = &mut [blocks.as_mut_slice().into()];
             let done = executor.advance(&mut pass, &sample.model, &sample, kv, ready).expect("success");
             assert_eq!((pass.stage(), done), (ready, ready == stages));
         }
@@ -154,7 +156,9 @@ fn only_tensors_of_ready_stages_are_read() {
     let mut pass = executor.begin(&sample.model, &[chunk]).expect("a pass");
     for ready in 1..=spec.stages() {
         let guarded = Guarded(&sample, std::sync::Mutex::default());
-        executor.advance(&mut pass, &sample.model, &guarded, &mut [&mut blocks], ready).expect("success");
+        executor
+            .advance(&mut pass, &sample.model, &guarded, &mut [blocks.as_mut_slice().into()], ready)
+            .expect("success");
         let read = guarded.1.into_inner().expect("no panic");
         assert!(!read.is_empty());
         assert!(read.iter().all(|&index| spec.stage(roles[index]) < ready));
@@ -209,7 +213,7 @@ proptest! {
         for now in 0usize..12 {
             let mut who = Vec::new();
             let mut batch = Vec::new();
-            let mut kv: Vec<&mut [Extent]> = Vec::new();
+            let mut kv: Vec<KvBlocks<'_>> = Vec::new();
             for (index, sequence) in sequences.iter_mut().enumerate() {
                 let Some(&size) = now.checked_sub(sequence.start).and_then(|step| sequence.sizes.get(step)) else {
                     continue;
@@ -218,7 +222,7 @@ proptest! {
                 sequence.position += size;
                 let tokens = &sequence.tokens[position..position + size];
                 batch.push(Chunk { tokens, position, logits: LogitRows::Last });
-                kv.push(&mut sequence.blocks);
+                kv.push(sequence.blocks.as_mut_slice().into());
                 who.push((index, position + size - 1));
             }
             if !batch.is_empty() {
@@ -247,11 +251,19 @@ fn logit_rows_are_what_was_asked_for() {
     let (mut a, mut b, mut c) = (source.take(9), source.take(9), source.take(9));
     let rows = [LogitRows::All, LogitRows::None, LogitRows::Last];
     let batch = rows.map(|logits| Chunk { tokens: &text, position: 0, logits });
-    let logits = step(&executor, &sample, &batch, &mut [&mut a, &mut b, &mut c]).expect("logits");
+    let logits = step(
+        &executor,
+        &sample,
+        &batch,
+        &mut [a.as_mut_slice().into(), b.as_mut_slice().into(), c.as_mut_slice().into()],
+    )
+    .expect("logits");
     assert_eq!((logits[0].len(), logits[1].len(), logits[2].len()), (9 * 67, 0, 67));
     assert_eq!(logits[0][8 * 67..], logits[2]);
     let silent = [Chunk { logits: LogitRows::None, ..batch[0] }];
-    assert!(step(&executor, &sample, &silent, &mut [&mut a]).expect("success")[0].is_empty());
+    assert!(
+        step(&executor, &sample, &silent, &mut [a.as_mut_slice().into()]).expect("success")[0].is_empty()
+    );
     assert!(sample.model.scratch_bytes(9, 9) > sample.model.scratch_bytes(9, 1));
 }
 
@@ -277,22 +289,23 @@ fn bad_steps_are_refused() {
 
     let text = tokens(17, 8);
     let batch = [Chunk { tokens: &text, position: 0, logits: LogitRows::Last }];
-    let refused = |kv: &mut [&mut [Extent]]| step(&executor, &sample, &batch, kv).err();
+    let refused = |kv: &mut [KvBlocks<'_>]| step(&executor, &sample, &batch, kv).err();
     assert_eq!(refused(&mut []), Some(PassError::KvCount { chunks: 1, given: 0 }));
     let mut blocks = Blocks::new(&sample.model).take(17);
-    assert!(matches!(refused(&mut [&mut blocks[..1]]), Some(PassError::Kv(_))));
+    assert!(matches!(refused(&mut [blocks[..1].as_mut().into()]), Some(PassError::Kv(_))));
     let short = blocks[1].split_off(16);
-    assert!(matches!(refused(&mut [&mut blocks]), Some(PassError::Kv(_))));
+    assert!(matches!(refused(&mut [blocks.as_mut_slice().into()]), Some(PassError::Kv(_))));
     blocks[1].join(short);
-    assert_eq!(refused(&mut [&mut blocks]), None);
+    assert_eq!(refused(&mut [blocks.as_mut_slice().into()]), None);
 
     let mut pass = executor.begin(&sample.model, &batch).expect("a pass");
-    let other = executor.advance(&mut pass, &bert.model, &bert, &mut [&mut blocks], 1);
+    let other = executor.advance(&mut pass, &bert.model, &bert, &mut [blocks.as_mut_slice().into()], 1);
     assert_eq!(other, Err(PassError::OtherModel));
     let mut damaged = support::sample(spec("llama"), DType::F32, 8);
     damaged.bytes[0].pop();
     let mut pass = executor.begin(&damaged.model, &batch).expect("a pass");
-    let result = executor.advance(&mut pass, &damaged.model, &damaged, &mut [&mut blocks], 1);
+    let result =
+        executor.advance(&mut pass, &damaged.model, &damaged, &mut [blocks.as_mut_slice().into()], 1);
     assert!(matches!(result, Err(PassError::TensorBytes { index: 0, .. })));
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 use tangram_device::Extent;
 use tangram_engine::sampling::{Sampler, SamplingParams};
-use tangram_engine::{Chunk, Executor, LogitRows, Model, TensorDesc, Weights};
+use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, TensorDesc, Weights};
 
 use crate::support::Blocks;
 
@@ -68,7 +68,8 @@ fn check(family: &str) {
             .map(|(text, &position)| Chunk { tokens: &text[position..], position, logits: LogitRows::Last })
             .collect();
         let mut pass = executor.begin(&model, &batch).expect("a pass");
-        let mut kv: Vec<&mut [Extent]> = blocks.iter_mut().map(Vec::as_mut_slice).collect();
+        let mut kv: Vec<KvBlocks<'_>> =
+            blocks.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
         assert!(executor.advance(&mut pass, &model, &weights, &mut kv, usize::MAX).expect("success"));
         for (index, text) in texts.iter_mut().enumerate() {
             let token = sampler.sample(pass.logits_mut(index)).expect("a token").token;
@@ -86,7 +87,11 @@ fn check(family: &str) {
         let batch = [Chunk { tokens: &texts[index], position: 0, logits: LogitRows::Last }];
         let mut own = Blocks::new(&model).take(texts[index].len());
         let mut pass = executor.begin(&model, &batch).expect("a pass");
-        assert!(executor.advance(&mut pass, &model, &weights, &mut [&mut own], usize::MAX).expect("success"));
+        assert!(
+            executor
+                .advance(&mut pass, &model, &weights, &mut [own.as_mut_slice().into()], usize::MAX)
+                .expect("success")
+        );
         let after = pass.logits(0);
         for expected in prompt["last_logits_top"].as_array().expect("logits") {
             let token = expected[0].as_u64().expect("an id") as u32;
@@ -98,22 +103,29 @@ fn check(family: &str) {
     }
 }
 
-#[test]
-fn llama() {
-    check("llama");
+macro_rules! families {
+    ($($name:ident: $directory:literal,)*) => {
+        $(
+            #[test]
+            fn $name() {
+                check($directory);
+            }
+        )*
+    };
 }
 
-#[test]
-fn llama_with_stretched_context() {
-    check("llama3rope");
-}
-
-#[test]
-fn qwen2() {
-    check("qwen2");
-}
-
-#[test]
-fn qwen3() {
-    check("qwen3");
+families! {
+    gemma2: "gemma2",
+    gemma3: "gemma3",
+    gpt2: "gpt2",
+    gpt_neox: "gptneox",
+    llama: "llama",
+    llama_with_stretched_context: "llama3rope",
+    mistral: "mistral",
+    mixtral: "mixtral",
+    opt: "opt",
+    phi3: "phi3",
+    qwen2: "qwen2",
+    qwen3: "qwen3",
+    qwen3_moe: "qwen3moe",
 }

@@ -48,6 +48,7 @@ pub(crate) fn spec(family: &str) -> ModelSpec {
         mlp: Mlp::GatedSilu,
         attention: Attention::Causal,
         output: Output::Logits { tied: false },
+        ..ModelSpec::default()
     };
     match family {
         "llama" => ModelSpec {

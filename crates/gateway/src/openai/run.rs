@@ -228,6 +228,8 @@ impl Run {
             prefill: all.prefill.max(one.prefill),
             decode: all.decode.max(one.decode),
             first_token: all.first_token.max(one.first_token),
+            // Choices of one prompt find what the first of them computed; no more than the prompt can be cached.
+            cached_tokens: (all.cached_tokens + one.cached_tokens).min(self.prompt_tokens as u64),
             bytes_loaded: all.bytes_loaded + one.bytes_loaded,
             bytes_reused: all.bytes_reused + one.bytes_reused,
         })

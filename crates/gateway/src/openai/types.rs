@@ -26,7 +26,7 @@ impl Usage {
             prompt_tokens,
             completion_tokens: Some(completion_tokens),
             total_tokens: prompt_tokens + completion_tokens,
-            prompt_tokens_details: Some(PromptTokensDetails { cached_tokens: 0 }),
+            prompt_tokens_details: Some(PromptTokensDetails { cached_tokens: timing.cached_tokens as usize }),
             tangram: TimingReport::new(timing),
         }
     }

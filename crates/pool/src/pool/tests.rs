@@ -124,18 +124,18 @@ fn kv_pushes_out_idle_weights_but_never_leased_ones_and_weights_never_push_out_k
     let mut world = World::new(4);
     let a = world.model(&[entry(1, "a", 0, 2 * PAGE)]);
     let b = world.model(&[entry(2, "b", 0, 2 * PAGE)]);
-    let mut kv = KvArena::reserve(world.pool.memory().clone(), PAGE).unwrap();
+    let kv = world.pool.add_kv(PAGE).unwrap();
     let (lease_a, _) = world.load(&a);
     let (lease_b, _) = world.load(&b);
-    assert!(world.pool.take_kv(&mut kv).is_err(), "everything is leased");
+    assert!(world.pool.take_kv(kv).is_err(), "everything is leased");
     world.pool.release(lease_b);
-    let mut blocks = vec![world.pool.take_kv(&mut kv).unwrap()];
+    let mut blocks = vec![world.pool.take_kv(kv).unwrap()];
     assert_eq!(world.pool.resident_bytes(&b), 0);
     blocks[0].host_bytes_mut().unwrap().fill(7);
     assert!(world.activate(&b).is_err(), "one page is free, two are needed, and KV in use is not evictable");
     assert!(blocks[0].host_bytes().unwrap().iter().all(|&byte| byte == 7));
     world.check(&lease_a);
-    world.pool.give_kv(&mut kv, blocks);
+    world.pool.give_kv(kv, blocks);
     assert_eq!(world.pool.stats().kv_bytes, 0);
     assert!(world.activate(&b).is_ok());
 }
@@ -219,7 +219,7 @@ proptest! {
     fn the_pool_keeps_every_leased_byte(
         sizes in proptest::collection::vec(1usize..3 * PAGE, 12),
         models in proptest::collection::vec(proptest::collection::btree_set(0usize..12, 1..6), 6),
-        steps in proptest::collection::vec((0u8..6, any::<proptest::sample::Index>()), 1..120),
+        steps in proptest::collection::vec((0u8..9, any::<proptest::sample::Index>()), 1..120),
     ) {
         let mut world = World::new(14);
         world.pool.record_events();
@@ -233,9 +233,12 @@ proptest! {
             let entries: Vec<_> = model.iter().map(|&i| entries[i].clone()).collect();
             world.model(&entries)
         }).collect();
-        let mut kv = KvArena::reserve(world.pool.memory().clone(), 1500).unwrap();
+        let kv = world.pool.add_kv(1500).unwrap();
         let mut leases: Vec<Lease> = Vec::new();
         let mut blocks: Vec<(Extent, u8)> = Vec::new();
+        // Sequences that share prefixes: block `i` of any sequence holds the byte `i + 1`.
+        let mut prefixes: Vec<crate::Prefix> = Vec::new();
+        let hashes: Vec<crate::BlockHash> = (0..6).map(|i| [i; 32]).collect();
         for (step, (action, index)) in steps.into_iter().enumerate() {
             match action {
                 0..=2 => if let Ok(activation) = world.activate(&keys[index.index(keys.len())]) {
@@ -249,16 +252,35 @@ proptest! {
                     let lease = leases.swap_remove(index.index(leases.len()));
                     world.pool.release(lease);
                 }
-                4 => if let Ok(mut block) = world.pool.take_kv(&mut kv) {
+                4 => if let Ok(mut block) = world.pool.take_kv(kv) {
                     prop_assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == 0));
                     block.host_bytes_mut().unwrap().fill(step as u8);
                     blocks.push((block, step as u8));
                 },
                 5 if !blocks.is_empty() => {
                     let (block, _) = blocks.swap_remove(index.index(blocks.len()));
-                    world.pool.give_kv(&mut kv, vec![block]);
+                    world.pool.give_kv(kv, vec![block]);
+                }
+                6 => {
+                    let length = index.index(hashes.len()) + 1;
+                    let mut prefix = world.pool.lease_prefix(kv, &hashes[..length], 0.01, world.now);
+                    while prefix.len() < length && let Ok(mut block) = world.pool.take_kv(kv) {
+                        block.host_bytes_mut().unwrap().fill(prefix.len() as u8 + 1);
+                        let hash = hashes[prefix.len()];
+                        world.pool.publish(kv, &mut prefix, hash, block, 0.01, world.now);
+                    }
+                    prefixes.push(prefix);
+                }
+                7 | 8 if !prefixes.is_empty() => {
+                    let prefix = prefixes.swap_remove(index.index(prefixes.len()));
+                    world.pool.release_prefix(prefix);
                 }
                 _ => {}
+            }
+            for prefix in &prefixes {
+                for (i, block) in prefix.blocks().iter().enumerate() {
+                    prop_assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == i as u8 + 1));
+                }
             }
             for lease in &leases {
                 world.check(lease);
@@ -269,21 +291,28 @@ proptest! {
             let leased: BTreeMap<_, _> = leases.iter().flat_map(|lease| lease.tensors())
                 .map(|tensor| (tensor.key(), tensor.len() as u64)).collect();
             prop_assert_eq!(world.pool.stats().leased_bytes, leased.values().sum::<u64>());
-            prop_assert_eq!(world.pool.stats().kv_blocks, blocks.len() as u64);
+            let shared: BTreeMap<usize, &Arc<Extent>> = prefixes.iter().flat_map(|prefix| prefix.blocks())
+                .map(|block| (block.offset(), block)).collect();
+            prop_assert_eq!(world.pool.stats().kv_blocks, (blocks.len() + shared.len()) as u64);
             // What the accounts promise is what evicting everything idle would free.
             let pinned: std::collections::BTreeSet<usize> = leases.iter().flat_map(|lease| lease.tensors())
                 .flat_map(|tensor| {
                     let slot = world.pool.slot(tensor.key()).unwrap();
                     slot.offset / PAGE..(slot.offset + slot.bytes).div_ceil(PAGE)
                 }).collect();
-            let kv_pages: std::collections::BTreeSet<usize> = blocks.iter()
-                .flat_map(|(block, _)| block.offset() / PAGE..(block.offset() + block.len()).div_ceil(PAGE)).collect();
+            let kv_pages: std::collections::BTreeSet<usize> = blocks.iter().map(|(block, _)| block)
+                .chain(shared.values().map(|block| &***block))
+                .flat_map(|block| block.offset() / PAGE..(block.offset() + block.len()).div_ceil(PAGE)).collect();
             prop_assert_eq!(world.pool.available_pages(), 14 - pinned.len() - kv_pages.len());
         }
         for lease in leases {
             world.pool.release(lease);
         }
-        world.pool.give_kv(&mut kv, blocks.into_iter().map(|(block, _)| block).collect());
+        world.pool.give_kv(kv, blocks.into_iter().map(|(block, _)| block).collect());
+        for prefix in prefixes {
+            world.pool.release_prefix(prefix);
+        }
+        prop_assert_eq!(world.pool.stats().kv_blocks, 0);
         // The log alone leads a fresh policy to the same evictions.
         let mut replayed = Retention::new();
         for &event in world.pool.events() {
@@ -295,6 +324,7 @@ proptest! {
         for keys in &keys {
             world.pool.forget(keys);
         }
+        world.pool.remove_kv(kv);
         prop_assert_eq!(world.pool.memory().free_pages(), 14);
         prop_assert_eq!(world.pool.stats().resident_bytes, 0);
     }

@@ -39,7 +39,8 @@ pub(crate) async fn deploy(name: &str, source: &Path, target: Target) -> anyhow:
 
 /// Imports a model through a server, showing bytes, rate and time left.
 pub(crate) async fn deploy_on(client: &Client, name: &str, source: &Path) -> anyhow::Result<ModelStatus> {
-    let source = std::fs::canonicalize(source).with_context(|| format!("there is no {}", source.display()))?;
+    let source =
+        std::fs::canonicalize(source).with_context(|| format!("there is no {}", source.display()))?;
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(
         ProgressStyle::with_template("{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
@@ -94,15 +95,15 @@ pub(crate) async fn ls(target: Target, as_json: bool) -> anyhow::Result<()> {
             ]
         })
         .collect();
-    let header =
-        ["NAME", "FAMILY", "DTYPE", "TASK", "WEIGHTS", "SHARED", "RESIDENT", "KV/TOKEN", "CONTEXT", "DEPLOYED"];
+    let header = [
+        "NAME", "FAMILY", "DTYPE", "TASK", "WEIGHTS", "SHARED", "RESIDENT", "KV/TOKEN", "CONTEXT", "DEPLOYED",
+    ];
     table(&header, &rows);
     Ok(())
 }
 
 #[derive(Serialize, Deserialize)]
 struct Status {
-    #[serde(flatten)]
     node: NodeStatus,
     models: Vec<ModelStatus>,
 }

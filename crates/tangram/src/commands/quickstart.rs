@@ -161,12 +161,20 @@ struct Shown {
 }
 
 const SHOWN: [Shown; 8] = [
-    Shown { model: NAMES[0], text: "What is the capital of France?", remark: "first request: everything is loaded" },
+    Shown {
+        model: NAMES[0],
+        text: "What is the capital of France?",
+        remark: "first request: everything is loaded",
+    },
     Shown { model: NAMES[0], text: "What is the capital of Japan?", remark: "resident" },
     Shown { model: NAMES[1], text: "What is the capital of France?", remark: "other name, same tensors" },
     Shown { model: NAMES[2], text: "Paris is the capital of France.", remark: "evicts what is worth least" },
     Shown { model: NAMES[2], text: "Tokyo is the capital of Japan.", remark: "resident" },
-    Shown { model: NAMES[0], text: "Write one sentence about the sea.", remark: "only the evicted part is loaded" },
+    Shown {
+        model: NAMES[0],
+        text: "Write one sentence about the sea.",
+        remark: "only the evicted part is loaded",
+    },
     Shown { model: NAMES[1], text: "Why is the sky blue?", remark: "resident" },
     Shown { model: NAMES[2], text: "The sea is blue.", remark: "only the evicted part is loaded" },
 ];
@@ -198,7 +206,10 @@ async fn show_requests(client: &Client) -> anyhow::Result<()> {
             shown.remark.to_owned(),
         ]);
     }
-    table(&["MODEL", "REQUEST", "ANSWER", "TTFT", "LOADED", "REUSED", "WHERE THE TIME WENT", "REMARK"], &rows);
+    table(
+        &["MODEL", "REQUEST", "ANSWER", "TTFT", "LOADED", "REUSED", "WHERE THE TIME WENT", "REMARK"],
+        &rows,
+    );
     println!();
     Ok(())
 }
@@ -218,7 +229,8 @@ async fn chat(client: &Client, model: &str, text: &str) -> anyhow::Result<(Strin
 async fn embed(client: &Client, model: &str, text: &str) -> anyhow::Result<(String, Value)> {
     let answer = client.post("/v1/embeddings", &json!({ "model": model, "input": text })).await?;
     let vector = answer["data"][0]["embedding"].as_array().context("the answer has no vector")?;
-    let head: Vec<String> = vector.iter().take(3).map(|x| format!("{:.3}", x.as_f64().unwrap_or(0.0))).collect();
+    let head: Vec<String> =
+        vector.iter().take(3).map(|x| format!("{:.3}", x.as_f64().unwrap_or(0.0))).collect();
     Ok((format!("[{}, ...] {} numbers", head.join(", "), vector.len()), answer["usage"].clone()))
 }
 

@@ -18,7 +18,10 @@ pub(crate) async fn run(options: ServerOptions) -> anyhow::Result<()> {
         settings.data.display()
     );
     if !settings.listen.ip().is_loopback() && settings.api_key.is_none() {
-        eprintln!("warning: everybody who reaches {} may use and change this server; --api-key protects it", settings.listen);
+        eprintln!(
+            "warning: everybody who reaches {} may use and change this server; --api-key protects it",
+            settings.listen
+        );
     }
     until_signal().await?;
     eprintln!("stopping: running requests finish first");

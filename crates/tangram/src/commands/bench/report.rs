@@ -9,6 +9,8 @@ use crate::output::{bytes, milliseconds, table};
 /// What one request cost, in milliseconds and bytes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Cost {
+    /// From the request's arrival until `--concurrency` let it go.
+    pub(super) held_ms: f64,
     /// Seen by the client: from the request's arrival to its first token.
     pub(super) ttft_ms: f64,
     /// The server's phases.
@@ -82,6 +84,8 @@ pub(super) struct Summary {
     pub(super) completion_tokens: u64,
     /// At the client.
     pub(super) ttft_ms: Option<Percentiles>,
+    /// Kept back by `--concurrency`.
+    pub(super) held_ms: Option<Percentiles>,
     /// The server's phases.
     pub(super) queue_ms: Option<Percentiles>,
     pub(super) load_ms: Option<Percentiles>,
@@ -93,7 +97,8 @@ pub(super) struct Summary {
     pub(super) reused_share: Option<f64>,
     /// Requests that loaded nothing.
     pub(super) resident_requests: usize,
-    /// `load_ms` of these.
+    /// `load_ms` of these. With requests side by side, some of them waited for bytes that another request was loading
+    /// already; with one at a time it is what activating a resident model takes.
     pub(super) activation_ms: Option<Percentiles>,
 }
 
@@ -116,6 +121,7 @@ impl Summary {
             prompt_tokens: sum(|cost| cost.prompt_tokens),
             completion_tokens: sum(|cost| cost.completion_tokens),
             ttft_ms: rank(|cost| cost.ttft_ms),
+            held_ms: rank(|cost| cost.held_ms),
             queue_ms: rank(|cost| cost.queue_ms),
             load_ms: rank(|cost| cost.load_ms),
             prefill_ms: rank(|cost| cost.prefill_ms),
@@ -150,8 +156,18 @@ impl Summary {
 }
 
 const HEADER: [&str; 12] = [
-    "MODEL", "REQUESTS", "ERRORS", "TTFT p50", "p95", "p99", "LOADED", "REUSED", "REUSED %", "RESIDENT",
-    "ACTIVATION p50", "p99",
+    "MODEL",
+    "REQUESTS",
+    "ERRORS",
+    "TTFT p50",
+    "p95",
+    "p99",
+    "LOADED",
+    "REUSED",
+    "REUSED %",
+    "RESIDENT",
+    "ACTIVATION p50",
+    "p99",
 ];
 
 /// Everything that `tangram bench switch` reports.
@@ -172,7 +188,12 @@ pub(super) struct Report {
 
 impl Report {
     /// Sums up.
-    pub(super) fn new(settings: Settings, server: ServerFigures, wall_s: f64, outcomes: &[Outcome]) -> Report {
+    pub(super) fn new(
+        settings: Settings,
+        server: ServerFigures,
+        wall_s: f64,
+        outcomes: &[Outcome],
+    ) -> Report {
         let overall = Summary::of(outcomes.iter());
         let names = settings.models.values();
         let of_name = |name: &String| Summary::of(outcomes.iter().filter(|outcome| outcome.model == *name));
@@ -198,7 +219,9 @@ impl Report {
     /// Prints the tables.
     pub(super) fn print(&self) {
         let (settings, server) = (&self.settings, &self.server);
-        let cap = |cap: Option<usize>| cap.map_or_else(|| "as in the trace".to_owned(), |cap| format!("at most {cap}"));
+        let cap = |cap: Option<usize>| {
+            cap.map_or_else(|| "as in the trace".to_owned(), |cap| format!("at most {cap}"))
+        };
         println!(
             "{} requests of {}, arrivals x {}, at most {} outstanding; prompt tokens {}, answer tokens {}{}",
             settings.requests,
@@ -228,8 +251,13 @@ impl Report {
         let mut rows: Vec<_> = self.models.iter().map(|(name, summary)| summary.row(name)).collect();
         rows.push(self.overall.row("all"));
         table(&HEADER, &rows);
+        println!(
+            "(RESIDENT: requests that loaded nothing; ACTIVATION: their load phase, which includes waiting for bytes that \
+             another request was loading already)"
+        );
         let overall = &self.overall;
         let phases = [
+            ("held back by --concurrency", overall.held_ms),
             ("queue", overall.queue_ms),
             ("load", overall.load_ms),
             ("prefill", overall.prefill_ms),
@@ -284,18 +312,19 @@ mod tests {
 
     #[test]
     fn sums_per_model_and_overall() {
-        let outcome = |model: &str, ttft_ms: f64, load_ms: f64, bytes_loaded: u64, bytes_reused: u64| Outcome {
-            model: model.to_owned(),
-            result: Ok(Cost {
-                ttft_ms,
-                load_ms,
-                bytes_loaded,
-                bytes_reused,
-                prompt_tokens: 10,
-                completion_tokens: 5,
-                ..Cost::default()
-            }),
-        };
+        let outcome =
+            |model: &str, ttft_ms: f64, load_ms: f64, bytes_loaded: u64, bytes_reused: u64| Outcome {
+                model: model.to_owned(),
+                result: Ok(Cost {
+                    ttft_ms,
+                    load_ms,
+                    bytes_loaded,
+                    bytes_reused,
+                    prompt_tokens: 10,
+                    completion_tokens: 5,
+                    ..Cost::default()
+                }),
+            };
         let outcomes = [
             outcome("a", 100.0, 80.0, 300, 0),
             outcome("a", 10.0, 0.5, 0, 300),

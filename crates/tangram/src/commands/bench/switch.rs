@@ -107,7 +107,8 @@ async fn replay(client: &Client, options: &Options, requests: Vec<TraceRequest>)
         let wanted_output = request.output_tokens.clamp(1, options.max_output.unwrap_or(usize::MAX));
         let (input, output) = trace::fit(wanted_input, wanted_output, context);
         shortened += usize::from((input, output) != (wanted_input, wanted_output));
-        let due = Duration::try_from_secs_f64(request.arrival_s * options.time_scale).context("--time-scale")?;
+        let due =
+            Duration::try_from_secs_f64(request.arrival_s * options.time_scale).context("--time-scale")?;
         planned.push(Planned { model: name.clone(), due, body: body(name, seed, input, output) });
     }
     let bar = ProgressBar::with_draw_target(Some(planned.len() as u64), ProgressDrawTarget::stderr());
@@ -168,36 +169,41 @@ async fn send(client: &Client, request: Planned, start: Instant, closed_loop: bo
     let due = start + request.due;
     tokio::time::sleep_until(due.into()).await;
     let from = if closed_loop { Instant::now() } else { due };
-    let mut cost = Cost::default();
+    let result = measure(client, &request.body, from).await.map_err(|error| format!("{error:#}"));
+    Outcome { model: request.model, result }
+}
+
+async fn measure(client: &Client, body: &Value, from: Instant) -> anyhow::Result<Cost> {
+    let sent = Instant::now();
     let mut first_token = None;
     let mut usage = Value::Null;
-    let sent = client.post_lines("/v1/completions", &request.body, |mut line| {
-        let has_token = |choice: &Value| choice["token_ids"].as_array().is_some_and(|ids| !ids.is_empty());
-        if first_token.is_none() && line["choices"].get(0).is_some_and(has_token) {
-            first_token = Some(Instant::now());
-        }
-        if line["usage"].is_object() {
-            usage = line["usage"].take();
-        }
-        Ok(())
-    });
-    if let Err(error) = sent.await {
-        return Outcome { model: request.model, result: Err(format!("{error:#}")) };
-    }
-    let Some(first_token) = first_token.filter(|_| usage.is_object()) else {
-        let message = "the stream ended without a token or without its usage".to_owned();
-        return Outcome { model: request.model, result: Err(message) };
-    };
-    cost.ttft_ms = first_token.duration_since(from).as_secs_f64() * 1000.0;
-    cost.prompt_tokens = usage["prompt_tokens"].as_u64().unwrap_or(0);
-    cost.completion_tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+    client
+        .post_lines("/v1/completions", body, |mut line| {
+            let tokens = line["choices"][0]["token_ids"].as_array();
+            if first_token.is_none() && tokens.is_some_and(|tokens| !tokens.is_empty()) {
+                first_token = Some(Instant::now());
+            }
+            if line["usage"].is_object() {
+                usage = line["usage"].take();
+            }
+            Ok(())
+        })
+        .await?;
+    let first_token = first_token.context("the stream ended without a token")?;
+    let count = |figure: &Value| figure.as_u64().context("the stream ended without its usage");
+    let duration = |figure: &Value| figure.as_f64().context("the stream ended without its phases");
     let phases = &usage["tangram"];
-    let figure = |key: &str| phases[key].as_f64().unwrap_or(0.0);
-    cost.queue_ms = figure("queue_ms");
-    cost.load_ms = figure("load_ms");
-    cost.prefill_ms = figure("prefill_ms");
-    cost.decode_ms = figure("decode_ms");
-    cost.bytes_loaded = phases["bytes_loaded"].as_u64().unwrap_or(0);
-    cost.bytes_reused = phases["bytes_reused"].as_u64().unwrap_or(0);
-    Outcome { model: request.model, result: Ok(cost) }
+    let milliseconds = |to: Instant| to.duration_since(from).as_secs_f64() * 1000.0;
+    Ok(Cost {
+        held_ms: milliseconds(sent),
+        ttft_ms: milliseconds(first_token),
+        queue_ms: duration(&phases["queue_ms"])?,
+        load_ms: duration(&phases["load_ms"])?,
+        prefill_ms: duration(&phases["prefill_ms"])?,
+        decode_ms: duration(&phases["decode_ms"])?,
+        bytes_loaded: count(&phases["bytes_loaded"])?,
+        bytes_reused: count(&phases["bytes_reused"])?,
+        prompt_tokens: count(&usage["prompt_tokens"])?,
+        completion_tokens: count(&usage["completion_tokens"])?,
+    })
 }

@@ -30,10 +30,9 @@ pub(super) fn parse(text: &str) -> anyhow::Result<Vec<TraceRequest>> {
     let header: Vec<&str> = header.split(',').map(str::trim).collect();
     let mut columns = [0; COLUMNS.len()];
     for (column, name) in columns.iter_mut().zip(COLUMNS) {
-        *column = header
-            .iter()
-            .position(|title| *title == name)
-            .with_context(|| format!("line 1: the header has no column '{name}' (it needs {})", COLUMNS.join(",")))?;
+        *column = header.iter().position(|title| *title == name).with_context(|| {
+            format!("line 1: the header has no column '{name}' (it needs {})", COLUMNS.join(","))
+        })?;
     }
     let mut requests = Vec::new();
     for (number, line) in lines.filter(|(_, line)| !line.trim().is_empty()) {
@@ -56,7 +55,8 @@ fn request(cells: &[&str], columns: [usize; 4]) -> anyhow::Result<TraceRequest> 
         text.parse().map_err(|_| anyhow!("'{}' is {text:?}, not a number of tokens", COLUMNS[index]))
     };
     Ok(TraceRequest {
-        arrival_s: arrival_s.with_context(|| format!("'arrival_s' is {arrival:?}, not a number of seconds"))?,
+        arrival_s: arrival_s
+            .with_context(|| format!("'arrival_s' is {arrival:?}, not a number of seconds"))?,
         model: cell(1)?.to_owned(),
         input_tokens: tokens(2)?,
         output_tokens: tokens(3)?,
@@ -101,9 +101,11 @@ pub(super) fn assign(
         }
         return Ok(ids.iter().zip(names).map(|(id, name)| ((*id).to_owned(), name.to_owned())).collect());
     }
-    let mapping: BTreeMap<&str, &str> = mapping.iter().map(|(id, name)| (id.as_str(), name.as_str())).collect();
+    let mapping: BTreeMap<&str, &str> =
+        mapping.iter().map(|(id, name)| (id.as_str(), name.as_str())).collect();
     let of_id = |id: &str| {
-        let name = *mapping.get(id).with_context(|| format!("--map says nothing for the trace's model '{id}'"))?;
+        let name =
+            *mapping.get(id).with_context(|| format!("--map says nothing for the trace's model '{id}'"))?;
         if !deployed.contains(&name) {
             bail!("--map {id}={name}: no model '{name}' that generates text is deployed");
         }
@@ -154,8 +156,14 @@ mod tests {
         for (text, words) in [
             ("", "empty"),
             ("arrival_s,model,input_tokens\n", "line 1: the header has no column 'output_tokens'"),
-            ("arrival_s,model,input_tokens,output_tokens\n0,1,2,3\n0,1,2\n", "line 3: no value for 'output_tokens'"),
-            ("arrival_s,model,input_tokens,output_tokens\n0,1,2,3\n\n0,1,x,3\n", "line 4: 'input_tokens' is \"x\""),
+            (
+                "arrival_s,model,input_tokens,output_tokens\n0,1,2,3\n0,1,2\n",
+                "line 3: no value for 'output_tokens'",
+            ),
+            (
+                "arrival_s,model,input_tokens,output_tokens\n0,1,2,3\n\n0,1,x,3\n",
+                "line 4: 'input_tokens' is \"x\"",
+            ),
             ("arrival_s,model,input_tokens,output_tokens\n0,1,-2,3\n", "line 2: 'input_tokens'"),
             ("arrival_s,model,input_tokens,output_tokens\nNaN,1,2,3\n", "line 2: 'arrival_s' is \"NaN\""),
             ("arrival_s,model,input_tokens,output_tokens\n-1,1,2,3\n", "line 2: 'arrival_s'"),
@@ -175,7 +183,10 @@ mod tests {
         let pairs = |pairs: &[(&str, &str)]| -> Vec<(String, String)> {
             pairs.iter().map(|(id, name)| ((*id).to_owned(), (*name).to_owned())).collect()
         };
-        assert_eq!(of(&[], &["b", "c", "a"]).unwrap(), pairs(&[("7", "a"), ("3", "b")]).into_iter().collect());
+        assert_eq!(
+            of(&[], &["b", "c", "a"]).unwrap(),
+            pairs(&[("7", "a"), ("3", "b")]).into_iter().collect()
+        );
         assert!(of(&[], &["a"]).unwrap_err().contains("the trace has 2 models but 1"));
         let both = pairs(&[("3", "a"), ("7", "a"), ("9", "gone")]);
         assert_eq!(of(&both, &["a"]).unwrap(), pairs(&[("3", "a"), ("7", "a")]).into_iter().collect());

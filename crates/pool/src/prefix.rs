@@ -1,0 +1,213 @@
+//! KV blocks through the pool: taking and giving them back, and the prefix cache.
+//!
+//! A sequence owns the blocks that it writes. When a block is full it is published: from then on nobody writes it,
+//! every sequence of the model that begins with the same tokens can use it, and without a user it stays as long as
+//! it is worth its room, in the same order as weights: worth per byte is expected uses × the prefill time that it saves.
+
+use std::sync::Arc;
+
+use tangram_device::{DeviceError, Extent};
+use tangram_policy::{Event, TensorKey};
+
+use crate::kv::{BlockHash, KvArena, KvKey, Prefix};
+use crate::pages::Place;
+use crate::pool::{Pool, Shortage};
+
+/// A full block that sequences can share.
+pub(crate) struct PublishedBlock {
+    pub(crate) kv: KvKey,
+    pub(crate) hash: BlockHash,
+    pub(crate) extent: Arc<Extent>,
+    pub(crate) leases: u32,
+    pub(crate) place: Place,
+}
+
+impl Pool {
+    /// Makes room in the address space for one model's KV blocks of `block_bytes` each; takes no device memory.
+    ///
+    /// # Errors
+    /// When the address space is exhausted.
+    pub fn add_kv(&mut self, block_bytes: usize) -> Result<KvKey, DeviceError> {
+        let kv = KvArena::reserve(self.memory.clone(), block_bytes)?;
+        let index = self.kv.iter().position(Option::is_none).unwrap_or(self.kv.len());
+        if index == self.kv.len() {
+            self.kv.push(None);
+        }
+        self.kv[index] = Some(kv);
+        Ok(KvKey(index))
+    }
+
+    /// A model is gone: drops its cached prefixes. None of its blocks may be in use.
+    pub fn remove_kv(&mut self, key: KvKey) {
+        let keys: Vec<TensorKey> = self.arena(key).map_or(Vec::new(), |kv| kv.published.values().copied().collect());
+        let mut freed = Vec::new();
+        for key in keys {
+            self.evict_block(key, &mut freed);
+        }
+        Extent::release_all(freed);
+        if let Some(place) = self.kv.get_mut(key.0) {
+            *place = None;
+        }
+    }
+
+    fn arena(&mut self, key: KvKey) -> Option<&mut KvArena> {
+        self.kv.get_mut(key.0)?.as_mut()
+    }
+
+    /// Pages that are free or that evicting everything idle would free.
+    pub fn available_pages(&self) -> usize {
+        self.memory.free_pages() + self.idle_pages
+    }
+
+    /// Takes a KV block, evicting what is idle if there is no free page for it.
+    ///
+    /// # Errors
+    /// [`Shortage`] when everything resident is leased.
+    pub fn take_kv(&mut self, key: KvKey) -> Result<Extent, Shortage> {
+        self.settle();
+        let nothing = Shortage { needed: 1, available: self.memory.free_pages() };
+        let block = loop {
+            match self.arena(key).ok_or(nothing)?.take() {
+                Ok(block) => break block,
+                Err(DeviceError::OutOfPages { needed, .. }) => {
+                    self.check_room(needed)?;
+                    self.make_room(|_| needed)?;
+                }
+                Err(_) => return Err(nothing),
+            }
+        };
+        self.account(key, &block, Place::Absent, Place::Pinned);
+        self.stats.kv_blocks += 1;
+        self.stats.kv_bytes += block.len() as u64;
+        Ok(block)
+    }
+
+    /// Gives blocks back that their sequence owned alone.
+    pub fn give_kv(&mut self, key: KvKey, blocks: Vec<Extent>) {
+        for block in &blocks {
+            self.account(key, block, Place::Pinned, Place::Absent);
+            if let Some(kv) = self.arena(key) {
+                kv.give(block);
+            }
+            self.stats.kv_blocks -= 1;
+            self.stats.kv_bytes -= block.len() as u64;
+        }
+        Extent::release_all(blocks);
+    }
+
+    fn account(&mut self, key: KvKey, block: &Extent, from: Place, to: Place) {
+        let span = (block.offset(), block.len(), self.memory.page_bytes());
+        if let Some(Some(kv)) = self.kv.get_mut(key.0) {
+            kv.pages.change(span, from, to, &mut self.idle_pages);
+        }
+    }
+
+    /// How many blocks a sequence with these block hashes would share with one that is running: it needs no room for
+    /// them. Cached blocks that nobody uses are not counted, for their room is counted as available.
+    pub fn blocks_in_use(&self, key: KvKey, hashes: &[BlockHash]) -> usize {
+        let Some(Some(kv)) = self.kv.get(key.0) else { return 0 };
+        let found = hashes.iter().map_while(|hash| self.published.get(kv.published.get(hash)?));
+        found.filter(|block| block.leases > 0).count()
+    }
+
+    /// Leases the cached blocks that a sequence with these block hashes begins with, as many as there are without a
+    /// gap. Each saved `seconds` of prefill, which is what it is worth from now on.
+    pub fn lease_prefix(&mut self, key: KvKey, hashes: &[BlockHash], seconds: f64, now: f64) -> Prefix {
+        let mut prefix = Prefix::default();
+        for (index, hash) in hashes.iter().enumerate() {
+            let Some(&block) = self.arena(key).and_then(|kv| kv.published.get(hash)) else { break };
+            self.apply(Event::Appraised { tensor: block, seconds: front_first(seconds, index) });
+            self.lease_block(block, now, &mut prefix);
+        }
+        prefix
+    }
+
+    fn lease_block(&mut self, key: TensorKey, now: f64, prefix: &mut Prefix) {
+        let Some(block) = self.published.get_mut(&key) else { return };
+        block.leases += 1;
+        prefix.keys.push(key);
+        prefix.blocks.push(block.extent.clone());
+        if block.leases == 1 {
+            let bytes = block.extent.len() as u64;
+            self.stats.kv_blocks += 1;
+            self.stats.kv_bytes += bytes;
+            self.stats.kv_cached_bytes -= bytes;
+            self.apply(Event::Leased { tensor: key, at: now });
+        } else {
+            self.apply(Event::Used { tensor: key, at: now });
+        }
+    }
+
+    /// Publishes the block that follows `prefix`: it is full, and `hash` names all tokens up to its end. `seconds` is
+    /// the prefill time that it is expected to save. If the same block is there already, that one is used and this one
+    /// is given back; their contents are equal, because results do not depend on the batch.
+    pub fn publish(
+        &mut self,
+        key: KvKey,
+        prefix: &mut Prefix,
+        hash: BlockHash,
+        block: Extent,
+        seconds: f64,
+        now: f64,
+    ) {
+        let Some(kv) = self.arena(key) else { return };
+        if let Some(&known) = kv.published.get(&hash) {
+            self.give_kv(key, vec![block]);
+            self.lease_block(known, now, prefix);
+            return;
+        }
+        let (bytes, extent) = (block.len() as u64, Arc::new(block));
+        let tensor = self.new_key();
+        if let Some(kv) = self.arena(key) {
+            kv.published.insert(hash, tensor);
+        }
+        let entry = PublishedBlock { kv: key, hash, extent: extent.clone(), leases: 1, place: Place::Pinned };
+        self.published.insert(tensor, entry);
+        self.apply(Event::Catalogued { tensor, bytes, depth: 0.0 });
+        self.apply(Event::Appraised { tensor, seconds: front_first(seconds, prefix.len()) });
+        self.apply(Event::Leased { tensor, at: now });
+        prefix.keys.push(tensor);
+        prefix.blocks.push(extent);
+    }
+
+    /// Ends the leases; blocks without any stay as cached prefixes until their room is worth more.
+    pub fn release_prefix(&mut self, prefix: Prefix) {
+        let Prefix { keys, blocks } = prefix;
+        drop(blocks);
+        for key in keys {
+            let Some(block) = self.published.get_mut(&key) else { continue };
+            block.leases -= 1;
+            if block.leases == 0 {
+                let bytes = block.extent.len() as u64;
+                self.stats.kv_blocks -= 1;
+                self.stats.kv_bytes -= bytes;
+                self.stats.kv_cached_bytes += bytes;
+                self.apply(Event::Idle { tensor: key });
+            }
+        }
+    }
+
+    /// Takes a published block without leases off the device; its extent goes to `freed`. Gives its bytes.
+    pub(crate) fn evict_block(&mut self, key: TensorKey, freed: &mut Vec<Extent>) -> usize {
+        self.apply(Event::Evicted { tensor: key });
+        let Some(PublishedBlock { kv, hash, extent, .. }) = self.published.remove(&key) else { return 0 };
+        self.apply(Event::Forgotten { tensor: key });
+        self.vacant_keys.push(key);
+        let bytes = extent.len();
+        if let Some(arena) = self.arena(kv) {
+            arena.published.remove(&hash);
+            arena.give(&extent);
+        }
+        self.stats.kv_cached_bytes -= bytes as u64;
+        // A block that somebody still held would stay mapped until they let go; without leases nobody does.
+        debug_assert_eq!(Arc::strong_count(&extent), 1);
+        freed.extend(Arc::try_unwrap(extent));
+        bytes
+    }
+}
+
+/// Blocks further back are of no use without those before them, so of two that are used equally often the later one
+/// must go first: it is taken to save a little less.
+fn front_first(seconds: f64, index: usize) -> f64 {
+    seconds * (1.0 + 1.0 / (index as f64 + 2.0))
+}

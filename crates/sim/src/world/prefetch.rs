@@ -1,0 +1,100 @@
+//! An idle link brings in what the economy wants most, into free memory or over what is worth clearly less.
+
+use std::fmt::Write;
+use std::time::Instant;
+
+use super::{Event, World};
+
+/// Wanted groups that are looked at before a device's link stays idle.
+const TRIED: usize = 8;
+
+impl World<'_> {
+    /// Starts the next prefetch on a device whose link is free; if it is busy, comes back when it is.
+    pub(super) fn pump(&mut self, index: u32) {
+        let d = index as usize;
+        if !self.system.prefetch {
+            return;
+        }
+        if self.devices[d].link_free > self.now {
+            if !self.devices[d].link_event {
+                self.devices[d].link_event = true;
+                let at = self.devices[d].link_free;
+                self.schedule(at, Event::Link(index));
+            }
+            return;
+        }
+        self.settle_fetch(index);
+        let began = Instant::now();
+        let chosen = self.choose_fetch(index);
+        self.spent(began);
+        let Some((slot, victims)) = chosen else { return };
+        let evicted = self.evict_all(d, &victims);
+        let device = &mut self.devices[d];
+        let (bytes, loader) = (device.slots[slot as usize].bytes, device.slots[slot as usize].loader);
+        let slots = &device.slots;
+        // What computes now, and its KV, are walls.
+        let moved = match &mut device.layout {
+            Some(layout) => layout.place(&[slot], &[bytes], |other| slots[other as usize].holders == 0),
+            None => Some(0),
+        };
+        self.totals.evicted_bytes += evicted;
+        let Some(moved) = moved else { return };
+        let profile = &self.scenario.profile;
+        let copying = profile.link.transfer_seconds + bytes as f64 / self.bytes_per_second(loader, index);
+        let at = self.after(copying + moved as f64 / profile.move_bytes_per_second);
+        let device = &mut self.devices[d];
+        device.slots[slot as usize].arriving = Some(at);
+        device.resident_bytes += bytes;
+        device.fetching = Some(slot);
+        device.link_free = at;
+        device.link_event = true;
+        self.economies[d].fetched(slot);
+        self.totals.fetched_bytes += bytes;
+        self.totals.background_moved += moved;
+        self.note(|log| {
+            write!(log, "fetch device={index} slot={slot} bytes={bytes} evicted={evicted} moved={moved}")
+        });
+        self.schedule(at, Event::Link(index));
+    }
+
+    /// What to bring in, and what goes for it.
+    fn choose_fetch(&self, index: u32) -> Option<(u32, Vec<u32>)> {
+        let device = &self.devices[index as usize];
+        let economy = self.economies.get(index as usize)?;
+        for slot in economy.wanted().take(TRIED) {
+            let entry = &device.slots[slot as usize];
+            if !economy.awaits(entry.loader) && self.is_whole_elsewhere(entry.loader, index) {
+                continue;
+            }
+            let needed = entry.bytes.saturating_sub(device.free_bytes());
+            return Some((slot, economy.victims_for(device, slot, needed)?));
+        }
+        None
+    }
+
+    /// Whether another device has all of the model, so that a second copy is worth little.
+    fn is_whole_elsewhere(&self, model: u32, index: u32) -> bool {
+        let known = &self.models[model as usize];
+        let whole = |&device: &u32| {
+            device != index && self.devices[device as usize].resident_of(model) >= known.weight_bytes
+        };
+        known.devices.iter().any(whole)
+    }
+
+    /// Notes that a prefetched group has arrived, if it has.
+    pub(super) fn settle_fetch(&mut self, index: u32) {
+        let device = &mut self.devices[index as usize];
+        let Some(slot) = device.fetching else { return };
+        let entry = &mut device.slots[slot as usize];
+        if entry.arriving.is_some_and(|at| at <= self.now) {
+            entry.arriving = None;
+            entry.resident = true;
+            device.fetching = None;
+            if entry.holders == 0
+                && let Some(economy) = self.economies.get_mut(index as usize)
+            {
+                economy.idle(slot);
+            }
+        }
+    }
+}
