@@ -15,8 +15,19 @@ use tangram_engine::{Chunk, Executor, LogitRows, Model, TensorDesc, Weights};
 
 /// The families that this build serves.
 const FAMILIES: [&str; 13] = [
-    "gemma2", "gemma3", "gpt2", "gptneox", "llama", "llama3rope", "mistral", "mixtral", "opt", "phi3", "qwen2",
-    "qwen3", "qwen3moe",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gptneox",
+    "llama",
+    "llama3rope",
+    "mistral",
+    "mixtral",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
 ];
 
 #[derive(Deserialize)]
@@ -77,7 +88,11 @@ fn logits_agree_with_the_reference() {
                 .collect();
             let chunk = Chunk { tokens: &tokens, position: 0, logits: LogitRows::All };
             let mut pass = executor.begin(&model, &[chunk]).unwrap();
-            assert!(executor.advance(&mut pass, &model, &weights, &mut [kv.as_mut_slice().into()], usize::MAX).unwrap());
+            assert!(
+                executor
+                    .advance(&mut pass, &model, &weights, &mut [kv.as_mut_slice().into()], usize::MAX)
+                    .unwrap()
+            );
             let rows: Vec<&[f32]> = pass.logits(0).chunks(manifest.spec.vocab).collect();
             for (i, &expected) in prompt.output_ids.iter().enumerate() {
                 let row = rows[prompt.prompt_ids.len() - 1 + i];
@@ -122,9 +137,9 @@ fn golden_tokens_alone_and_mixed_cold_and_resident() {
     // A fresh node on the same data directory: everything is cold again, all requests at once.
     let node = open(data.path(), 16 << 20);
     for round in ["cold", "resident"] {
-        let running: Vec<_> = (0..8)
-            .map(|i| {
-                let (request, expected) = &cases[(i * 5) % cases.len()];
+        let running: Vec<_> = cases
+            .iter()
+            .map(|(request, expected)| {
                 let model = node.model(&request.model.name).unwrap();
                 (node.generate(tangram_node::GenerateRequest { model, ..request.clone() }).unwrap(), expected)
             })

@@ -362,13 +362,14 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     let size = s.abs(x);
     let power = exp(s, s.add(size, size));
     let large = s.sub(one, s.div(s.splat(2.0), s.add(power, one)));
-    let square = s.mul(x, x);
+    let bound = s.splat(0.625);
+    let near = s.min(size, bound);
+    let square = s.mul(near, near);
     let mut p = s.splat(-5.704_988e-3);
     for c in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
         p = s.fma(p, square, s.splat(c));
     }
-    let small = s.fma(s.mul(p, square), size, size);
-    let bound = s.splat(0.625);
+    let small = s.fma(s.mul(p, square), near, near);
     // small − small + large where the argument is large.
     let value = s.add(s.sub(small, s.keep_from(size, bound, small)), s.keep_from(size, bound, large));
     s.copysign(value, x)

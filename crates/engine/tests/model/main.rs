@@ -12,7 +12,19 @@ use tangram_device::Extent;
 use tangram_engine::kernels::Isa;
 use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, ModelError, PassError, TensorDesc};
 
-const DECODERS: [&str; 3] = ["llama", "qwen2", "qwen3"];
+const DECODERS: [&str; 11] = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+    "qwen3_moe",
+];
 
 fn tokens(count: usize, seed: u32) -> Vec<u32> {
     (0..count as u32).map(|i| (i * 31 + seed * 17 + i * i * 7) % 67).collect()

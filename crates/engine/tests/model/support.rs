@@ -7,8 +7,8 @@ use std::sync::Arc;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
 use tangram_checkpoint::{
-    Attention, DType, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Pooling, Role, Rope,
-    RopeScaling,
+    Attention, DType, ExpertRole, Experts, LayerRole, LocalLayers, Mlp, ModelSpec, Norm, NormPlacement,
+    Output, Pooling, Role, Rope, RopeScaling,
 };
 use tangram_device::cpu::CpuDevice;
 use tangram_device::{Arena, Extent};
@@ -62,6 +62,46 @@ pub(crate) fn spec(family: &str) -> ModelSpec {
         },
         "qwen2" => ModelSpec { output: Output::Logits { tied: true }, head_dim: 32, heads: 2, ..decoder },
         "qwen3" => ModelSpec { qk_norm: true, head_dim: 16, heads: 4, ..decoder },
+        "mistral" => ModelSpec {
+            local: Some(LocalLayers { window: 11, layers: vec![0, 1, 2], rope: None }),
+            ..decoder
+        },
+        "gemma2" => ModelSpec {
+            local: Some(LocalLayers { window: 20, layers: vec![0, 2], rope: None }),
+            attention_cap: Some(4.0),
+            logit_cap: Some(3.0),
+            query_scale: Some(0.4),
+            ..gemma(decoder)
+        },
+        "gemma3" => ModelSpec {
+            local: Some(LocalLayers {
+                window: 5,
+                layers: vec![0, 1],
+                rope: Some(Rope { theta: 500.0, dims: 12, scaling: RopeScaling::None }),
+            }),
+            qk_norm: true,
+            query_scale: Some(0.2),
+            ..gemma(decoder)
+        },
+        "gpt2" => ModelSpec {
+            learned_positions: Some(128),
+            mlp: Mlp::GeluTanh,
+            output: Output::Logits { tied: true },
+            ..ungated(decoder)
+        },
+        "opt" => {
+            ModelSpec { learned_positions: Some(130), position_offset: 2, mlp: Mlp::Relu, ..ungated(decoder) }
+        }
+        "gpt_neox" => ModelSpec {
+            parallel_residual: true,
+            rope: Some(Rope { theta: 10000.0, dims: 6, scaling: RopeScaling::None }),
+            mlp: Mlp::Gelu,
+            ..ungated(decoder)
+        },
+        "mixtral" => ModelSpec { experts: Some(experts(5, 2, true, vec![])), ..decoder },
+        "qwen3_moe" => {
+            ModelSpec { experts: Some(experts(7, 3, false, vec![1])), qk_norm: true, head_dim: 16, ..decoder }
+        }
         "bert" => ModelSpec {
             heads: 4,
             kv_heads: 4,
@@ -80,15 +120,35 @@ pub(crate) fn spec(family: &str) -> ModelSpec {
     }
 }
 
-/// Random weights for `spec`. Matrices are stored as `dtype`, norms in f32; Qwen2 and BERT get their biases.
+fn gemma(decoder: ModelSpec) -> ModelSpec {
+    ModelSpec {
+        norm_placement: NormPlacement::Sandwich,
+        norm_plus_one: true,
+        embedding_scale: Some(2.5),
+        mlp: Mlp::GatedGeluTanh,
+        output: Output::Logits { tied: true },
+        ..decoder
+    }
+}
+
+fn ungated(decoder: ModelSpec) -> ModelSpec {
+    ModelSpec { kv_heads: decoder.heads, norm: Norm::Layer { epsilon: 1e-5 }, rope: None, ..decoder }
+}
+
+fn experts(count: usize, per_token: usize, normalise: bool, dense_layers: Vec<u32>) -> Experts {
+    Experts { count, per_token, intermediate: 32, normalise, dense_layers }
+}
+
+/// Random weights for `spec`. Matrices are stored as `dtype`, norms in f32; families with biases get them.
 pub(crate) fn sample(spec: ModelSpec, dtype: DType, seed: u64) -> Sample {
     let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
     let mut uniform = move || random.next_u32() as f32 / u32::MAX as f32 * 2.0 - 1.0;
+    let plus_one = spec.norm_plus_one;
     let mut roles = spec.required_roles();
     for layer in 0..spec.layers as u32 {
         let biases: &[LayerRole] = match spec.family.as_str() {
             "qwen2" => &[LayerRole::QueryBias, LayerRole::KeyBias, LayerRole::ValueBias],
-            "bert" => &[
+            "bert" | "gpt2" | "opt" | "gpt_neox" => &[
                 LayerRole::QueryBias,
                 LayerRole::KeyBias,
                 LayerRole::ValueBias,
@@ -132,7 +192,7 @@ pub(crate) fn sample(spec: ModelSpec, dtype: DType, seed: u64) -> Sample {
             }
             _ => {
                 for _ in 0..count {
-                    let x = uniform() * scale + if norm { 1.0 } else { 0.0 };
+                    let x = uniform() * scale + if norm && !plus_one { 1.0 } else { 0.0 };
                     match dtype {
                         DType::F32 => {
                             bytes.extend(x.to_le_bytes());
@@ -205,7 +265,9 @@ fn states(sample: &Sample, tokens: &[u32]) -> Vec<Vec<f64>> {
         };
         let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / n + epsilon).sqrt();
         for i in 0..x.len() {
-            x[i] = x[i] * scale * sample.values[&weight][i] + get(bias).map_or(0.0, |bias| bias[i]);
+            let offset = if spec.norm_plus_one { 1.0 } else { 0.0 };
+            x[i] =
+                x[i] * scale * (sample.values[&weight][i] + offset) + get(bias).map_or(0.0, |bias| bias[i]);
         }
     };
     let linear = |x: &[f64], weight: Role, bias: Option<Role>| -> Vec<f64> {
@@ -216,13 +278,56 @@ fn states(sample: &Sample, tokens: &[u32]) -> Vec<Vec<f64>> {
         }
         out
     };
-    let pre = spec.norm_placement == NormPlacement::Pre;
+    let pre = spec.norm_placement != NormPlacement::Post;
+    let sandwich = spec.norm_placement == NormPlacement::Sandwich;
+    let block = |x: &[f64], layer: u32, expert: Option<u32>| -> Vec<f64> {
+        let role = |part: ExpertRole, whole| {
+            Role::Layer(layer, expert.map_or(whole, |expert| LayerRole::Expert(expert, part)))
+        };
+        let bias = |bias| Some(Role::Layer(layer, bias));
+        let mut inner = linear(x, role(ExpertRole::Up, LayerRole::Up), bias(LayerRole::UpBias));
+        if spec.mlp.gated() {
+            let gate = linear(x, role(ExpertRole::Gate, LayerRole::Gate), None);
+            inner.iter_mut().zip(gate).for_each(|(x, gate)| {
+                *x *= if spec.mlp == Mlp::GatedSilu { gate / (1.0 + (-gate).exp()) } else { gelu_tanh(gate) }
+            });
+        } else {
+            inner.iter_mut().for_each(|x| {
+                *x = match spec.mlp {
+                    Mlp::Relu => x.max(0.0),
+                    Mlp::GeluTanh => gelu_tanh(*x),
+                    _ => *x * 0.5 * (1.0 + erf(*x / std::f64::consts::SQRT_2)),
+                }
+            });
+        }
+        linear(&inner, role(ExpertRole::Down, LayerRole::Down), bias(LayerRole::DownBias))
+    };
+    let feed_forward = |x: &[f64], layer: u32| -> Vec<f64> {
+        let Some(experts) = spec.layer_experts(layer as usize) else { return block(x, layer, None) };
+        let scores = linear(x, Role::Layer(layer, LayerRole::Router), None);
+        let total: f64 = scores.iter().map(|score| score.exp()).sum();
+        let mut chosen: Vec<(f64, u32)> =
+            scores.iter().zip(0..).map(|(score, expert)| (score.exp() / total, expert)).collect();
+        chosen.sort_by(|a, b| b.0.total_cmp(&a.0));
+        chosen.truncate(experts.per_token);
+        let total: f64 = if experts.normalise { chosen.iter().map(|(weight, _)| weight).sum() } else { 1.0 };
+        let mut out = vec![0.0; spec.hidden];
+        for (weight, expert) in chosen {
+            let result = block(x, layer, Some(expert));
+            out.iter_mut().zip(result).for_each(|(out, x)| *out += weight / total * x);
+        }
+        out
+    };
     let d = spec.head_dim;
     let mut x: Vec<Vec<f64>> = Vec::new();
     for (position, &token) in tokens.iter().enumerate() {
         let mut state = row(Role::TokenEmbedding, token as usize).to_vec();
+        state.iter_mut().for_each(|x| *x *= spec.embedding_scale.map_or(1.0, f64::from));
         if spec.learned_positions.is_some() {
-            state.iter_mut().zip(row(Role::PositionEmbedding, position)).for_each(|(x, p)| *x += p);
+            let position = row(Role::PositionEmbedding, position + spec.position_offset);
+            state.iter_mut().zip(position).for_each(|(x, p)| *x += p);
+        }
+        if spec.token_types.is_some() {
             state.iter_mut().zip(row(Role::TypeEmbedding, 0)).for_each(|(x, p)| *x += p);
         }
         if !pre {
@@ -242,7 +347,9 @@ fn states(sample: &Sample, tokens: &[u32]) -> Vec<Vec<f64>> {
                 if spec.qk_norm {
                     norm(head, role(head_norm), role(LayerRole::AttnNormBias));
                 }
-                let Some(rope) = &spec.rope else { continue };
+                let local = spec.local.as_ref().filter(|_| spec.window(layer as usize).is_some());
+                let own = local.and_then(|local| local.rope.as_ref());
+                let Some(rope) = own.or(spec.rope.as_ref()) else { continue };
                 for i in 0..rope.dims / 2 {
                     let mut frequency = rope.theta.powf(-2.0 * i as f64 / rope.dims as f64);
                     if let RopeScaling::Factors { factors } = &rope.scaling {
@@ -270,40 +377,42 @@ fn states(sample: &Sample, tokens: &[u32]) -> Vec<Vec<f64>> {
             values.push(heads(&input, Value, ValueBias, KeyNorm, position));
         }
         for (position, state) in x.iter_mut().enumerate() {
+            let before = state.clone();
             let seen = if spec.attention == Attention::Causal { position + 1 } else { tokens.len() };
             let mut attended = Vec::new();
             for (head, query) in queries[position].iter().enumerate() {
                 let kv_head = head / (spec.heads / spec.kv_heads);
-                let weights: Vec<f64> = keys[..seen]
+                let hidden =
+                    spec.window(layer as usize).map_or(0, |window| (position + 1).saturating_sub(window));
+                let weights: Vec<f64> = keys[hidden..seen]
                     .iter()
                     .map(|k| {
                         let dot: f64 = query.iter().zip(&k[kv_head]).map(|(q, k)| q * k).sum();
-                        (dot / (d as f64).sqrt()).exp()
+                        let score = dot * spec.query_scale.map_or(1.0 / (d as f64).sqrt(), f64::from);
+                        spec.attention_cap.map_or(score, |cap| capped(score, cap)).exp()
                     })
                     .collect();
                 let total: f64 = weights.iter().sum();
-                attended.extend(
-                    (0..d)
-                        .map(|i| (0..seen).map(|p| weights[p] * values[p][kv_head][i]).sum::<f64>() / total),
-                );
+                attended.extend((0..d).map(|i| {
+                    (hidden..seen).map(|p| weights[p - hidden] * values[p][kv_head][i]).sum::<f64>() / total
+                }));
             }
-            let out = linear(&attended, role(LayerRole::AttnOut), Some(role(LayerRole::AttnOutBias)));
+            let mut out = linear(&attended, role(LayerRole::AttnOut), Some(role(LayerRole::AttnOutBias)));
+            if sandwich {
+                norm(&mut out, role(LayerRole::AttnPostNorm), role(LayerRole::AttnNormBias));
+            }
             state.iter_mut().zip(out).for_each(|(x, out)| *x += out);
             if !pre {
                 norm(state, role(LayerRole::AttnNorm), role(LayerRole::AttnNormBias));
             }
-            let mut input = state.clone();
+            let mut input = if spec.parallel_residual { before } else { state.clone() };
             if pre {
                 norm(&mut input, role(LayerRole::MlpNorm), role(LayerRole::MlpNormBias));
             }
-            let mut inner = linear(&input, role(LayerRole::Up), Some(role(LayerRole::UpBias)));
-            if spec.mlp == Mlp::GatedSilu {
-                let gate = linear(&input, role(LayerRole::Gate), None);
-                inner.iter_mut().zip(gate).for_each(|(x, gate)| *x *= gate / (1.0 + (-gate).exp()));
-            } else {
-                inner.iter_mut().for_each(|x| *x *= 0.5 * (1.0 + erf(*x / std::f64::consts::SQRT_2)));
+            let mut out = feed_forward(&input, layer);
+            if sandwich {
+                norm(&mut out, role(LayerRole::MlpPostNorm), role(LayerRole::MlpNormBias));
             }
-            let out = linear(&inner, role(LayerRole::Down), Some(role(LayerRole::DownBias)));
             state.iter_mut().zip(out).for_each(|(x, out)| *x += out);
             if !pre {
                 norm(state, role(LayerRole::MlpNorm), role(LayerRole::MlpNormBias));
@@ -321,7 +430,9 @@ pub(crate) fn reference_logits(sample: &Sample, tokens: &[u32]) -> Vec<Vec<f64>>
     let tied = sample.model.spec().output == Output::Logits { tied: true };
     let output = &sample.values[&if tied { Role::TokenEmbedding } else { Role::Output }];
     let logits = |x: &Vec<f64>| -> Vec<f64> {
-        output.chunks(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+        let logit = |row: &[f64]| row.iter().zip(x).map(|(w, x)| w * x).sum();
+        let cap = sample.model.spec().logit_cap;
+        output.chunks(x.len()).map(logit).map(|l| cap.map_or(l, |cap| capped(l, cap))).collect()
     };
     states(sample, tokens).iter().map(logits).collect()
 }
@@ -343,6 +454,14 @@ pub(crate) fn reference_embedding(sample: &Sample, tokens: &[u32]) -> Vec<f64> {
         vector.iter_mut().for_each(|x| *x /= length);
     }
     vector
+}
+
+fn capped(x: f64, cap: f32) -> f64 {
+    f64::from(cap) * (x / f64::from(cap)).tanh()
+}
+
+fn gelu_tanh(x: f64) -> f64 {
+    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
 }
 
 /// erf by its power series, for moderate arguments, and its limit beyond.

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use super::layout::{Demand, Layout, Run};
+use super::layout::{Demand, Layout, Run, WALL};
 use super::plan::{Budget, Plan};
 
 /// How the tensors of a span are shared out to the two sides of a cut.
@@ -164,7 +164,13 @@ impl Splitter {
     ) -> Option<usize> {
         self.cuts.clear();
         self.push_cut(span.top, span, layout);
-        while let Some((_, Reverse(cut))) = self.cuts.pop() {
+        let mut walled = false;
+        while let Some((bytes, Reverse(cut))) = self.cuts.pop() {
+            // Walls come first, and a span that has some must be cut at one of them.
+            if walled && bytes != WALL {
+                return None;
+            }
+            walled = bytes == WALL;
             let at = cut as usize;
             let middle = self.free_before[at + 1];
             let (left, right) =

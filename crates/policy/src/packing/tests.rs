@@ -188,6 +188,9 @@ fn published_literally(len: u64, residents: &[Extent], sizes: &[u64]) -> Option<
         }
         let mut cuts: Vec<usize> = (first..end - 1).collect();
         cuts.sort_by_key(|&cut| std::cmp::Reverse(layout.gaps[cut]));
+        if cuts.first().is_some_and(|&cut| layout.gaps[cut] == layout::WALL) {
+            cuts.retain(|&cut| layout.gaps[cut] == layout::WALL);
+        }
         'cuts: for &cut in &cuts {
             let mut left: u64 = free[first..=cut].iter().sum();
             let mut right: u64 = free[cut + 1..end].iter().sum();

@@ -4,9 +4,13 @@ use std::fmt::Write;
 use std::time::Instant;
 
 use super::{Event, World};
+use crate::trace::seconds;
 
 /// Wanted groups that are looked at before a device's link stays idle.
 const TRIED: usize = 8;
+
+/// A transfer can be given up between pieces of so many bytes.
+const PIECE_BYTES: f64 = 16e6;
 
 impl World<'_> {
     /// Starts the next prefetch on a device whose link is free; if it is busy, comes back when it is.
@@ -79,6 +83,25 @@ impl World<'_> {
             device != index && self.devices[device as usize].resident_of(model) >= known.weight_bytes
         };
         known.devices.iter().any(whole)
+    }
+
+    /// Gives up a prefetch under way on a device whose link a request needs for something else: what has arrived of it
+    /// is lost, and the link is free after the piece that it is carrying.
+    pub(super) fn cancel_fetch(&mut self, index: u32) {
+        let device = &mut self.devices[index as usize];
+        let Some(slot) = device.fetching.take_if(|slot| device.slots[*slot as usize].holders == 0) else { return };
+        let bytes = device.slots[slot as usize].bytes;
+        device.slots[slot as usize].arriving = None;
+        device.resident_bytes -= bytes;
+        if let Some(layout) = &mut device.layout {
+            layout.remove(slot);
+        }
+        self.economies[index as usize].evicted(slot);
+        let rest = seconds(device.link_free - self.now);
+        self.totals.fetched_bytes -= bytes.min((rest * self.scenario.profile.link.bytes_per_second) as u64);
+        let piece = self.after(rest.min(PIECE_BYTES / self.scenario.profile.link.bytes_per_second));
+        self.devices[index as usize].link_free = piece;
+        self.note(|log| write!(log, "give-up device={index} slot={slot}"));
     }
 
     /// Notes that a prefetched group has arrived, if it has.

@@ -43,6 +43,10 @@ impl World<'_> {
                 missing.push(slot);
             }
         }
+        if !missing.is_empty() {
+            self.cancel_fetch(device_index);
+        }
+        let device = &self.devices[d];
         let sizes: Vec<u64> = missing.iter().map(|&slot| device.slots[slot as usize].bytes).collect();
         let missing_bytes: u64 = sizes.iter().sum();
         let kv_bytes = self.kv_bytes(request);

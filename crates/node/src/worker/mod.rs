@@ -1,0 +1,305 @@
+//! The engine loop: one thread that admits, steps and ends sequences, and the only one that changes the pool.
+//!
+//! Decisions are the policy crate's: who may start (`Admission`), what a step computes (`compose`), what is evicted
+//! (`Retention`). These files carry them out. It never waits for a load: a forward pass whose next layer has not
+//! arrived is set aside while other models run, and taken up again where it stopped.
+
+mod admit;
+mod end;
+mod status;
+mod step;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tangram_engine::{Executor, Pass};
+use tangram_policy::{Admission, Share, TensorKey};
+use tangram_pool::{KvKey, Lease, Pool};
+use tangram_store::{Store, Wake};
+
+use self::step::Progress;
+use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
+use crate::model::ModelPlan;
+use crate::sequence::Sequence;
+
+/// How long the loop sleeps at most when nothing can go on; every event that matters wakes it before.
+const IDLE_WAIT: Duration = Duration::from_millis(500);
+
+/// What the loop is told.
+pub(crate) enum Command {
+    /// A new sequence.
+    Submit(Box<Sequence>),
+    /// A model is deployed under this key. The answer says why it could not be taken up.
+    Register { deployed: Arc<DeployedModel>, plan: Box<ModelPlan>, answer: Sender<Result<(), String>> },
+    /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, which must not block.
+    Retire { model: usize, done: Box<dyn FnOnce() + Send> },
+    /// Something happened elsewhere: a tensor arrived, a client went away.
+    Wake,
+    /// End the loop; running sequences fail.
+    Stop,
+}
+
+/// What the loop publishes for everybody else.
+#[derive(Default)]
+pub(crate) struct Shared {
+    pub(crate) status: Mutex<(NodeStatus, Vec<ModelStatus>)>,
+    /// Sequences submitted and not admitted yet.
+    pub(crate) waiting: AtomicUsize,
+    /// Sequences submitted and not ended yet.
+    pub(crate) in_flight: AtomicUsize,
+}
+
+struct ModelEntry {
+    deployed: Arc<DeployedModel>,
+    plan: ModelPlan,
+    keys: Vec<TensorKey>,
+    kv: Option<KvKey>,
+    prefixes: PrefixUse,
+    active: Option<Active>,
+    waiting: usize,
+    retire: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// What is known of a model's prefixes: how dear they are to compute and how often they come again.
+#[derive(Default)]
+struct PrefixUse {
+    /// Seconds of prefill per token, smoothed.
+    token_seconds: f64,
+    /// Blocks published, and blocks found by later sequences.
+    published: u64,
+    found: u64,
+}
+
+impl PrefixUse {
+    /// Prefills of at least this many tokens tell what a token costs; smaller steps mostly tell what a step costs.
+    const TELLING_TOKENS: usize = 16;
+
+    fn measured(&mut self, tokens: usize, seconds: f64) {
+        if tokens >= Self::TELLING_TOKENS {
+            let sample = seconds / tokens as f64;
+            let known = self.token_seconds > 0.0;
+            self.token_seconds = if known { self.token_seconds.mul_add(0.9, 0.1 * sample) } else { sample };
+        }
+    }
+
+    /// Seconds that a cached block saves when it is found.
+    fn block_seconds(&self, block_tokens: usize) -> f64 {
+        self.token_seconds * block_tokens as f64
+    }
+
+    /// Chance that a new block is ever found again: a block that nobody has asked for twice must not push out weights
+    /// that somebody has. Starts at one in twenty.
+    fn reuse_chance(&self) -> f64 {
+        (1 + self.found) as f64 / (20 + self.published) as f64
+    }
+}
+
+/// A model with running sequences: its lease, and the step under way.
+struct Active {
+    lease: Lease,
+    /// Leading tensors known to have arrived. When it reaches all of them, nothing is checked any more.
+    arrived: usize,
+    /// When the last tensor was there.
+    complete: Option<Instant>,
+    sequences: Vec<Sequence>,
+    step: Option<Step>,
+}
+
+/// A forward pass under way and whose tokens it computes; `shares[i].sequence` indexes `Active::sequences`.
+struct Step {
+    pass: Pass,
+    shares: Vec<Share>,
+    /// Time computed so far.
+    spent: Duration,
+}
+
+/// The loop's state.
+pub(crate) struct Worker {
+    commands: Receiver<Command>,
+    shared: Arc<Shared>,
+    executor: Executor,
+    pool: Pool,
+    store: Arc<Store>,
+    models: Vec<Option<ModelEntry>>,
+    queue: Admission<Box<Sequence>>,
+    epoch: Instant,
+    wake: Wake,
+    wake_pending: Arc<AtomicBool>,
+    preemptions: u64,
+    activations: u64,
+    cached_tokens: u64,
+    published: Instant,
+    stopping: bool,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        pool: Pool,
+        threads: usize,
+        commands: Receiver<Command>,
+        wake_sender: Sender<Command>,
+        shared: Arc<Shared>,
+    ) -> Worker {
+        let store = Store::new(pool.memory().clone());
+        let wake_pending = Arc::new(AtomicBool::new(false));
+        let pending = wake_pending.clone();
+        let wake: Wake = Arc::new(move || {
+            // One wake in the channel is enough, however many tensors arrive before it is read.
+            if !pending.swap(true, Ordering::AcqRel) {
+                let _ = wake_sender.send(Command::Wake);
+            }
+        });
+        let now = Instant::now();
+        Worker {
+            commands,
+            shared,
+            executor: Executor::new(threads),
+            pool,
+            store,
+            models: Vec::new(),
+            queue: Admission::default(),
+            epoch: now,
+            wake,
+            wake_pending,
+            preemptions: 0,
+            activations: 0,
+            cached_tokens: 0,
+            published: now,
+            stopping: false,
+        }
+    }
+
+    /// Runs until told to stop.
+    pub(crate) fn run(mut self) {
+        self.publish(true);
+        while !self.stopping {
+            self.read_commands();
+            self.drop_cancelled();
+            self.admit();
+            let mut advanced = false;
+            for model in 0..self.models.len() {
+                if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
+                    advanced |= matches!(self.step(model), Progress::Advanced);
+                }
+            }
+            self.publish(!advanced);
+            if !advanced && !self.stopping {
+                self.wait();
+            }
+        }
+        self.fail_everything();
+        self.publish(true);
+    }
+
+    fn read_commands(&mut self) {
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.handle(command),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.stopping = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn wait(&mut self) {
+        match self.commands.recv_timeout(IDLE_WAIT) {
+            Ok(command) => self.handle(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.stopping = true,
+        }
+    }
+
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit(sequence) => match self.models.get_mut(sequence.model) {
+                Some(Some(entry)) => {
+                    entry.waiting += 1;
+                    self.queue.push(sequence);
+                }
+                _ => {
+                    self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+                    self.end(*sequence, |sequence| {
+                        sequence.fail(RequestError::UnknownModel("(removed)".to_owned()));
+                    });
+                }
+            },
+            Command::Register { deployed, plan, answer } => {
+                let _ = answer.send(self.register(deployed, *plan));
+            }
+            Command::Retire { model, done } => {
+                match self.models.get_mut(model) {
+                    Some(Some(entry)) => entry.retire = Some(done),
+                    _ => done(),
+                }
+                self.retire_if_over(model);
+            }
+            Command::Wake => {
+                self.wake_pending.store(false, Ordering::Release);
+            }
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn register(&mut self, deployed: Arc<DeployedModel>, plan: ModelPlan) -> Result<(), String> {
+        let sizes: HashMap<&str, u64> =
+            plan.data_bytes.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        let keys = self
+            .pool
+            .catalogue(&plan.entries, |checkpoint| sizes.get(checkpoint).copied().unwrap_or(0))
+            .map_err(|error| error.to_string())?;
+        let kv = match plan.engine.kv() {
+            None => None,
+            Some(layout) => match self.pool.add_kv(layout.block_bytes) {
+                Ok(kv) => Some(kv),
+                Err(error) => {
+                    self.pool.forget(&keys);
+                    return Err(error.to_string());
+                }
+            },
+        };
+        let index = deployed.index;
+        if self.models.len() <= index {
+            self.models.resize_with(index + 1, || None);
+        }
+        self.models[index] = Some(ModelEntry {
+            deployed,
+            plan,
+            keys,
+            kv,
+            prefixes: PrefixUse::default(),
+            active: None,
+            waiting: 0,
+            retire: None,
+        });
+        Ok(())
+    }
+
+    fn retire_if_over(&mut self, model: usize) {
+        let over =
+            |entry: &ModelEntry| entry.retire.is_some() && entry.active.is_none() && entry.waiting == 0;
+        if self.models.get(model).and_then(Option::as_ref).is_some_and(over)
+            && let Some(entry) = self.models[model].take()
+        {
+            self.pool.forget(&entry.keys);
+            if let Some(kv) = entry.kv {
+                self.pool.remove_kv(kv);
+            }
+            if let Some(done) = entry.retire {
+                done();
+            }
+        }
+    }
+
+    /// Counts a sequence out and tells its client.
+    fn end(&mut self, sequence: Sequence, tell: impl FnOnce(Sequence)) {
+        debug_assert!(sequence.blocks() == 0, "KV goes back to the pool before its sequence ends");
+        self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        tell(sequence);
+    }
+}

@@ -1,0 +1,81 @@
+//! What the loop publishes about itself.
+
+use std::collections::HashMap;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use super::Worker;
+use crate::api::{ModelStatus, NodeStatus};
+use crate::model::ModelPlan;
+
+/// How old the published status may get while work is going on.
+const STATUS_AGE: Duration = Duration::from_millis(50);
+
+impl Worker {
+    pub(super) fn publish(&mut self, now: bool) {
+        if !now && self.published.elapsed() < STATUS_AGE {
+            return;
+        }
+        self.published = Instant::now();
+        let (stats, memory) = (self.pool.stats(), self.pool.memory());
+        let page_bytes = memory.page_bytes() as u64;
+        let mut node = NodeStatus {
+            device: memory.name().to_owned(),
+            pool_bytes: memory.page_count() as u64 * page_bytes,
+            free_bytes: memory.free_pages() as u64 * page_bytes,
+            resident_bytes: stats.resident_bytes,
+            leased_bytes: stats.leased_bytes,
+            kv_bytes: stats.kv_bytes,
+            kv_blocks: stats.kv_blocks,
+            kv_cached_bytes: stats.kv_cached_bytes,
+            cached_tokens_total: self.cached_tokens,
+            running: 0,
+            waiting: self.queue.len(),
+            bytes_loaded_total: stats.loaded_total,
+            bytes_reused_total: stats.reused_total,
+            bytes_evicted_total: stats.evicted_total,
+            preemptions_total: self.preemptions,
+            activations_total: self.activations,
+        };
+        let mut models: Vec<ModelStatus> = Vec::new();
+        for entry in self.models.iter().flatten().filter(|entry| entry.retire.is_none()) {
+            let running = entry.active.as_ref().map_or(0, |active| active.sequences.len());
+            node.running += running;
+            let state = match &entry.active {
+                None => "idle",
+                Some(active) if active.arrived < entry.keys.len() => "loading",
+                Some(_) => "active",
+            };
+            let (deployed, plan) = (&entry.deployed, &entry.plan);
+            models.push(ModelStatus {
+                name: deployed.name.clone(),
+                family: deployed.spec.family.clone(),
+                task: if deployed.spec.generates() { "generate" } else { "embed" }.to_owned(),
+                dtype: dominant_dtype(plan),
+                weight_bytes: plan.unique_bytes(),
+                shared_bytes: self.pool.shared_bytes(&entry.keys),
+                resident_bytes: self.pool.resident_bytes(&entry.keys),
+                kv_bytes_per_token: deployed.kv_bytes_per_token,
+                context: deployed.context,
+                state: state.to_owned(),
+                running,
+                waiting: entry.waiting,
+                created: deployed.created,
+            });
+        }
+        models.sort_by(|a, b| a.name.cmp(&b.name));
+        *self.shared.status.lock().unwrap_or_else(PoisonError::into_inner) = (node, models);
+    }
+}
+
+/// The type of most of a model's weight bytes.
+fn dominant_dtype(plan: &ModelPlan) -> String {
+    let mut bytes: HashMap<&str, u64> = HashMap::new();
+    for tensor in &plan.manifest.tensors {
+        *bytes.entry(tensor.dtype.name()).or_default() += tensor.bytes;
+    }
+    bytes
+        .into_iter()
+        .max_by_key(|&(name, bytes)| (bytes, name))
+        .map_or(String::new(), |(name, _)| name.to_owned())
+}

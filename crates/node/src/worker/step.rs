@@ -1,0 +1,276 @@
+//! Steps: composing a batch, running its forward pass as far as the weights have arrived, taking the results.
+
+use std::time::{Duration, Instant};
+
+use tangram_engine::{Chunk, KvBlocks, LogitRows};
+use tangram_policy::{Runnable, compose};
+use tangram_pool::LoadFailure;
+
+use super::{Active, Step, Worker};
+use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
+use crate::model::LeasedWeights;
+use crate::sequence::{Sequence, Sink};
+
+/// Tokens per step. Bounds how long a long prompt holds up everybody else.
+const STEP_TOKENS: usize = 256;
+
+/// What came of composing a step.
+enum Begun {
+    /// It can run.
+    Ready,
+    /// There is no page for the KV that it needs, and nobody to take one from.
+    NoRoom,
+    /// A sequence gave its KV up; the step has to be composed anew.
+    Preempted,
+    /// The model's sequences have ended.
+    Failed,
+}
+
+/// How a step came along.
+pub(super) enum Progress {
+    /// The step went on.
+    Advanced,
+    /// It cannot go on before something else happens.
+    Stalled,
+}
+
+impl Worker {
+    pub(super) fn step(&mut self, model: usize) -> Progress {
+        let Some(entry) = self.models[model].as_mut() else { return Progress::Stalled };
+        let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
+        if active.arrived < entry.keys.len()
+            && let Err(reason) = note_arrivals(active)
+        {
+            let error = RequestError::LoadFailed { model: entry.deployed.name.clone(), reason };
+            self.fail_model(model, &error);
+            return Progress::Advanced;
+        }
+        let ready_stages = if active.arrived == entry.keys.len() {
+            usize::MAX
+        } else {
+            entry.plan.needed_by_stage.partition_point(|&needed| needed <= active.arrived)
+        };
+        if active.step.is_none() {
+            if ready_stages == 0 {
+                return Progress::Stalled;
+            }
+            // A preemption frees room for the one who needed it, who must get it before anybody else is admitted:
+            // else the preempted sequence could come back and take it, for ever.
+            loop {
+                match self.begin_step(model) {
+                    Begun::Ready => break,
+                    Begun::NoRoom => return Progress::Stalled,
+                    Begun::Preempted => {}
+                    Begun::Failed => return Progress::Advanced,
+                }
+                if self.models[model].as_ref().is_none_or(|entry| entry.active.is_none()) {
+                    return Progress::Advanced;
+                }
+            }
+        }
+        self.advance(model, ready_stages)
+    }
+
+    /// Composes the next step and takes the KV blocks that it needs.
+    fn begin_step(&mut self, model: usize) -> Begun {
+        let Some(entry) = self.models[model].as_mut() else { return Begun::Failed };
+        let Some(active) = entry.active.as_mut() else { return Begun::Failed };
+        let indivisible = entry.plan.engine.kv().is_none();
+        let runnable: Vec<Runnable> = active
+            .sequences
+            .iter()
+            .map(|sequence| Runnable { pending: sequence.pending(), indivisible })
+            .collect();
+        let shares = compose(&runnable, STEP_TOKENS);
+        for share in &shares {
+            let sequence = &mut active.sequences[share.sequence];
+            let blocks = entry.plan.kv_blocks(sequence.computed + share.tokens);
+            while sequence.blocks() < blocks {
+                let Some(kv) = entry.kv else { break };
+                match self.pool.take_kv(kv) {
+                    Ok(block) => sequence.kv.push(block),
+                    Err(_) if self.preempt_youngest() => return Begun::Preempted,
+                    Err(_) => return Begun::NoRoom,
+                }
+            }
+        }
+        let chunks: Vec<Chunk<'_>> = shares
+            .iter()
+            .map(|share| {
+                let sequence = &active.sequences[share.sequence];
+                let end = sequence.computed + share.tokens;
+                let last = end == sequence.tokens.len();
+                Chunk {
+                    tokens: &sequence.tokens[sequence.computed..end],
+                    position: sequence.computed,
+                    logits: if last { LogitRows::Last } else { LogitRows::None },
+                }
+            })
+            .collect();
+        match self.executor.begin(&entry.plan.engine, &chunks) {
+            Ok(pass) => {
+                active.step = Some(Step { pass, shares, spent: Duration::ZERO });
+                Begun::Ready
+            }
+            Err(error) => {
+                self.fail_model(model, &RequestError::Internal(error.to_string()));
+                Begun::Failed
+            }
+        }
+    }
+
+    fn advance(&mut self, model: usize, ready_stages: usize) -> Progress {
+        let Some(entry) = self.models[model].as_mut() else { return Progress::Stalled };
+        let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
+        let Some(step) = active.step.as_mut() else { return Progress::Stalled };
+        let before = step.pass.stage();
+        if before >= ready_stages {
+            return Progress::Stalled;
+        }
+        let weights = LeasedWeights { tensors: active.lease.tensors(), unique_of: &entry.plan.unique_of };
+        let mut shares = step.shares.iter().peekable();
+        let mut kv: Vec<KvBlocks<'_>> = Vec::with_capacity(step.shares.len());
+        for (index, sequence) in active.sequences.iter_mut().enumerate() {
+            if shares.next_if(|share| share.sequence == index).is_some() {
+                kv.push(KvBlocks { shared: sequence.prefix.blocks(), own: &mut sequence.kv });
+            }
+        }
+        let started = Instant::now();
+        let result =
+            self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
+        let spent = started.elapsed();
+        step.spent += spent;
+        for share in &step.shares {
+            let sequence = &mut active.sequences[share.sequence];
+            if sequence.first_token.is_none() {
+                sequence.timing.prefill += spent;
+            }
+        }
+        match result {
+            Ok(false) => {
+                if step.pass.stage() > before {
+                    Progress::Advanced
+                } else {
+                    Progress::Stalled
+                }
+            }
+            Ok(true) => {
+                self.complete_step(model);
+                Progress::Advanced
+            }
+            Err(error) => {
+                self.fail_model(model, &RequestError::Internal(error.to_string()));
+                Progress::Advanced
+            }
+        }
+    }
+
+    /// Takes the results of a finished pass: samples, delivers, ends what is over.
+    fn complete_step(&mut self, model: usize) {
+        let Some(entry) = self.models[model].as_mut() else { return };
+        let Some(active) = entry.active.as_mut() else { return };
+        let Some(Step { mut pass, shares, spent }) = active.step.take() else { return };
+        let complete = active.complete;
+        let now = Instant::now();
+        let seconds = now.duration_since(self.epoch).as_secs_f64();
+        let tokens = shares.iter().map(|share| share.tokens).sum();
+        entry.prefixes.measured(tokens, spent.as_secs_f64());
+        let mut over: Vec<(usize, Outcome)> = Vec::new();
+        for (chunk, share) in shares.iter().enumerate() {
+            let sequence = &mut active.sequences[share.sequence];
+            sequence.computed += share.tokens;
+            if let Some((kv, layout)) = entry.kv.zip(entry.plan.engine.kv()) {
+                let full = sequence.computed / layout.block_tokens;
+                while sequence.prefix.len() < full && !sequence.kv.is_empty() {
+                    let index = sequence.prefix.len();
+                    let hash = sequence.block_hashes(index + 1, layout.block_tokens)[index];
+                    let uses = &mut entry.prefixes;
+                    let worth = uses.block_seconds(layout.block_tokens) * uses.reuse_chance();
+                    uses.published += 1;
+                    let block = sequence.kv.remove(0);
+                    self.pool.publish(kv, &mut sequence.prefix, hash, block, worth, seconds);
+                }
+            }
+            if sequence.pending() > 0 {
+                continue;
+            }
+            if sequence.first_token.is_none() {
+                let load = complete
+                    .zip(sequence.admitted)
+                    .map(|(complete, admitted)| complete - admitted.min(complete));
+                sequence.timing.load = load.unwrap_or_default();
+            }
+            let outcome = match &sequence.sink {
+                Sink::Embed { .. } => Some(Outcome::Vector(pass.embedding(chunk).to_vec())),
+                Sink::Generate(_) => sample(sequence, pass.logits_mut(chunk), now),
+            };
+            over.extend(outcome.map(|outcome| (share.sequence, outcome)));
+        }
+        self.executor.recycle(pass);
+        // From the back, so that the indices of the others stay right.
+        for (index, outcome) in over.into_iter().rev() {
+            let Some(sequence) = self.take_sequence(model, index) else { continue };
+            self.end(sequence, |sequence| match outcome {
+                Outcome::Vector(vector) => sequence.deliver(vector, now),
+                Outcome::Finished(reason) => sequence.finish(reason, now),
+                Outcome::Failed(message) => sequence.fail(RequestError::Internal(message)),
+                Outcome::Gone => drop(sequence),
+            });
+        }
+        self.deactivate_if_over(model);
+    }
+}
+
+/// How a sequence came out of a step in which it ended.
+enum Outcome {
+    Vector(Vec<f32>),
+    Finished(FinishReason),
+    Failed(String),
+    /// The client has gone.
+    Gone,
+}
+
+/// Moves `arrived` on; notes when the last tensor was there. The error is the failed tensor's, for the user.
+pub(super) fn note_arrivals(active: &mut Active) -> Result<(), String> {
+    while let Some(tensor) = active.lease.tensors().get(active.arrived) {
+        if !tensor.is_ready() {
+            // A failure further back is reported at once, not when the forward pass gets there.
+            let failure = active.lease.tensors()[active.arrived..].iter().find_map(|tensor| tensor.failure());
+            return match failure {
+                None => Ok(()),
+                Some(LoadFailure::Failed(reason)) => Err(reason.clone()),
+                Some(LoadFailure::Abandoned) => Err("its load was given up".to_owned()),
+            };
+        }
+        active.arrived += 1;
+    }
+    active.complete.get_or_insert_with(Instant::now);
+    Ok(())
+}
+
+/// Chooses the next token of a sequence whose tokens are all computed, and tells the client.
+fn sample(sequence: &mut Sequence, logits: &mut [f32], now: Instant) -> Option<Outcome> {
+    let Sink::Generate(generate) = &mut sequence.sink else { return None };
+    let sampled = match generate.sampler.sample(logits) {
+        Ok(sampled) => sampled,
+        Err(error) => return Some(Outcome::Failed(error.to_string())),
+    };
+    generate.generated += 1;
+    let ended = generate.end_tokens.contains(&sampled.token);
+    let full = generate.generated >= generate.max_tokens;
+    sequence.tokens.push(sampled.token);
+    sequence.first_result(now);
+    let Sink::Generate(generate) = &mut sequence.sink else { return None };
+    if !std::mem::replace(&mut sequence.started, true) {
+        let _ = generate.events.send(GenerateEvent::Started(sequence.timing));
+    }
+    let token = GeneratedToken { id: sampled.token, logprob: sampled.logprob };
+    if generate.events.send(GenerateEvent::Token(token)).is_err() {
+        return Some(Outcome::Gone);
+    }
+    match (ended, full) {
+        (true, _) => Some(Outcome::Finished(FinishReason::Stop)),
+        (false, true) => Some(Outcome::Finished(FinishReason::Length)),
+        (false, false) => None,
+    }
+}
