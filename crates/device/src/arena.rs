@@ -363,6 +363,12 @@ impl Extent {
         self.host().then(|| unsafe { std::slice::from_raw_parts_mut(self.address() as *mut u8, self.len) })
     }
 
+    /// Prepares the bytes for being written from end to end, where that makes the writing cheaper.
+    pub fn prepare_write(&mut self) {
+        // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
+        unsafe { self.arena.memory.device.prepare_write(self.address(), self.len) };
+    }
+
     fn host(&self) -> bool {
         self.arena.memory.device.host_accessible()
     }

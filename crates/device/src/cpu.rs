@@ -162,6 +162,16 @@ unsafe impl Device for CpuDevice {
         unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
     }
 
+    unsafe fn prepare_write(&self, address: usize, bytes: usize) {
+        // One call fills the page tables of the whole range, where writing would fault page by page (measured: 20 ms
+        // instead of 34 for 92 MiB from the page cache). Advice only: older kernels refuse, and nothing is lost.
+        let page = rustix::param::page_size();
+        let (start, end) = (address / page * page, (address + bytes).next_multiple_of(page));
+        // SAFETY: the caller says that the range is mapped; populating changes no byte. The pages at its ends are
+        // mapped whole.
+        let _ = unsafe { madvise(start as *mut c_void, end - start, Advice::LinuxPopulateWrite) };
+    }
+
     fn host_accessible(&self) -> bool {
         true
     }

@@ -119,6 +119,12 @@ pub unsafe trait Device: Send + Sync {
     /// The range must be mapped and nobody else may access it.
     unsafe fn zero(&self, address: usize, bytes: usize);
 
+    /// Prepares a mapped range for being written from end to end, where that makes the writing cheaper.
+    ///
+    /// # Safety
+    /// The range must be mapped and nobody else may access it.
+    unsafe fn prepare_write(&self, address: usize, bytes: usize);
+
     /// Whether the host can read and write mapped ranges by their address.
     fn host_accessible(&self) -> bool;
 

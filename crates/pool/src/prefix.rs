@@ -39,7 +39,8 @@ impl Pool {
 
     /// A model is gone: drops its cached prefixes. None of its blocks may be in use.
     pub fn remove_kv(&mut self, key: KvKey) {
-        let keys: Vec<TensorKey> = self.arena(key).map_or(Vec::new(), |kv| kv.published.values().copied().collect());
+        let keys: Vec<TensorKey> =
+            self.arena(key).map_or(Vec::new(), |kv| kv.published.values().copied().collect());
         let mut freed = Vec::new();
         for key in keys {
             self.evict_block(key, &mut freed);

@@ -164,7 +164,9 @@ impl Part {
 
     /// Where the bytes go, on a device that the host can address.
     pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
-        self.extent.as_mut()?.host_bytes_mut()
+        let extent = self.extent.as_mut()?;
+        extent.prepare_write();
+        extent.host_bytes_mut()
     }
 
     /// Whether filling this part would be for nothing: no lease wants the tensor, or another part has failed.

@@ -26,6 +26,10 @@ pub(crate) struct ServerOptions {
     /// Size of the pool for weights and KV, e.g. 8GiB [default: half of the memory that is available].
     #[arg(long, env = "TANGRAM_DEVICE_MEMORY")]
     pub(crate) device_memory: Option<ByteSize>,
+    /// Size of the host tier below the device. The CPU device needs none (its pool is host memory), so there the value
+    /// is checked and not used.
+    #[arg(long, env = "TANGRAM_HOST_MEMORY")]
+    pub(crate) host_memory: Option<ByteSize>,
     /// Threads that compute [default: the cores that this process may use].
     #[arg(long, env = "TANGRAM_THREADS")]
     pub(crate) threads: Option<usize>,
@@ -48,6 +52,7 @@ struct File {
     listen: Option<SocketAddr>,
     device: Option<String>,
     device_memory: Option<String>,
+    host_memory: Option<String>,
     threads: Option<usize>,
     max_waiting: Option<usize>,
     max_body: Option<String>,
@@ -89,6 +94,7 @@ impl ServerOptions {
                 (None, None) => Ok(None),
             }
         };
+        size(self.host_memory, file.host_memory, "host-memory")?;
         let device_memory = match size(self.device_memory, file.device_memory, "device-memory")? {
             Some(bytes) => bytes,
             None => available_memory().context(
