@@ -92,7 +92,7 @@ struct Scenario {
     name: &'static str,
     segment: u64,
     models: usize,
-    /// Divides a model's bytes into the least size of a group, or that size itself.
+    /// The least size of a group.
     group: Group,
     evict: Evict,
     /// How many of the models requested last hold leases on all that they have resident.
@@ -100,6 +100,7 @@ struct Scenario {
 }
 
 enum Group {
+    /// This fraction of the model's bytes (the denominator).
     Share(u64),
     Bytes(u64),
 }
@@ -172,8 +173,8 @@ struct World<'a> {
     extents: Vec<usize>,
     holes: Vec<usize>,
     tensors: Vec<usize>,
-    /// Groups evicted because there were enough free bytes, but no way to use them around the leased ones.
-    evicted_for_walls: usize,
+    /// Plans with enough free bytes, but no way to use them around the leased groups.
+    no_room_for_walls: usize,
 }
 
 impl World<'_> {
@@ -240,8 +241,8 @@ impl World<'_> {
                 if self.pack(model, missing, &sizes) {
                     return;
                 }
-                self.evicted_for_walls += 1;
-                // Trying again after each would be a test of nothing but patience.
+                self.no_room_for_walls += 1;
+                // One by one would take thousands of attempts.
                 needed += needed / 16;
             }
             let before: u64 = self.residents.iter().map(|resident| resident.len).sum();
@@ -336,7 +337,7 @@ fn main() {
             extents: Vec::new(),
             holes: Vec::new(),
             tensors: Vec::new(),
-            evicted_for_walls: 0,
+            no_room_for_walls: 0,
         };
         for _ in 0..REQUESTS {
             let model = world.next_model();
@@ -355,13 +356,13 @@ fn report(world: &mut World<'_>, models: &[Model]) {
         .collect();
     println!("  groups: {}", counts.join(", "));
     println!(
-        "  {} plans; per plan on average {} residents (at most {}), {} holes, {} groups to place; {} evicted for walls",
+        "  {} plans; per plan on average {} residents (at most {}), {} holes, {} groups to place; {} had the bytes, but no room for walls",
         world.extents.len(),
         mean(&world.extents),
         world.extents.iter().max().unwrap_or(&0),
         mean(&world.holes),
         mean(&world.tensors),
-        world.evicted_for_walls,
+        world.no_room_for_walls,
     );
     println!(
         "  {:<18} {:>7} {:>9} {:>12} {:>14} {:>9} {:>9} {:>9}",

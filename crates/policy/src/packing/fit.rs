@@ -31,13 +31,12 @@ impl BestFit {
         }
     }
 
-    /// Best fit, largest first. Takes what it places out of `wanted`; returns how many tensors fit nowhere.
+    /// Best fit, largest first. Takes what it places out of `wanted`; returns whether that is all.
     ///
     /// A bin that is the tightest for one tensor of a run is the tightest for the next of the run too while it has
     /// room, so whole runs are placed in one sweep over the bins.
-    pub(super) fn place(&mut self, demand: &Demand, wanted: &mut [u32], plan: &mut Plan) -> usize {
-        let mut unplaced = 0;
-        for (index, (run, wanted)) in demand.runs.iter().zip(wanted).enumerate() {
+    pub(super) fn place(&mut self, demand: &Demand, wanted: &mut [u32], plan: &mut Plan) -> bool {
+        for (index, (run, wanted)) in demand.runs.iter().zip(&mut *wanted).enumerate() {
             let mut at = self.bins.partition_point(|bin| bin.0 < run.size);
             while *wanted > 0 && at < self.bins.len() {
                 let (free, hole) = self.bins[at];
@@ -50,9 +49,8 @@ impl BestFit {
                 self.bins[to] = rest;
                 at += 1;
             }
-            unplaced += *wanted as usize;
         }
-        unplaced
+        wanted.iter().all(|&wanted| wanted == 0)
     }
 
     /// Matchings of tensors to bins, one tensor per bin, until nothing fits any more.
@@ -100,7 +98,7 @@ impl BestFit {
         self.bins.clone_from(&self.compartments);
         self.bins.sort_unstable();
         let assigned = plan.assigned.len();
-        if self.place(demand, wanted, plan) == 0 {
+        if self.place(demand, wanted, plan) {
             return true;
         }
         plan.assigned.truncate(assigned);
