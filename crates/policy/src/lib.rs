@@ -5,6 +5,7 @@
 
 pub mod admission;
 pub mod batch;
+pub mod eviction;
 pub mod packing;
 pub mod placement;
 pub mod prefetch;

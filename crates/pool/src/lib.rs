@@ -13,5 +13,5 @@ mod prefix;
 mod tensor;
 
 pub use kv::{BlockHash, KvKey, Prefix};
-pub use pool::{Activation, CatalogueEntry, Lease, Pool, PoolStats, Shortage, pages_alone};
+pub use pool::{Activation, CatalogueEntry, Lease, Logged, Pool, PoolStats, Shortage, pages_alone};
 pub use tensor::{LoadFailure, Part, Tensor, Vacancy};

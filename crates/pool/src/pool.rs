@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tangram_checkpoint::ContentId;
 use tangram_device::{Arena, Claim, Contents, DeviceError, Extent, Memory};
+use tangram_policy::eviction::{self, Candidate};
 use tangram_policy::{Event, Retention, TensorKey};
 
 use crate::kv::KvArena;
@@ -97,6 +98,20 @@ pub struct Activation {
     pub bytes_reused: u64,
 }
 
+/// What a recorded pool has been through: enough to replay every decision.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Logged {
+    /// The policy learned something.
+    Learned(Event),
+    /// The policy was asked for room.
+    Asked {
+        /// Bytes wanted.
+        shortage: u64,
+        /// What it chose to evict.
+        victims: Vec<TensorKey>,
+    },
+}
+
 /// Accounts of the pool, all in bytes unless named otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolStats {
@@ -133,7 +148,7 @@ pub struct Pool {
     pub(crate) kv: Vec<Option<KvArena>>,
     pub(crate) published: HashMap<TensorKey, PublishedBlock>,
     pub(crate) stats: PoolStats,
-    log: Option<Vec<Event>>,
+    log: Option<Vec<Logged>>,
 }
 
 impl Pool {
@@ -161,7 +176,7 @@ impl Pool {
     }
 
     /// The recorded events.
-    pub fn events(&self) -> &[Event] {
+    pub fn events(&self) -> &[Logged] {
         self.log.as_deref().unwrap_or_default()
     }
 
@@ -200,7 +215,7 @@ impl Pool {
             _ => {}
         }
         if let Some(log) = &mut self.log {
-            log.push(event);
+            log.push(Logged::Learned(event));
         }
         self.retention.apply(event);
     }
@@ -530,7 +545,17 @@ impl Pool {
         if needed <= available { Ok(()) } else { Err(Shortage { needed, available }) }
     }
 
-    /// Evicts idle tensors, least worth first, until as many pages are free as `needed` says (which may change as
+    /// What could be evicted, least worth first.
+    fn candidates(&self) -> impl Iterator<Item = Candidate> {
+        self.retention.idle().filter_map(|tensor| {
+            let log2_worth = self.retention.log2_worth(tensor)?;
+            let block = self.published.get(&tensor).map(|block| block.extent.len());
+            let bytes = block.or_else(|| self.slot(tensor).map(|slot| slot.bytes))? as u64;
+            Some(Candidate { tensor, bytes, log2_worth })
+        })
+    }
+
+    /// Evicts idle tensors as the policy chooses, until as many pages are free as `needed` says (which may change as
     /// tensors that share a page with the wanted ones go).
     pub(crate) fn make_room(&mut self, needed: impl Fn(&Pool) -> usize) -> Result<(), Shortage> {
         loop {
@@ -538,12 +563,14 @@ impl Pool {
             if free >= needed {
                 return Ok(());
             }
-            let mut shortage_bytes = ((needed - free) * self.memory.page_bytes()) as i64;
+            let shortage = ((needed - free) * self.memory.page_bytes()) as u64;
+            let victims = eviction::choose(self.candidates(), shortage);
+            if let Some(log) = &mut self.log {
+                log.push(Logged::Asked { shortage, victims: victims.clone() });
+            }
             let mut freed = Vec::new();
-            while shortage_bytes > 0
-                && let Some(victim) = self.retention.least_worth()
-            {
-                shortage_bytes -= self.evict(victim, &mut freed) as i64;
+            for victim in victims {
+                self.evict(victim, &mut freed);
             }
             if freed.is_empty() {
                 return Err(Shortage { needed, available: free });

@@ -315,11 +315,22 @@ proptest! {
         prop_assert_eq!(world.pool.stats().kv_blocks, 0);
         // The log alone leads a fresh policy to the same evictions.
         let mut replayed = Retention::new();
-        for &event in world.pool.events() {
-            if let Event::Evicted { tensor } = event {
-                prop_assert_eq!(replayed.least_worth(), Some(tensor));
+        let mut sizes: BTreeMap<TensorKey, u64> = BTreeMap::new();
+        for logged in world.pool.events() {
+            match logged {
+                Logged::Learned(event) => {
+                    if let Event::Catalogued { tensor, bytes, .. } = event {
+                        sizes.insert(*tensor, *bytes);
+                    }
+                    replayed.apply(*event);
+                }
+                Logged::Asked { shortage, victims } => {
+                    let candidates = replayed.idle().map(|tensor| Candidate {
+                        tensor, bytes: sizes[&tensor], log2_worth: replayed.log2_worth(tensor).unwrap()
+                    });
+                    prop_assert_eq!(&eviction::choose(candidates, *shortage), victims);
+                }
             }
-            replayed.apply(event);
         }
         for keys in &keys {
             world.pool.forget(keys);
