@@ -37,6 +37,8 @@ pub(crate) struct ModelPlan {
     pub(crate) data_bytes: Vec<(String, u64)>,
     /// Pages that the weights take alone on the device.
     pub(crate) weight_pages: u64,
+    /// Equal for models that compute the same function from the same tensors, whatever they are called.
+    pub(crate) identity: Hash,
 }
 
 impl ModelPlan {
@@ -99,7 +101,10 @@ impl ModelPlan {
         }
         let places = entries.iter().map(|entry| (entry.checkpoint.as_str(), entry.offset, entry.bytes));
         let weight_pages = pages_alone(places, page_bytes);
+        let tensors: Vec<_> = manifest.tensors.iter().map(|tensor| (tensor.role, tensor.id)).collect();
+        let identity = serde_json::to_vec(&(&manifest.spec, tensors)).map_err(|error| error.to_string())?;
         Ok(ModelPlan {
+            identity: Hash::of(&identity),
             engine,
             manifest,
             entries,

@@ -220,7 +220,13 @@ fn common_prefixes_are_computed_once() {
     // A conversation that goes on finds what was generated, too.
     let longer: Vec<u32> = prompt(60).into_iter().chain(first.tokens.iter().copied()).chain([7]).collect();
     assert_eq!(run(&node, request(&model, &longer, 4)).timing.cached_tokens, 64);
+    // The same model under another name has the same keys and values.
+    let copy = deploy(&node, "copy", sources.path());
+    let from_copy = run(&node, request(&copy, &prompt(60), 30));
+    assert_eq!((from_copy.timing.cached_tokens, &from_copy.tokens), (32, &first.tokens));
     all_kv_is_back(&node);
+    node.remove("copy").unwrap();
+    assert_eq!(run(&node, request(&model, &prompt(60), 30)).timing.cached_tokens, 32);
     eventually("cached prefixes are shown", || node.status().kv_cached_bytes > 0);
     // The same answers from a node that has cached nothing.
     let fresh = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! KV blocks of one model: numbered places in an arena of its own, out of the device's common pages.
+//! KV blocks of one model, whatever names it is deployed under: numbered places in an arena of its own, out of the device's common pages.
 //!
 //! A model's arena only reserves addresses; pages come with the blocks and go with them. The lowest free number is
 //! used first, so that blocks smaller than a page stay together. A full block can be published under the hash of all
@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
+use tangram_checkpoint::Hash;
 use tangram_device::{Arena, DeviceError, Extent, Memory};
 use tangram_policy::TensorKey;
 
@@ -52,15 +53,22 @@ pub(crate) struct KvArena {
     next: usize,
     pub(crate) pages: PageAccount,
     pub(crate) published: HashMap<BlockHash, TensorKey>,
+    pub(crate) identity: Hash,
+    /// Deployed models with this identity.
+    pub(crate) models: usize,
 }
 
 impl KvArena {
     /// Reserves addresses for as many blocks of `block_bytes` as the whole device could hold.
-    pub(crate) fn reserve(memory: Arc<Memory>, block_bytes: usize) -> Result<KvArena, DeviceError> {
+    pub(crate) fn reserve(
+        memory: Arc<Memory>,
+        identity: Hash,
+        block_bytes: usize,
+    ) -> Result<KvArena, DeviceError> {
         let blocks = (memory.page_count() * memory.page_bytes()) / block_bytes + 1;
         let arena = Arena::reserve(memory, blocks * block_bytes)?;
         let (free, pages, published) = (BinaryHeap::new(), PageAccount::default(), HashMap::new());
-        Ok(KvArena { arena, block_bytes, free, next: 0, pages, published })
+        Ok(KvArena { arena, block_bytes, free, next: 0, pages, published, identity, models: 1 })
     }
 
     /// Takes a block with zeros in it.

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use tangram_checkpoint::Hash;
 use tangram_device::{DeviceError, Extent};
 use tangram_policy::{Event, TensorKey};
 
@@ -24,11 +25,17 @@ pub(crate) struct PublishedBlock {
 
 impl Pool {
     /// Makes room in the address space for one model's KV blocks of `block_bytes` each; takes no device memory.
+    /// Models of equal `identity` compute equal keys and values, so they have their blocks and prefixes together.
     ///
     /// # Errors
     /// When the address space is exhausted.
-    pub fn add_kv(&mut self, block_bytes: usize) -> Result<KvKey, DeviceError> {
-        let kv = KvArena::reserve(self.memory.clone(), block_bytes)?;
+    pub fn add_kv(&mut self, identity: Hash, block_bytes: usize) -> Result<KvKey, DeviceError> {
+        let same = |kv: &KvArena| kv.identity == identity;
+        if let Some(index) = self.kv.iter().position(|kv| kv.as_ref().is_some_and(same)) {
+            self.kv[index].iter_mut().for_each(|kv| kv.models += 1);
+            return Ok(KvKey(index));
+        }
+        let kv = KvArena::reserve(self.memory.clone(), identity, block_bytes)?;
         let index = self.kv.iter().position(Option::is_none).unwrap_or(self.kv.len());
         if index == self.kv.len() {
             self.kv.push(None);
@@ -37,8 +44,14 @@ impl Pool {
         Ok(KvKey(index))
     }
 
-    /// A model is gone: drops its cached prefixes. None of its blocks may be in use.
+    /// A model is gone. The last one of its identity takes the cached prefixes with it; none of its blocks may be in
+    /// use then.
     pub fn remove_kv(&mut self, key: KvKey) {
+        let Some(kv) = self.arena(key) else { return };
+        kv.models -= 1;
+        if kv.models > 0 {
+            return;
+        }
         let keys: Vec<TensorKey> =
             self.arena(key).map_or(Vec::new(), |kv| kv.published.values().copied().collect());
         let mut freed = Vec::new();

@@ -153,7 +153,7 @@ impl Worker {
             }
         });
         let now = Instant::now();
-        Worker {
+        let mut worker = Worker {
             commands,
             shared,
             executor: Executor::new(threads),
@@ -169,12 +169,13 @@ impl Worker {
             cached_tokens: 0,
             published: now,
             stopping: false,
-        }
+        };
+        worker.publish(true);
+        worker
     }
 
     /// Runs until told to stop.
     pub(crate) fn run(mut self) {
-        self.publish(true);
         while !self.stopping {
             self.read_commands();
             self.drop_cancelled();
@@ -230,7 +231,10 @@ impl Worker {
                 }
             },
             Command::Register { deployed, plan, answer } => {
-                let _ = answer.send(self.register(deployed, *plan));
+                let registered = self.register(deployed, *plan);
+                // Whoever waits for the answer then finds the model in the status.
+                self.publish(true);
+                let _ = answer.send(registered);
             }
             Command::Retire { model, done } => {
                 match self.models.get_mut(model) {
@@ -255,7 +259,7 @@ impl Worker {
             .map_err(|error| error.to_string())?;
         let kv = match plan.engine.kv() {
             None => None,
-            Some(layout) => match self.pool.add_kv(layout.block_bytes) {
+            Some(layout) => match self.pool.add_kv(plan.identity, layout.block_bytes) {
                 Ok(kv) => Some(kv),
                 Err(error) => {
                     self.pool.forget(&keys);

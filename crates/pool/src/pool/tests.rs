@@ -124,7 +124,7 @@ fn kv_pushes_out_idle_weights_but_never_leased_ones_and_weights_never_push_out_k
     let mut world = World::new(4);
     let a = world.model(&[entry(1, "a", 0, 2 * PAGE)]);
     let b = world.model(&[entry(2, "b", 0, 2 * PAGE)]);
-    let kv = world.pool.add_kv(PAGE).unwrap();
+    let kv = world.pool.add_kv(Hash([1; 32]), PAGE).unwrap();
     let (lease_a, _) = world.load(&a);
     let (lease_b, _) = world.load(&b);
     assert!(world.pool.take_kv(kv).is_err(), "everything is leased");
@@ -233,7 +233,7 @@ proptest! {
             let entries: Vec<_> = model.iter().map(|&i| entries[i].clone()).collect();
             world.model(&entries)
         }).collect();
-        let kv = world.pool.add_kv(1500).unwrap();
+        let kv = world.pool.add_kv(Hash([1; 32]), 1500).unwrap();
         let mut leases: Vec<Lease> = Vec::new();
         let mut blocks: Vec<(Extent, u8)> = Vec::new();
         // Sequences that share prefixes: block `i` of any sequence holds the byte `i + 1`.
