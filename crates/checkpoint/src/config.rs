@@ -9,6 +9,8 @@ use crate::{Attention, LayerRole, ModelSpec, Norm, NormPlacement, Output, Poolin
 
 mod families;
 mod rope;
+
+pub(crate) use rope::limit_context;
 #[cfg(test)]
 mod tests;
 
@@ -72,7 +74,7 @@ pub(crate) fn parse(config: &Value) -> Result<Parsed, ConfigError> {
         other => Err(Unsupported(format!("model type {other} is not supported; supported are {SUPPORTED}"))),
     }?;
     family.clone_into(&mut spec.family);
-    let warnings = rope::limit_context(&mut spec);
+    let warnings = limit_context(&mut spec);
     layout::check_spec(&spec).map_err(Invalid)?;
     Ok(Parsed { spec, biases, warnings })
 }

@@ -305,7 +305,7 @@ impl Reader<'_> {
                 &self.file.path,
                 format!(
                     "tensor {name} has type {}, which is not supported yet; \
-                     use a file in Q8_0, Q4_0, Q4_1, F16, BF16 or F32",
+                     use a file in Q2_K to Q6_K, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, F16, BF16 or F32",
                     type_name(kind)
                 ),
             ));
@@ -331,29 +331,29 @@ fn element_type(kind: u32) -> Option<DType> {
         1 => Some(DType::F16),
         2 => Some(DType::Q4_0),
         3 => Some(DType::Q4_1),
+        6 => Some(DType::Q5_0),
+        7 => Some(DType::Q5_1),
         8 => Some(DType::Q8_0),
+        10 => Some(DType::Q2K),
+        11 => Some(DType::Q3K),
+        12 => Some(DType::Q4K),
+        13 => Some(DType::Q5K),
+        14 => Some(DType::Q6K),
+        20 => Some(DType::Iq4Nl),
         30 => Some(DType::BF16),
         _ => None,
     }
 }
 
-/// GGML's name of a type number, for messages.
+/// GGML's name of a type that this build does not know, for messages.
 fn type_name(kind: u32) -> String {
     let name = match kind {
-        6 => "Q5_0",
-        7 => "Q5_1",
         9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        14 => "Q6_K",
         15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
         23 => "IQ4_XS",

@@ -8,16 +8,12 @@ use crate::fused::Whole;
 use crate::gguf::{self, Value};
 use crate::names::{self, Name};
 use crate::source::{RowOrder, Source};
-use crate::{
-    Attention, CheckpointError, DType, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Role, Rope,
-    RopeScaling, gguf_tokenizer, layout,
-};
+use crate::{CheckpointError, DType, LayerRole, Role, gguf_spec, gguf_tokenizer};
 
-/// Architectures that this build can run.
-const SUPPORTED: &str = "llama, qwen2, qwen3";
-
-/// A tensor that holds divisors of the rotary frequencies and becomes part of the spec.
+/// Tensors that hold divisors of the rotary frequencies and become part of the spec: llama's, and Phi-3's two.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
+const ROPE_FACTORS_SHORT: &str = "rope_factors_short.weight";
+const ROPE_FACTORS_LONG: &str = "rope_factors_long.weight";
 
 /// Opens a `.gguf` file.
 pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
@@ -25,9 +21,10 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
     let gguf::Header { metadata, tensors } = gguf::read_header(&file)?;
     let metadata = Metadata { path, map: metadata };
     let family = metadata.text("general.architecture")?.unwrap_or_default().to_owned();
-    if !SUPPORTED.split(", ").any(|supported| supported == family) {
+    if !gguf_spec::SUPPORTED.split(", ").any(|supported| supported == family) {
         return Err(metadata.unsupported(format!(
-            "architecture {family:?} is not supported in GGUF files; supported are {SUPPORTED}"
+            "architecture {family:?} is not supported in GGUF files; supported are {}",
+            gguf_spec::SUPPORTED
         )));
     }
     if metadata.count("split.count")?.is_some_and(|count| count > 1) {
@@ -39,13 +36,22 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
         return Err(metadata.invalid("has no matrix token_embd.weight; is the download complete?"));
     };
     let tied = shape_of("output.weight").is_none();
-    let mut spec = metadata.spec(&family, usize::try_from(vocab).unwrap_or(usize::MAX), tied)?;
-    let text = gguf_tokenizer::read(&metadata, &spec)?;
+    let mut spec = gguf_spec::read(&metadata, &family, usize::try_from(vocab).unwrap_or(usize::MAX), tied)?;
+    let factors = |name: &str| {
+        let tensor = tensors.iter().find(|tensor| tensor.name == name);
+        tensor.map(|tensor| read_rope_factors(&file, tensor)).transpose()
+    };
+    if let Some(factors) = factors(ROPE_FACTORS)? {
+        gguf_spec::apply_factors(&metadata, &mut spec, factors)?;
+    }
+    let pair = (factors(ROPE_FACTORS_SHORT)?, factors(ROPE_FACTORS_LONG)?);
+    let longrope = gguf_spec::apply_longrope(&metadata, &mut spec, pair)?;
+    let mut text = gguf_tokenizer::read(&metadata, &spec)?;
+    text.warnings.extend(longrope);
 
     let mut found = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        if tensor.name == ROPE_FACTORS {
-            apply_rope_factors(&file, &tensor, &mut spec)?;
+        if [ROPE_FACTORS, ROPE_FACTORS_SHORT, ROPE_FACTORS_LONG].contains(&tensor.name.as_str()) {
             continue;
         }
         let name = names::gguf(&family, &tensor.name);
@@ -69,34 +75,21 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
         }
         found.append(&mut parts);
     }
-    let biases = if family == "qwen2" { layout::ATTENTION_BIASES[..3].to_vec() } else { Vec::new() };
-    Source::assemble(path, spec, found, &biases, vec![file], text)
+    let biases = gguf_spec::biases(&family);
+    Source::assemble(path, spec, found, biases, vec![file], text)
 }
 
-fn apply_rope_factors(
-    file: &SourceFile,
-    tensor: &gguf::Tensor,
-    spec: &mut ModelSpec,
-) -> Result<(), CheckpointError> {
-    let invalid =
-        |message: String| CheckpointError::invalid(&file.path, format!("{ROPE_FACTORS}: {message}"));
-    let Some(rope) = &mut spec.rope else {
-        return Err(invalid("the model has no rotary positions".into()));
-    };
-    if tensor.dtype != DType::F32 || tensor.shape != [rope.dims as u64 / 2] {
-        return Err(invalid(format!("has type {} and shape {:?}", tensor.dtype, tensor.shape)));
-    }
-    if rope.scaling != RopeScaling::None {
-        return Err(CheckpointError::unsupported(
-            &file.path,
-            format!("{ROPE_FACTORS} together with rope.scaling is not supported"),
-        ));
+/// Divisors of rotary frequencies.
+fn read_rope_factors(file: &SourceFile, tensor: &gguf::Tensor) -> Result<Vec<f32>, CheckpointError> {
+    /// More pairs than any head has.
+    const MAX_PAIRS: u64 = 1 << 12;
+    if tensor.dtype != DType::F32 || tensor.shape.len() != 1 || tensor.bytes > MAX_PAIRS * 4 {
+        let message = format!("{}: has type {} and shape {:?}", tensor.name, tensor.dtype, tensor.shape);
+        return Err(CheckpointError::invalid(&file.path, message));
     }
     let mut bytes = vec![0; tensor.bytes as usize];
     file.read_exact_at(&mut bytes, tensor.offset)?;
-    let factors = bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-    rope.scaling = RopeScaling::Factors { factors };
-    layout::check_spec(spec).map_err(invalid)
+    Ok(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
 }
 
 /// Metadata with typed access to its keys.
@@ -110,7 +103,7 @@ impl Metadata<'_> {
         CheckpointError::invalid(self.path, message)
     }
 
-    fn unsupported(&self, message: impl Into<String>) -> CheckpointError {
+    pub(crate) fn unsupported(&self, message: impl Into<String>) -> CheckpointError {
         CheckpointError::unsupported(self.path, message)
     }
 
@@ -163,7 +156,7 @@ impl Metadata<'_> {
         })
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>, CheckpointError> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>, CheckpointError> {
         self.typed(key, "a number", |value| match value {
             Value::Float(number) => Some(*number),
             Value::Unsigned(number) => Some(*number as f64),
@@ -187,84 +180,7 @@ impl Metadata<'_> {
         })
     }
 
-    fn required_count(&self, key: &str) -> Result<usize, CheckpointError> {
+    pub(crate) fn required_count(&self, key: &str) -> Result<usize, CheckpointError> {
         self.count(key)?.ok_or_else(|| self.invalid(format!("metadata key {key} is missing")))
-    }
-
-    fn spec(&self, family: &str, vocab: usize, tied: bool) -> Result<ModelSpec, CheckpointError> {
-        let key = |name: &str| format!("{family}.{name}");
-        if self.count(&key("expert_count"))?.is_some_and(|count| count > 0) {
-            return Err(self.unsupported("mixtures of experts are not supported"));
-        }
-        let context = self.required_count(&key("context_length"))?;
-        if self.count(&key("attention.sliding_window"))?.is_some_and(|window| window > 0 && window < context)
-        {
-            return Err(self.unsupported("sliding window attention is not supported"));
-        }
-        let hidden = self.required_count(&key("embedding_length"))?;
-        let heads = self.required_count(&key("attention.head_count"))?;
-        let head_dim = match self.count(&key("attention.key_length"))? {
-            Some(length) => length,
-            None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
-            None => return Err(self.invalid(format!("{hidden} elements do not divide into {heads} heads"))),
-        };
-        if self.count(&key("attention.value_length"))?.is_some_and(|length| length != head_dim) {
-            return Err(self.unsupported("keys and values of different length are not supported"));
-        }
-        if self.count(&key("rope.dimension_count"))?.is_some_and(|dims| dims != head_dim) {
-            return Err(
-                self.unsupported(format!("rotating only a part of the {head_dim} elements is not supported"))
-            );
-        }
-        let Some(epsilon) = self.number(&key("attention.layer_norm_rms_epsilon"))? else {
-            return Err(
-                self.invalid(format!("metadata key {} is missing", key("attention.layer_norm_rms_epsilon")))
-            );
-        };
-        let spec = ModelSpec {
-            family: family.into(),
-            vocab,
-            hidden,
-            intermediate: self.required_count(&key("feed_forward_length"))?,
-            layers: self.required_count(&key("block_count"))?,
-            heads,
-            kv_heads: self.count(&key("attention.head_count_kv"))?.unwrap_or(heads),
-            head_dim,
-            context,
-            norm: Norm::Rms { epsilon: epsilon as f32 },
-            norm_placement: NormPlacement::Pre,
-            qk_norm: family == "qwen3",
-            rope: Some(Rope {
-                theta: self.number(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-                dims: head_dim,
-                scaling: self.rope_scaling(family)?,
-            }),
-            learned_positions: None,
-            token_types: None,
-            mlp: Mlp::GatedSilu,
-            attention: Attention::Causal,
-            output: Output::Logits { tied },
-            ..ModelSpec::default()
-        };
-        layout::check_spec(&spec).map_err(|message| self.invalid(message))?;
-        Ok(spec)
-    }
-
-    fn rope_scaling(&self, family: &str) -> Result<RopeScaling, CheckpointError> {
-        let factor = self.number(&format!("{family}.rope.scaling.factor"))?;
-        // An old key says the same as type linear with its factor.
-        let old_factor = self.number(&format!("{family}.rope.scale_linear"))?.filter(|&factor| factor != 1.0);
-        match (self.text(&format!("{family}.rope.scaling.type"))?, factor, old_factor) {
-            (None | Some("none"), _, None) => Ok(RopeScaling::None),
-            (Some("linear"), Some(factor), _) | (None, _, Some(factor)) => Ok(RopeScaling::Linear { factor }),
-            (Some("linear"), None, _) => {
-                Err(self.invalid(format!("{family}.rope.scaling.factor is missing")))
-            }
-            (Some("none"), _, Some(_)) => {
-                Err(self.invalid("rope.scaling.type contradicts rope.scale_linear"))
-            }
-            (Some(other), _, _) => Err(self
-                .unsupported(format!("rotary scaling {other} is not supported; supported are none, linear"))),
-        }
     }
 }

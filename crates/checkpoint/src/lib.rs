@@ -10,6 +10,7 @@ mod file;
 mod fused;
 mod gguf;
 mod gguf_model;
+mod gguf_spec;
 mod gguf_tokenizer;
 mod hugging_face;
 pub mod import;

@@ -209,6 +209,8 @@ fn gpt_neox(whole: &str, tied: bool) -> Name {
                 "attention.query_key_value.bias" => {
                     return Some(Name::Fused(number, Fused::QueryKeyValueByHeadBias));
                 }
+                // Buffers of old versions: the causal mask.
+                "attention.bias" | "attention.masked_bias" => return Some(Name::Ignored),
                 "attention.dense.weight" => LayerRole::AttnOut,
                 "attention.dense.bias" => LayerRole::AttnOutBias,
                 "post_attention_layernorm.weight" => LayerRole::MlpNorm,
@@ -408,6 +410,35 @@ mod tests {
         }
         assert_eq!(gguf("llama", "blk.99999999999.attn_q.weight"), Name::Unknown);
         assert_eq!(hugging_face_bert("classifier.weight"), Name::Unknown);
+    }
+
+    #[test]
+    fn families_with_names_of_their_own() {
+        let role = |role| Name::Role(Role::Layer(3, role));
+        for (family, name, meaning) in [
+            ("gemma2", "model.layers.3.post_attention_layernorm.weight", role(LayerRole::AttnPostNorm)),
+            ("llama", "model.layers.3.post_attention_layernorm.weight", role(LayerRole::MlpNorm)),
+            (
+                "mixtral",
+                "model.layers.3.block_sparse_moe.experts.7.w2.weight",
+                role(LayerRole::Expert(7, ExpertRole::Down)),
+            ),
+            ("qwen3_moe", "model.layers.3.mlp.gate.weight", role(LayerRole::Router)),
+            ("qwen3_moe", "model.layers.3.mlp.experts.gate_up_proj", Name::Fused(3, Fused::ExpertsGateUp)),
+            ("phi3", "model.layers.3.self_attn.qkv_proj.weight", Name::Fused(3, Fused::QueryKeyValue)),
+            ("gpt2", "h.3.attn.c_proj.weight", Name::Transposed(Role::Layer(3, LayerRole::AttnOut))),
+            ("gpt2", "transformer.h.3.attn.bias", Name::Ignored),
+            ("gpt2", "transformer.h.3.crossattention.c_attn.weight", Name::Unknown),
+            ("gpt_neox", "gpt_neox.layers.3.attention.bias", Name::Ignored),
+            ("gpt_neox", "embed_out.weight", Name::Role(Role::Output)),
+            ("opt", "decoder.layers.3.final_layer_norm.bias", role(LayerRole::MlpNormBias)),
+            ("opt", "model.decoder.project_in.weight", Name::Unknown),
+        ] {
+            assert_eq!(hugging_face(family, name, false), meaning, "{name}");
+        }
+        assert_eq!(gguf("llama", "blk.3.ffn_up.5.weight"), role(LayerRole::Expert(5, ExpertRole::Up)));
+        assert_eq!(gguf("phi3", "blk.3.ffn_up.weight"), Name::Fused(3, Fused::GateUp));
+        assert_eq!(gguf("llama", "blk.3.ffn_up.5.bias"), Name::Unknown);
     }
 
     #[test]

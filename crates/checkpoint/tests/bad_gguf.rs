@@ -29,15 +29,20 @@ fn text(value: &str) -> Vec<u8> {
 }
 
 impl Builder {
-    /// A llama of one layer, hidden 32, two heads, no tokenizer.
+    /// A llama of one layer, hidden 32, two heads, no tokenizer, in f32.
     fn llama() -> Self {
+        Builder::stored(0, DType::F32, 32)
+    }
+
+    /// A llama of one layer, two heads and this hidden size, with matrices of the type that has this number.
+    fn stored(kind: u32, dtype: DType, hidden: u64) -> Self {
         let mut builder = Builder { metadata: vec![], tensors: vec![], data: vec![] };
         builder.set("general.architecture", Meta::Text("llama"));
         for (key, value) in [
             ("context_length", 64),
-            ("embedding_length", 32),
+            ("embedding_length", hidden as u32),
             ("block_count", 1),
-            ("feed_forward_length", 64),
+            ("feed_forward_length", 2 * hidden as u32),
             ("attention.head_count", 2),
             ("attention.head_count_kv", 1),
         ] {
@@ -45,19 +50,21 @@ impl Builder {
         }
         builder.set("llama.attention.layer_norm_rms_epsilon", Meta::F32(1e-5));
         for (name, dims) in [
-            ("token_embd", [32, 8].as_slice()),
-            ("output_norm", &[32]),
-            ("blk.0.attn_norm", &[32]),
-            ("blk.0.attn_q", &[32, 32]),
-            ("blk.0.attn_k", &[32, 16]),
-            ("blk.0.attn_v", &[32, 16]),
-            ("blk.0.attn_output", &[32, 32]),
-            ("blk.0.ffn_norm", &[32]),
-            ("blk.0.ffn_gate", &[32, 64]),
-            ("blk.0.ffn_up", &[32, 64]),
-            ("blk.0.ffn_down", &[64, 32]),
+            ("token_embd", [hidden, 8].as_slice()),
+            ("output_norm", &[hidden]),
+            ("blk.0.attn_norm", &[hidden]),
+            ("blk.0.attn_q", &[hidden, hidden]),
+            ("blk.0.attn_k", &[hidden, hidden / 2]),
+            ("blk.0.attn_v", &[hidden, hidden / 2]),
+            ("blk.0.attn_output", &[hidden, hidden]),
+            ("blk.0.ffn_norm", &[hidden]),
+            ("blk.0.ffn_gate", &[hidden, 2 * hidden]),
+            ("blk.0.ffn_up", &[hidden, 2 * hidden]),
+            ("blk.0.ffn_down", &[2 * hidden, hidden]),
         ] {
-            builder.add(&format!("{name}.weight"), dims, 0, 4 * dims.iter().product::<u64>());
+            let (kind, dtype) = if dims.len() == 1 { (0, DType::F32) } else { (kind, dtype) };
+            let shape: Vec<u64> = dims.iter().rev().copied().collect();
+            builder.add(&format!("{name}.weight"), dims, kind, dtype.tensor_bytes(&shape).unwrap());
         }
         builder
     }
@@ -247,17 +254,17 @@ fn metadata_that_this_build_cannot_run() {
         ("attention.layer_norm_rms_epsilon", Meta::F32(f32::NAN), "epsilon"),
         ("rope.dimension_count", Meta::U32(8), "rotating only a part"),
         ("rope.freq_base", Meta::F32(f32::INFINITY), "rotary base"),
-        ("rope.scaling.type", Meta::Text("yarn"), "yarn"),
+        ("rope.scaling.type", Meta::Text("yarn"), "factor"),
+        ("rope.scaling.type", Meta::Text("longrope"), "longrope"),
         ("rope.scaling.type", Meta::Text("linear"), "factor"),
         ("rope.scale_linear", Meta::F32(-2.0), "factor"),
-        ("attention.sliding_window", Meta::U32(16), "sliding window"),
-        ("expert_count", Meta::U32(8), "experts"),
+        ("expert_count", Meta::U32(8), "expert_used_count"),
     ] {
         changed(|file| file.set(&key(name), value), &[words]);
     }
     changed(
         |file| file.set("general.architecture", Meta::Text("falcon")),
-        &["falcon", "llama, qwen2, qwen3"],
+        &["falcon", "llama, qwen2, qwen3, qwen3moe"],
     );
     changed(|file| file.unset("general.architecture"), &["architecture"]);
     changed(|file| file.set("general.architecture", Meta::Text("qwen2")), &["qwen2.context_length"]);
@@ -304,7 +311,7 @@ fn rotary_factors_and_scaling_become_part_of_the_spec() {
     assert_eq!(scaling, RopeScaling::Factors { factors: vec![2.0; 8] });
     file.set("llama.rope.scale_linear", Meta::F32(2.0));
     refused(&file.bytes(), &["together"]);
-    changed(|file| file.add("rope_freqs.weight", &[4], 0, 16), &["rope_freqs.weight", "[4]"]);
+    changed(|file| file.add("rope_freqs.weight", &[4], 0, 16), &["rope_freqs.weight", "8 positive"]);
 
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("linear.gguf");
@@ -315,6 +322,34 @@ fn rotary_factors_and_scaling_become_part_of_the_spec() {
 
 fn scaling_of(path: &Path) -> RopeScaling {
     open(path).unwrap().spec().rope.as_ref().unwrap().scaling.clone()
+}
+
+#[test]
+fn quantised_types_go_by_ggmls_numbers_and_sizes() {
+    for (kind, dtype, elements, bytes) in [
+        (2, DType::Q4_0, 32, 18),
+        (3, DType::Q4_1, 32, 20),
+        (6, DType::Q5_0, 32, 22),
+        (7, DType::Q5_1, 32, 24),
+        (8, DType::Q8_0, 32, 34),
+        (10, DType::Q2K, 256, 84),
+        (11, DType::Q3K, 256, 110),
+        (12, DType::Q4K, 256, 144),
+        (13, DType::Q5K, 256, 176),
+        (14, DType::Q6K, 256, 210),
+        (20, DType::Iq4Nl, 32, 18),
+    ] {
+        assert_eq!((dtype.block_elements(), dtype.block_bytes()), (elements, bytes));
+        let source = try_open(&Builder::stored(kind, dtype, 256).bytes()).unwrap();
+        assert!(source.tensors().iter().all(|tensor| tensor.dtype == dtype || tensor.shape.len() == 1));
+        let json = serde_json::to_string(&dtype).unwrap();
+        assert_eq!(json.trim_matches('"'), dtype.name());
+    }
+    let mut file = Builder::llama();
+    file.tensor("blk.0.attn_q.weight").2 = 12;
+    refused(&file.bytes(), &["impossible shape", "q4_k"]);
+    file.tensor("blk.0.attn_q.weight").2 = 23;
+    refused(&file.bytes(), &["IQ4_XS", "Q2_K to Q6_K"]);
 }
 
 #[test]

@@ -129,7 +129,7 @@ fn tensors_missing_or_unknown() {
         dir
     };
     for (family, name) in [
-        (Family::Llama, "model.layers.0.mlp.experts.0.up_proj.weight"),
+        (Family::Llama, "model.layers.0.mlp.experts.0.side_proj.weight"),
         (Family::Llama, "score.weight"),
         (Family::Llama, "model.layers.0.self_attn.q_norm.weight"),
         (Family::Llama, "model.layers.2.mlp.up_proj.weight"),

@@ -8,13 +8,28 @@ use std::path::Path;
 
 use tangram_checkpoint::{
     CHUNK_BYTES, CheckpointError, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, MANIFEST_FILE,
-    Manifest, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, import, open, read_manifest,
+    Manifest, Mlp, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, import, open, read_manifest,
 };
 use tangram_testkit::{
-    Family, Float, GgmlType, GgufOptions, RandomModel, mutate_layer, write_gguf, write_hf_model,
+    EXPERTS, Family, Float, GgmlType, GgufOptions, RandomModel, WINDOW, mutate_layer, write_gguf,
+    write_hf_model,
 };
 
-const FAMILIES: [Family; 4] = [Family::Llama, Family::Qwen2, Family::Qwen3, Family::Bert];
+const FAMILIES: [Family; 13] = [
+    Family::Llama,
+    Family::Qwen2,
+    Family::Qwen3,
+    Family::Mistral,
+    Family::Mixtral,
+    Family::Qwen3Moe,
+    Family::Gemma2,
+    Family::Gemma3,
+    Family::Phi3,
+    Family::Gpt2,
+    Family::GptNeox,
+    Family::Opt,
+    Family::Bert,
+];
 
 fn import_alone(source: &Source, dir: &Path, id: &str) -> Manifest {
     fs::create_dir_all(dir).unwrap();
@@ -195,24 +210,117 @@ fn the_same_model_in_both_formats_has_the_same_tensors() {
     }
 }
 
+/// Fused, transposed, stacked and interleaved tensors come out the same whichever way they were stored.
+#[test]
+fn new_families_in_both_formats_are_the_same_model() {
+    let temp = tempfile::tempdir().unwrap();
+    for family in FAMILIES.into_iter().filter(|family| !matches!(family, Family::Bert | Family::Opt)) {
+        for new_config_keys in [false, true] {
+            let random = RandomModel { new_config_keys, layers: 7, ..RandomModel::tiny(family) };
+            let name = format!("{}-{new_config_keys}", family.name());
+            let (model, file) = (temp.path().join(&name), temp.path().join(format!("{name}.gguf")));
+            write_hf_model(&model, &random);
+            write_gguf(&file, &random, GgufOptions::default());
+            let (directory, gguf) = (open(&model).unwrap(), open(&file).unwrap());
+            let gemma = matches!(family, Family::Gemma2 | Family::Gemma3);
+            let mut spec = directory.spec().clone();
+            assert_eq!(spec.norm_plus_one, gemma);
+            // What the formats say differently.
+            spec.family.clone_from(&gguf.spec().family);
+            spec.norm_plus_one = false;
+            if family == Family::GptNeox {
+                assert_eq!((spec.mlp, gguf.spec().mlp), (Mlp::Gelu, Mlp::GeluTanh));
+                spec.mlp = Mlp::GeluTanh;
+            }
+            assert_eq!(&spec, gguf.spec(), "{name}");
+            assert_eq!(directory.tensors().len(), gguf.tensors().len());
+            for (one, two) in directory.tensors().iter().zip(gguf.tensors()) {
+                assert_eq!((one.role, &one.shape), (two.role, &two.shape));
+                let (one, two) = (read_tensor(&directory, one.role), read_tensor(&gguf, one.role));
+                assert!(one == two || gemma && one.len() < 1000, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_family_is_shows_in_its_spec() {
+    let temp = tempfile::tempdir().unwrap();
+    let spec = |family: Family| {
+        let dir = temp.path().join(family.name());
+        write_hf_model(&dir, &RandomModel { layers: 7, ..RandomModel::tiny(family) });
+        open(&dir).unwrap().spec().clone()
+    };
+    let local =
+        |family: Family| spec(family).local.map(|local| (local.window, local.layers, local.rope.is_some()));
+    assert_eq!(local(Family::Llama), None);
+    assert_eq!(local(Family::Mistral), Some((WINDOW, (0..7).collect(), false)));
+    assert_eq!(local(Family::Gemma2), Some((WINDOW, vec![0, 2, 4, 6], false)));
+    assert_eq!(local(Family::Gemma3), Some((WINDOW, vec![0, 1, 2, 3, 4, 6], true)));
+    let experts = spec(Family::Qwen3Moe).experts.unwrap();
+    assert_eq!((experts.count, experts.per_token, experts.intermediate), (EXPERTS, 2, 48));
+    let gemma = spec(Family::Gemma2);
+    assert_eq!((gemma.attention_cap, gemma.logit_cap), (Some(50.0), Some(30.0)));
+    assert_eq!((gemma.embedding_scale, gemma.query_scale), (Some(8.0), Some(0.25)));
+    let neox = spec(Family::GptNeox);
+    assert_eq!((neox.rope.unwrap().dims, neox.parallel_residual), (4, true));
+    let opt = spec(Family::Opt);
+    assert_eq!((opt.learned_positions, opt.position_offset, opt.context), (Some(258), 2, 256));
+}
+
 #[test]
 fn reading_in_pieces_gives_the_same_bytes() {
     let temp = tempfile::tempdir().unwrap();
     let file = temp.path().join("model.gguf");
     write_gguf(&file, &RandomModel::tiny(Family::Llama), GgufOptions { version: 3, dtype: GgmlType::Q8_0 });
-    let source = open(&file).unwrap();
-    for tensor in source.tensors() {
-        let whole = read_tensor(&source, tensor.role);
-        let mut pieces = Vec::new();
-        for piece in whole.chunks(101) {
-            let mut bytes = vec![0; piece.len()];
-            source.read_at(tensor, pieces.len() as u64, &mut bytes).unwrap();
-            pieces.extend(bytes);
-        }
-        assert!(whole == pieces, "{:?}", tensor.role);
-        assert!(source.read_at(tensor, 1, &mut vec![0; whole.len()]).is_err());
-        assert!(source.read_at(tensor, u64::MAX, &mut [0; 2]).is_err());
+    let mut sources = vec![open(&file).unwrap()];
+    for (family, dtype) in
+        [(Family::Gpt2, Float::BF16), (Family::Gpt2, Float::F32), (Family::GptNeox, Float::F16)]
+    {
+        let dir = temp.path().join(format!("{}-{dtype:?}", family.name()));
+        write_hf_model(&dir, &RandomModel { dtype, ..RandomModel::tiny(family) });
+        sources.push(open(&dir).unwrap());
     }
+    for source in sources {
+        for tensor in source.tensors() {
+            let whole = read_tensor(&source, tensor.role);
+            let mut pieces = Vec::new();
+            for piece in whole.chunks(101) {
+                let mut bytes = vec![0; piece.len()];
+                source.read_at(tensor, pieces.len() as u64, &mut bytes).unwrap();
+                pieces.extend(bytes);
+            }
+            assert!(whole == pieces, "{:?}", tensor.role);
+            assert!(source.read_at(tensor, 1, &mut vec![0; whole.len()]).is_err());
+            assert!(source.read_at(tensor, u64::MAX, &mut [0; 2]).is_err());
+        }
+    }
+}
+
+/// A manifest of a build that knew fewer families reads as the same model.
+#[test]
+fn manifests_without_the_later_fields_still_read() {
+    let temp = tempfile::tempdir().unwrap();
+    let (model, target) = (temp.path().join("model"), temp.path().join("target"));
+    write_hf_model(&model, &RandomModel::tiny(Family::Qwen3));
+    let manifest = import_alone(&open(&model).unwrap(), &target, "target");
+    let mut json: serde_json::Value = serde_json::to_value(&manifest).unwrap();
+    let spec = json["spec"].as_object_mut().unwrap();
+    for later in [
+        "norm_plus_one",
+        "parallel_residual",
+        "embedding_scale",
+        "query_scale",
+        "attention_cap",
+        "logit_cap",
+        "local",
+        "position_offset",
+        "experts",
+    ] {
+        assert!(spec.remove(later).is_some(), "{later}");
+    }
+    fs::write(target.join(MANIFEST_FILE), json.to_string()).unwrap();
+    assert_eq!(read_manifest(&target).unwrap(), manifest);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use tangram_checkpoint::{
-    CheckpointError, ContentId, Manifest, Output, Role, RopeScaling, Source, TOKENIZER_FILE, import, open,
+    ContentId, Manifest, Output, Role, RopeScaling, Source, TOKENIZER_FILE, import, open,
 };
 use tokenizers::Tokenizer;
 
@@ -74,23 +74,28 @@ fn both_formats_of_stories260k_are_the_same_model() {
 }
 
 #[test]
-fn the_parity_models_of_known_families_import_and_the_others_are_refused_by_name() {
+fn the_parity_models_import() {
     let Some(parity) = shared("parity") else { return };
     let temp = tempfile::tempdir().unwrap();
-    for name in ["llama", "llama3rope", "qwen2", "qwen3"] {
+    for name in [
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "gptneox",
+        "llama",
+        "llama3rope",
+        "mistral",
+        "mixtral",
+        "opt",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3moe",
+    ] {
         let source = open(&parity.join(name)).unwrap();
         assert_eq!(import_to(&source, &temp.path().join(name)).weight_bytes(), source.weight_bytes());
-        let scaling = &source.spec().rope.as_ref().unwrap().scaling;
-        assert_eq!(matches!(scaling, RopeScaling::Llama3 { .. }), name == "llama3rope");
-        assert_eq!(
-            (source.spec().qk_norm, source.spec().head_dim),
-            if name == "qwen3" { (true, 32) } else { (false, 12) }
-        );
-        assert_eq!((source.tokenizer_json(), source.generation().eos.as_slice()), (None, [2].as_slice()));
-    }
-    for name in ["gemma2", "gemma3", "gpt2", "gptneox", "mistral", "mixtral", "opt", "phi3", "qwen3moe"] {
-        let error = open(&parity.join(name)).unwrap_err();
-        assert!(matches!(error, CheckpointError::Unsupported { .. }), "{error}");
-        assert!(error.to_string().contains("supported are llama, qwen2, qwen3, bert"), "{error}");
+        let scaling = source.spec().rope.as_ref().map(|rope| &rope.scaling);
+        assert_eq!(matches!(scaling, Some(RopeScaling::Llama3 { .. })), name == "llama3rope");
+        assert_eq!(source.tokenizer_json(), None);
     }
 }

@@ -7,8 +7,8 @@ use tangram_engine::kernels::matmul::{Linear, matmul};
 use tangram_engine::kernels::{Buffer, Isa};
 use tangram_engine::pool::Pool;
 
-const COLUMNS: usize = 896;
-const ROWS: usize = 4864;
+const COLUMNS: usize = 1024;
+const ROWS: usize = 4096;
 /// Matrices per type, so that together they fit no cache.
 const BYTES: usize = 256 << 20;
 
@@ -20,7 +20,21 @@ fn main() {
     let pool = Pool::new(threads);
     println!("{} with {threads} threads, {ROWS} rows of {COLUMNS} columns", isa.name());
     println!("type     tokens   GFLOP/s      GB/s");
-    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1] {
+    for dtype in [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q2K,
+        DType::Q3K,
+        DType::Q4K,
+        DType::Q5K,
+        DType::Q6K,
+        DType::Iq4Nl,
+    ] {
         let Some(bytes) = dtype.tensor_bytes(&[ROWS as u64, COLUMNS as u64]) else { continue };
         // 0x2c is a small number in every type and at every place.
         let matrices = vec![vec![0x2cu8; bytes as usize]; BYTES / bytes as usize];

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::model::{Family, RandomModel, Scaling, Tensor};
+use crate::model::{EXPERTS, Family, RandomModel, Scaling, Tensor, WINDOW};
 use crate::quant::GgmlType;
 use crate::tokenizer::{CHAT_TEMPLATE, EOS_TOKEN, token_texts};
 
@@ -22,14 +22,16 @@ impl Default for GgufOptions {
     }
 }
 
-/// Writes a decoder model with the values that [`crate::write_hf_model`] gives for the same arguments. Llama's query
-/// and key rows are in Meta's order. From a vocabulary of 259 on the file holds a gpt2-style byte tokenizer and a
-/// chat template. Panics for BERT and for llama3 scaling, which such files express otherwise.
+/// Writes a decoder model with the values that [`crate::write_hf_model`] gives for the same arguments, as llama.cpp's
+/// converter would: query and key rows of llama, mistral and mixtral in Meta's order, experts stacked, GPT-2's
+/// matrices turned, GPT-NeoX's heads sorted, Gemma's norm weights whole. From a vocabulary of 259 on the file holds a
+/// gpt2-style byte tokenizer and a chat template. Panics for BERT and OPT, and for llama3 scaling, which such files
+/// express otherwise.
 pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
-    assert!(model.family != Family::Bert, "not written as GGUF");
+    assert!(!matches!(model.family, Family::Bert | Family::Opt), "not written as GGUF");
     let mut writer = Writer { version: options.version, bytes: Vec::new() };
     let mut metadata = Metadata { writer: Writer { version: options.version, bytes: Vec::new() }, count: 0 };
-    let family = model.family.name();
+    let family = architecture(model.family);
     metadata.text("general.architecture", family);
     metadata.text("general.name", "random");
     metadata.number("general.alignment", 32);
@@ -42,12 +44,30 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
         ("attention.head_count_kv", model.kv_heads),
         ("attention.key_length", model.head_dim),
         ("attention.value_length", model.head_dim),
-        ("rope.dimension_count", model.head_dim),
+        (
+            "rope.dimension_count",
+            if model.family == Family::GptNeox { model.head_dim / 4 } else { model.head_dim },
+        ),
     ] {
         metadata.number(&format!("{family}.{key}"), value as u32);
     }
-    metadata.float(&format!("{family}.attention.layer_norm_rms_epsilon"), 1e-6);
-    metadata.float(&format!("{family}.rope.freq_base"), 10_000.0);
+    if model.family.ungrouped() {
+        metadata.float(&format!("{family}.attention.layer_norm_epsilon"), 1e-5);
+    } else {
+        metadata.float(&format!("{family}.attention.layer_norm_rms_epsilon"), 1e-6);
+    }
+    let theta = if model.family == Family::Gemma3 { 1_000_000.0 } else { 10_000.0 };
+    metadata.float(&format!("{family}.rope.freq_base"), theta);
+    if matches!(model.family, Family::Mistral | Family::Gemma2 | Family::Gemma3) {
+        metadata.number(&format!("{family}.attention.sliding_window"), WINDOW as u32);
+    }
+    if matches!(model.family, Family::Mixtral | Family::Qwen3Moe) {
+        metadata.number(&format!("{family}.expert_count"), EXPERTS as u32);
+        metadata.number(&format!("{family}.expert_used_count"), 2);
+    }
+    if model.family == Family::Qwen3Moe {
+        metadata.number(&format!("{family}.expert_feed_forward_length"), model.intermediate as u32 / 2);
+    }
     match model.scaling {
         Scaling::Plain => {}
         Scaling::Linear(factor) => {
@@ -69,7 +89,8 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
         metadata.number("tokenizer.ggml.padding_token_id", 256);
         metadata.text("tokenizer.chat_template", CHAT_TEMPLATE);
     }
-    let tensors = model.tensors();
+    let tensors =
+        stack_experts(model.tensors().into_iter().map(|tensor| in_file_order(model, tensor)).collect());
     writer.bytes.extend(b"GGUF");
     writer.u32(options.version);
     writer.count(tensors.len());
@@ -78,59 +99,153 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
     let mut data: Vec<u8> = Vec::new();
     for tensor in tensors {
         data.resize(data.len().next_multiple_of(32), 0);
-        writer.text(&gguf_name(&tensor.name));
+        writer.text(&tensor.name);
         writer.u32(tensor.shape.len() as u32);
         for &dim in tensor.shape.iter().rev() {
             writer.count(dim);
         }
-        let dtype = if tensor.shape.len() == 1 { GgmlType::F32 } else { options.dtype };
+        let plain = tensor.shape.len() == 1 || tensor.name.contains("ffn_gate_inp");
+        let dtype = if plain { GgmlType::F32 } else { options.dtype };
         writer.u32(dtype.number());
         writer.bytes.extend((data.len() as u64).to_le_bytes());
-        data.extend(dtype.encode(&values_in_file_order(model, &tensor)));
+        data.extend(dtype.encode(&tensor.values));
     }
     writer.bytes.resize(writer.bytes.len().next_multiple_of(32), 0);
     writer.bytes.extend(data);
     fs::write(path, writer.bytes).unwrap();
 }
 
-/// Llama's query and key rows pairwise interleaved, everything else as it is.
-fn values_in_file_order(model: &RandomModel, tensor: &Tensor) -> Vec<f32> {
-    let rotated = tensor.name.contains("q_proj.") || tensor.name.contains("k_proj.");
-    if model.family != Family::Llama || !rotated {
-        return tensor.values.clone();
+fn architecture(family: Family) -> &'static str {
+    match family {
+        Family::Mistral | Family::Mixtral => "llama",
+        Family::Qwen3Moe => "qwen3moe",
+        Family::Gemma3 => "gemma3",
+        Family::GptNeox => "gptneox",
+        other => other.name(),
     }
-    let rows: Vec<&[f32]> = tensor.values.chunks(tensor.values.len() / tensor.shape[0]).collect();
-    let half = model.head_dim / 2;
-    let mut values = Vec::with_capacity(tensor.values.len());
-    for head in rows.chunks(model.head_dim) {
-        for pair in 0..half {
-            values.extend(head[pair]);
-            values.extend(head[half + pair]);
-        }
-    }
-    values
 }
 
-fn gguf_name(name: &str) -> String {
-    [
+/// A tensor under its name in such files, its values as the converter leaves them.
+fn in_file_order(model: &RandomModel, tensor: Tensor) -> Tensor {
+    let Tensor { name, mut shape, mut values } = tensor;
+    let columns = values.len() / shape[0];
+    let row = |row: usize| values[row * columns..(row + 1) * columns].iter().copied();
+    let pairs = model.head_dim / 2;
+    match model.family {
+        Family::Llama | Family::Mistral | Family::Mixtral
+            if name.contains("q_proj.") || name.contains("k_proj.") =>
+        {
+            let order = (0..shape[0]).map(|i| {
+                let (head, within) = (i / model.head_dim, i % model.head_dim);
+                head * model.head_dim + within % 2 * pairs + within / 2
+            });
+            values = order.flat_map(row).collect();
+        }
+        Family::GptNeox if name.contains("query_key_value") => {
+            let d = model.head_dim;
+            let order = (0..shape[0]).map(|i| {
+                let (part, head, within) = (i / (d * model.heads), i / d % model.heads, i % d);
+                (head * 3 + part) * d + within
+            });
+            values = order.flat_map(row).collect();
+        }
+        Family::Gpt2 if name.contains(".c_") && shape.len() == 2 => {
+            values = (0..columns)
+                .flat_map(|column| values.iter().skip(column).step_by(columns))
+                .copied()
+                .collect();
+            shape.reverse();
+        }
+        Family::Gemma2 | Family::Gemma3 if name.contains("norm") => {
+            values.iter_mut().for_each(|value| *value += 1.0);
+        }
+        _ => {}
+    }
+    Tensor { name: gguf_name(model.family, &name), shape, values }
+}
+
+/// Makes one tensor of the experts' matrices of a kind; experts come in their order.
+fn stack_experts(tensors: Vec<Tensor>) -> Vec<Tensor> {
+    let mut stacked: Vec<Tensor> = Vec::new();
+    for mut tensor in tensors {
+        let parts: Vec<&str> = tensor.name.split('.').collect();
+        let &["blk", layer, "experts", _, matrix, "weight"] = parts.as_slice() else {
+            stacked.push(tensor);
+            continue;
+        };
+        tensor.name = format!("blk.{layer}.{matrix}_exps.weight");
+        match stacked.iter_mut().find(|other| other.name == tensor.name) {
+            Some(other) => {
+                other.shape[0] += 1;
+                other.values.extend(tensor.values);
+            }
+            None => {
+                tensor.shape.insert(0, 1);
+                stacked.push(tensor);
+            }
+        }
+    }
+    stacked
+}
+
+fn gguf_name(family: Family, name: &str) -> String {
+    let gemma = matches!(family, Family::Gemma2 | Family::Gemma3);
+    let own: &[(&str, &str)] = match family {
+        _ if gemma => {
+            &[("post_attention_layernorm", "post_attention_norm"), ("pre_feedforward_layernorm", "ffn_norm")]
+        }
+        Family::Gpt2 => &[
+            ("transformer.wte", "token_embd"),
+            ("transformer.wpe", "position_embd"),
+            ("transformer.ln_f", "output_norm"),
+            ("transformer.h.", "blk."),
+            ("ln_1", "attn_norm"),
+            ("ln_2", "ffn_norm"),
+            ("attn.c_attn", "attn_qkv"),
+            ("attn.c_proj", "attn_output"),
+            ("mlp.c_fc", "ffn_up"),
+            ("mlp.c_proj", "ffn_down"),
+        ],
+        Family::GptNeox => &[
+            ("gpt_neox.embed_in", "token_embd"),
+            ("gpt_neox.final_layer_norm", "output_norm"),
+            ("gpt_neox.layers.", "blk."),
+            ("embed_out", "output"),
+            ("attention.query_key_value", "attn_qkv"),
+            ("attention.dense", "attn_output"),
+            ("mlp.dense_h_to_4h", "ffn_up"),
+            ("mlp.dense_4h_to_h", "ffn_down"),
+        ],
+        _ => &[],
+    };
+    let common = [
         ("model.embed_tokens", "token_embd"),
         ("model.layers.", "blk."),
         ("model.norm", "output_norm"),
         ("lm_head", "output"),
+        ("self_attn.qkv_proj", "attn_qkv"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("self_attn.o_proj", "attn_output"),
         ("self_attn.q_norm", "attn_q_norm"),
         ("self_attn.k_norm", "attn_k_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
+        ("block_sparse_moe.", "mlp."),
+        ("mlp.experts.", "experts."),
+        (".w1", ".ffn_gate"),
+        (".w2", ".ffn_down"),
+        (".w3", ".ffn_up"),
+        ("mlp.gate.", "ffn_gate_inp."),
+        ("mlp.gate_up_proj", "ffn_up"),
+        ("mlp.", ""),
+        ("gate_proj", "ffn_gate"),
+        ("up_proj", "ffn_up"),
+        ("down_proj", "ffn_down"),
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),
-    ]
-    .iter()
-    .fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+    ];
+    own.iter().chain(&common).fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
 }
 
 struct Writer {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::model::{Family, Float, RandomModel, Scaling, Tensor};
+use crate::model::{EXPERTS, Family, Float, RandomModel, Scaling, Tensor, WINDOW};
 use crate::tokenizer;
 
 /// Writes `config.json`, safetensors (with an index if sharded), `generation_config.json` and, from a vocabulary of
@@ -64,11 +64,35 @@ fn config(model: &RandomModel) -> Value {
             "layer_norm_eps": 1e-12, "position_embedding_type": "absolute", dtype_key: dtype,
         });
     }
-    let architecture = match model.family {
-        Family::Llama => "LlamaForCausalLM",
-        Family::Qwen2 => "Qwen2ForCausalLM",
-        _ => "Qwen3ForCausalLM",
+    let mut config = match model.family {
+        Family::Gpt2 => json!({
+            "architectures": ["GPT2LMHeadModel"], "n_embd": model.hidden, "n_inner": model.intermediate,
+            "n_layer": model.layers, "n_head": model.heads, "n_positions": model.context,
+            "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+        }),
+        Family::Opt => json!({
+            "architectures": ["OPTForCausalLM"], "hidden_size": model.hidden, "ffn_dim": model.intermediate,
+            "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
+            "max_position_embeddings": model.context, "activation_function": "relu",
+            "do_layer_norm_before": true, "word_embed_proj_dim": model.hidden,
+        }),
+        _ => llama_like(model),
     };
+    let object = config.as_object_mut().unwrap();
+    for (key, value) in [
+        ("model_type", json!(model.family.name())),
+        ("vocab_size", json!(model.vocab)),
+        ("tie_word_embeddings", json!(model.tied)),
+        ("eos_token_id", json!(tokenizer::EOS_TOKEN)),
+        (dtype_key, json!(dtype)),
+    ] {
+        object.insert(key.into(), value);
+    }
+    config
+}
+
+/// The keys of the families with rotary positions.
+fn llama_like(model: &RandomModel) -> Value {
     let scaling = match model.scaling {
         Scaling::Plain => json!({"rope_type": "default"}),
         Scaling::Linear(factor) => json!({"rope_type": "linear", "factor": factor}),
@@ -78,25 +102,64 @@ fn config(model: &RandomModel) -> Value {
         }),
     };
     let mut config = json!({
-        "architectures": [architecture], "model_type": model.family.name(), "vocab_size": model.vocab,
-        "hidden_size": model.hidden, "intermediate_size": model.intermediate, "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,
-        "max_position_embeddings": model.context, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "tie_word_embeddings": model.tied, "eos_token_id": tokenizer::EOS_TOKEN, dtype_key: dtype,
+        "hidden_size": model.hidden, "intermediate_size": model.intermediate,
+        "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
+        "max_position_embeddings": model.context,
     });
+    let own = match model.family {
+        Family::GptNeox => json!({
+            "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+        }),
+        _ => json!({
+            "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim, "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+        }),
+    };
+    let family = match model.family {
+        Family::Llama => json!({
+            "architectures": ["LlamaForCausalLM"], "attention_bias": model.bias, "mlp_bias": model.bias,
+        }),
+        Family::Qwen2 => json!({"architectures": ["Qwen2ForCausalLM"]}),
+        Family::Qwen3 => json!({"architectures": ["Qwen3ForCausalLM"], "attention_bias": model.bias}),
+        Family::Mistral => json!({"architectures": ["MistralForCausalLM"], "sliding_window": WINDOW}),
+        Family::Mixtral => json!({
+            "architectures": ["MixtralForCausalLM"], "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
+            "sliding_window": null,
+        }),
+        Family::Qwen3Moe => json!({
+            "architectures": ["Qwen3MoeForCausalLM"], "num_experts": EXPERTS, "num_experts_per_tok": 2,
+            "moe_intermediate_size": model.intermediate / 2, "norm_topk_prob": true,
+        }),
+        Family::Gemma2 => json!({
+            "architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": model.head_dim, "sliding_window": WINDOW,
+            "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        }),
+        Family::Gemma3 => json!({
+            "architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": model.head_dim, "sliding_window": WINDOW, "sliding_window_pattern": 6,
+        }),
+        Family::Phi3 => json!({"architectures": ["Phi3ForCausalLM"], "sliding_window": null}),
+        _ => json!({}),
+    };
     let object = config.as_object_mut().unwrap();
-    if model.family != Family::Qwen2 {
-        object.insert("attention_bias".into(), json!(model.bias));
+    for keys in [own, family] {
+        object.extend(keys.as_object().unwrap().clone());
     }
-    if model.family == Family::Llama {
-        object.insert("mlp_bias".into(), json!(model.bias));
-    }
+    let theta = if model.family == Family::Gemma3 { 1_000_000.0 } else { 10_000.0 };
     if model.new_config_keys {
         let mut parameters = scaling;
-        parameters["rope_theta"] = json!(10_000.0);
+        parameters["rope_theta"] = json!(theta);
+        if model.family == Family::Gemma3 {
+            let local = json!({"rope_type": "default", "rope_theta": 10_000.0});
+            parameters = json!({"full_attention": parameters, "sliding_attention": local});
+        } else if model.family == Family::GptNeox {
+            parameters["partial_rotary_factor"] = json!(0.25);
+        }
         object.insert("rope_parameters".into(), parameters);
     } else {
-        object.insert("rope_theta".into(), json!(10_000.0));
+        let key = if model.family == Family::GptNeox { "rotary_emb_base" } else { "rope_theta" };
+        object.insert(key.into(), json!(theta));
         let plain = model.scaling == Scaling::Plain;
         object.insert("rope_scaling".into(), if plain { Value::Null } else { scaling });
     }
@@ -159,7 +222,7 @@ fn mutate_safetensors(file: &mut [u8], layer: usize) -> usize {
     let data = &mut file[8 + header_bytes..];
     let mut changed = 0;
     for (name, entry) in &header {
-        if !name.contains(&format!("layers.{layer}.")) && !name.contains(&format!("layer.{layer}.")) {
+        if !["layers", "layer", "h"].iter().any(|list| name.contains(&format!("{list}.{layer}."))) {
             continue;
         }
         let dtype = match entry["dtype"].as_str().unwrap() {

@@ -12,6 +12,6 @@ mod tokenizer;
 
 pub use gguf::{GgufOptions, write_gguf};
 pub use hugging_face::{mutate_layer, write_hf_model};
-pub use model::{Family, Float, RandomModel, Scaling};
+pub use model::{EXPERTS, Family, Float, RandomModel, Scaling, WINDOW};
 pub use quant::GgmlType;
 pub use tokenizer::{CHAT_TEMPLATE, EOS_TOKEN, SPECIAL_TOKENS, byte_token_id};

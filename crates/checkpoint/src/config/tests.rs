@@ -85,15 +85,21 @@ fn what_would_be_computed_differently_is_refused_by_name() {
         (json!({"model_type": "mamba"}), "supported are llama"),
         (json!({"hidden_act": "gelu"}), "gelu"),
         (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
-        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "yarn"),
         (json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}), "dynamic"),
-        (json!({"rope_parameters": {"rope_type": "longrope"}}), "longrope"),
+        (json!({"rope_parameters": {"rope_type": "proportional"}}), "proportional"),
         (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "layer type"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
         (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "partial_rotary_factor"),
-        (json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1}), "sliding window"),
-        (json!({"layer_types": ["full_attention", "sliding_attention"]}), "sliding window"),
-        (json!({"layer_types": ["linear_attention"]}), "linear_attention"),
+        (
+            json!({"layer_types": ["full_attention", "linear_attention", "linear_attention"]}),
+            "linear_attention",
+        ),
+        (json!({"model_type": "gemma2", "use_bidirectional_attention": true}), "use_bidirectional_attention"),
+        (json!({"model_type": "gemma2", "hidden_activation": "relu"}), "relu"),
+        (json!({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": true}), "inverse_layer"),
+        (json!({"model_type": "gpt_neox", "hidden_act": "quick_gelu"}), "quick_gelu"),
+        (json!({"model_type": "opt", "do_layer_norm_before": false}), "do_layer_norm_before"),
+        (json!({"model_type": "opt", "word_embed_proj_dim": 24}), "project_in"),
     ] {
         match parse(&with(llama(), changes)) {
             Err(Unsupported(message)) => assert!(message.contains(word), "{message}"),
@@ -138,6 +144,15 @@ fn absurd_numbers_are_refused() {
         json!({"rope_scaling": {"type": "linear", "factor": -2.0}}),
         json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         json!({"layer_types": "full_attention"}),
+        json!({"layer_types": ["full_attention"]}),
+        json!({"model_type": "mixtral", "num_experts_per_tok": 9}),
+        json!({"model_type": "mixtral", "num_local_experts": 0}),
+        json!({"model_type": "qwen3_moe"}),
+        json!({"model_type": "qwen3_moe", "moe_intermediate_size": 8, "decoder_sparse_step": 0}),
+        json!({"model_type": "mistral", "sliding_window": 0}),
+        json!({"model_type": "gemma2", "query_pre_attn_scalar": 0}),
+        json!({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}),
+        json!({"model_type": "gpt_neox", "rotary_pct": -1.0}),
         json!({"tie_word_embeddings": "yes"}),
     ] {
         assert!(matches!(parse(&with(llama(), changes.clone())), Err(Invalid(_))), "{changes}");
@@ -147,4 +162,75 @@ fn absurd_numbers_are_refused() {
     {
         assert!(matches!(parse(&config), Err(Invalid(_))), "{config}");
     }
+}
+
+#[test]
+fn windows_are_where_the_family_has_them() {
+    let local = |changes: Value| parse(&with(llama(), changes)).unwrap().spec.local;
+    let of = |window, layers: &[u32]| Some(LocalLayers { window, layers: layers.to_vec(), rope: None });
+    assert_eq!(local(json!({"sliding_window": 16})), None);
+    assert_eq!(local(json!({"model_type": "mistral", "sliding_window": 16})), of(16, &[0, 1, 2]));
+    assert_eq!(local(json!({"model_type": "mistral"})), None);
+    assert_eq!(local(json!({"model_type": "phi3", "sliding_window": 256})), None);
+    let qwen = json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+    assert_eq!(local(qwen.clone()), of(16, &[1, 2]));
+    let types = json!({"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]});
+    assert_eq!(local(with(qwen.clone(), types.clone())), of(16, &[0, 2]));
+    assert_eq!(local(with(types, json!({"model_type": "qwen2", "sliding_window": 16}))), None);
+    let gemma = json!({"model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2});
+    let rope = Rope { theta: 10_000.0, dims: 256, scaling: RopeScaling::None };
+    assert_eq!(local(gemma), Some(LocalLayers { window: 16, layers: vec![0, 2], rope: Some(rope) }));
+}
+
+#[test]
+fn gemma3_has_two_rotations_in_both_forms() {
+    let old = json!({
+        "model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 5000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    });
+    let new = json!({"model_type": "gemma3_text", "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    }});
+    let [old, new] = [old, new].map(|changes| parse(&with(llama(), changes)).unwrap().spec);
+    assert_eq!(old, new);
+    assert_eq!(old.rope.unwrap().scaling, RopeScaling::Linear { factor: 8.0 });
+    assert_eq!(old.local.unwrap().rope.unwrap().theta, 5000.0);
+}
+
+#[test]
+fn a_part_of_a_head_can_be_rotated() {
+    let neox = |changes| rope(with(json!({"model_type": "gpt_neox", "hidden_act": "gelu"}), changes));
+    let half = Rope { theta: 500.0, dims: 6, scaling: RopeScaling::None };
+    assert_eq!(neox(json!({"rotary_pct": 0.5, "rotary_emb_base": 500.0})), half);
+    assert_eq!(neox(json!({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 500.0}})), half);
+    // A quarter of 12 are 3 elements, whose second pair turns by theta^(-2/3).
+    let quarter = neox(json!({}));
+    assert_eq!(quarter.dims, 4);
+    assert!((quarter.theta.powf(-2.0 / 4.0) - 10_000f64.powf(-2.0 / 3.0)).abs() < 1e-12);
+    assert_eq!(rope(json!({"model_type": "phi3", "partial_rotary_factor": 0.5})).dims, 6);
+}
+
+#[test]
+fn yarn_and_longrope_are_read() {
+    let yarn = rope(json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+        "original_max_position_embeddings": 64}}));
+    let expected = RopeScaling::Yarn {
+        factor: 4.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_context: 64.0,
+        truncate: true,
+        magnitude: 0.1 * 4f64.ln() + 1.0,
+    };
+    assert_eq!(yarn.scaling, expected);
+    let factors = vec![1.0f32, 1.5, 2.0, 2.5, 3.0, 3.5];
+    let changes = json!({"model_type": "phi3", "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "su", "short_factor": factors, "long_factor": factors}});
+    let Parsed { spec, warnings, .. } = parse(&with(llama(), changes)).unwrap();
+    let magnitude = (1.0 + 4f64.ln() / 64f64.ln()).sqrt();
+    let expected =
+        RopeScaling::LongRope { short: factors.clone(), long: factors, original_context: 64.0, magnitude };
+    assert_eq!(spec.rope.unwrap().scaling, expected);
+    assert_eq!((spec.context, warnings.len()), (64, 1));
 }

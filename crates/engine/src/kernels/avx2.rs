@@ -23,6 +23,7 @@ impl Avx2 {
 // readable or writable by the contract of the trait, and all loads and stores are the unaligned kind.
 impl Simd for Avx2 {
     type V = __m256;
+    type Bytes = __m256i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -88,6 +89,83 @@ impl Simd for Avx2 {
                 _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(low))),
                 _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high)),
                 _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(high))),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_nibble_bytes(self, p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            let both = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
+            _mm256_and_si256(both, _mm256_set1_epi8(15))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bits(self, p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let all = _mm256_set1_epi32(p.cast::<i32>().read_unaligned());
+            // Eight copies of every byte, then one bit of each.
+            let byte = |i: i64| i * 0x0101_0101_0101_0101;
+            let copies = _mm256_shuffle_epi8(all, _mm256_set_epi64x(byte(3), byte(2), byte(1), byte(0)));
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            _mm256_cmpeq_epi8(_mm256_and_si256(copies, bit), bit)
+        }
+    }
+
+    #[inline(always)]
+    fn field(self, b: __m256i, shift: u32, mask: u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let shifted = _mm256_srl_epi16(b, _mm_cvtsi32_si128(shift as i32));
+            _mm256_and_si256(shifted, _mm256_set1_epi8(mask as i8))
+        }
+    }
+
+    #[inline(always)]
+    fn raise(self, b: __m256i, mask: u8, shift: u32) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let masked = _mm256_and_si256(b, _mm256_set1_epi8(mask as i8));
+            _mm256_sll_epi16(masked, _mm_cvtsi32_si128(shift as i32))
+        }
+    }
+
+    #[inline(always)]
+    fn or_bytes(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], b: __m256i) -> __m256i {
+        // SAFETY: see above; the table has 16 bytes.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm256_shuffle_epi8(table, b)
+        }
+    }
+
+    #[inline(always)]
+    fn widen(self, b: __m256i, x: u8) -> [__m256; 4] {
+        // SAFETY: see above.
+        unsafe {
+            let b = _mm256_sub_epi8(b, _mm256_set1_epi8(x as i8));
+            let (low, high) = (_mm256_castsi256_si128(b), _mm256_extracti128_si256::<1>(b));
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(low))),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(high))),
             ]
         }
     }

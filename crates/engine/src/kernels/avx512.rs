@@ -44,6 +44,7 @@ macro_rules! as_in_avx2 {
 
 impl Simd for Avx512 {
     type V = __m256;
+    type Bytes = __m256i;
 
     const PASSES: usize = 1;
 
@@ -56,11 +57,19 @@ impl Simd for Avx512 {
         unsafe fn load_bf16(p: *const u8) -> __m256;
         unsafe fn load_i8(p: *const u8) -> __m256;
         unsafe fn load_nibbles(p: *const u8) -> [__m256; 4];
+        unsafe fn load_bytes(p: *const u8) -> __m256i;
+        unsafe fn load_nibble_bytes(p: *const u8) -> __m256i;
+        unsafe fn load_bits(p: *const u8) -> __m256i;
     }
 
     as_in_avx2! {
         fn splat(x: f32) -> __m256;
         fn prefetch(p: *const u8) -> ();
+        fn field(b: __m256i, shift: u32, mask: u8) -> __m256i;
+        fn raise(b: __m256i, mask: u8, shift: u32) -> __m256i;
+        fn or_bytes(a: __m256i, b: __m256i) -> __m256i;
+        fn lookup(table: &[i8; 16], b: __m256i) -> __m256i;
+        fn widen(b: __m256i, x: u8) -> [__m256; 4];
         fn add(a: __m256, b: __m256) -> __m256;
         fn sub(a: __m256, b: __m256) -> __m256;
         fn mul(a: __m256, b: __m256) -> __m256;

@@ -1,131 +1,155 @@
 //! Weight formats: how 32 consecutive weights of a row become four vectors of f32.
 //!
-//! Every kernel gets its weights from [`Format::load32`], so a stored weight has one f32 value everywhere.
+//! Every kernel gets its weights from [`Format::load32`], so a stored weight has one f32 value everywhere. The formats
+//! with blocks of 256 are in `super_blocks`.
 #![allow(unsafe_code)]
 
 use tangram_checkpoint::DType;
 
 use super::simd::{LANES, Simd};
+use super::super_blocks::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use super::{Isa, Kernel};
 
 /// Elements that are loaded at a time; also the GGML block.
 pub(crate) const GROUP: usize = 32;
 
-/// A stored element type.
+/// A stored element type. Rows are made of blocks of one or several groups.
 pub(crate) trait Format {
-    /// Bytes of 32 elements.
-    const GROUP_BYTES: usize;
+    /// Groups of a block.
+    const BLOCK_GROUPS: usize = 1;
 
-    /// The 32 elements at `p`.
+    /// Bytes of a block.
+    const BLOCK_BYTES: usize;
+
+    /// What the groups of a block share, made ready once per block.
+    type Common: Copy;
+
+    /// # Safety
+    /// `block` is readable for `BLOCK_BYTES`; no alignment is needed.
+    unsafe fn common<S: Simd>(s: S, block: *const u8) -> Self::Common;
+
+    /// The 32 elements of a group of the block at `block`.
     ///
     /// # Safety
-    /// `p` is readable for `GROUP_BYTES`; no alignment is needed.
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4];
+    /// `block` is readable for `BLOCK_BYTES`; no alignment is needed. `common` is this block's, `group` less than
+    /// `BLOCK_GROUPS`.
+    unsafe fn load32<S: Simd>(s: S, block: *const u8, common: Self::Common, group: usize) -> [S::V; 4];
 }
 
-pub(crate) struct F32;
-pub(crate) struct F16;
-pub(crate) struct Bf16;
-pub(crate) struct Q8_0;
-pub(crate) struct Q4_0;
-pub(crate) struct Q4_1;
-
-impl Format for F32 {
-    const GROUP_BYTES: usize = 128;
-
-    #[inline(always)]
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
-        // SAFETY: 128 readable bytes by contract.
-        unsafe {
-            [s.load(p.cast()), s.load(p.add(32).cast()), s.load(p.add(64).cast()), s.load(p.add(96).cast())]
+/// Chooses the format of a type: `$run` is a macro that is given the format.
+macro_rules! with_format {
+    ($dtype:expr, $run:ident) => {
+        match $dtype {
+            DType::F32 => $run!(F32),
+            DType::F16 => $run!(F16),
+            DType::BF16 => $run!(Bf16),
+            DType::Q8_0 => $run!(Q8_0),
+            DType::Q4_0 => $run!(Q4_0),
+            DType::Q4_1 => $run!(Q4_1),
+            DType::Q5_0 => $run!(Q5_0),
+            DType::Q5_1 => $run!(Q5_1),
+            DType::Q2K => $run!(Q2K),
+            DType::Q3K => $run!(Q3K),
+            DType::Q4K => $run!(Q4K),
+            DType::Q5K => $run!(Q5K),
+            DType::Q6K => $run!(Q6K),
+            DType::Iq4Nl => $run!(Iq4Nl),
         }
-    }
+    };
+}
+pub(crate) use with_format;
+
+/// A format whose blocks are single groups with nothing to make ready.
+macro_rules! single_groups {
+    ($($format:ident: $bytes:literal bytes, |$s:ident, $p:ident| $load:expr;)*) => {
+        $(
+            pub(crate) struct $format;
+
+            impl Format for $format {
+                const BLOCK_BYTES: usize = $bytes;
+                type Common = ();
+
+                #[inline(always)]
+                unsafe fn common<S: Simd>(_: S, _: *const u8) {}
+
+                #[inline(always)]
+                unsafe fn load32<S: Simd>($s: S, $p: *const u8, _: (), _: usize) -> [S::V; 4] {
+                    // SAFETY: every offset and length is inside the block, which is readable by contract.
+                    unsafe { $load }
+                }
+            }
+        )*
+    };
 }
 
-impl Format for F16 {
-    const GROUP_BYTES: usize = 64;
-
-    #[inline(always)]
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
-        // SAFETY: 64 readable bytes by contract.
-        unsafe { [s.load_f16(p), s.load_f16(p.add(16)), s.load_f16(p.add(32)), s.load_f16(p.add(48))] }
-    }
+single_groups! {
+    F32: 128 bytes, |s, p| {
+        [s.load(p.cast()), s.load(p.add(32).cast()), s.load(p.add(64).cast()), s.load(p.add(96).cast())]
+    };
+    F16: 64 bytes, |s, p| {
+        [s.load_f16(p), s.load_f16(p.add(16)), s.load_f16(p.add(32)), s.load_f16(p.add(48))]
+    };
+    Bf16: 64 bytes, |s, p| {
+        [s.load_bf16(p), s.load_bf16(p.add(16)), s.load_bf16(p.add(32)), s.load_bf16(p.add(48))]
+    };
+    Q8_0: 34 bytes, |s, p| {
+        let d = s.splat_f16(p);
+        times(s, d, [s.load_i8(p.add(2)), s.load_i8(p.add(10)), s.load_i8(p.add(18)), s.load_i8(p.add(26))])
+    };
+    Q4_0: 18 bytes, |s, p| {
+        let d = s.splat_f16(p);
+        let eight = s.splat(8.0);
+        let [q, r, t, u] = s.load_nibbles(p.add(2));
+        times(s, d, [s.sub(q, eight), s.sub(r, eight), s.sub(t, eight), s.sub(u, eight)])
+    };
+    Q4_1: 20 bytes, |s, p| {
+        let (d, m) = (s.splat_f16(p), s.splat_f16(p.add(2)));
+        times_plus(s, d, s.load_nibbles(p.add(4)), m)
+    };
+    Q5_0: 22 bytes, |s, p| {
+        let d = s.splat_f16(p);
+        let high = s.raise(s.load_bits(p.add(2)), 1, 4);
+        times(s, d, s.widen(s.or_bytes(s.load_nibble_bytes(p.add(6)), high), 16))
+    };
+    Q5_1: 24 bytes, |s, p| {
+        let (d, m) = (s.splat_f16(p), s.splat_f16(p.add(2)));
+        let high = s.raise(s.load_bits(p.add(4)), 1, 4);
+        times_plus(s, d, s.widen(s.or_bytes(s.load_nibble_bytes(p.add(8)), high), 0), m)
+    };
+    Iq4Nl: 18 bytes, |s, p| {
+        let d = s.splat_f16(p);
+        times(s, d, s.widen(s.lookup(&IQ4_NL_VALUES, s.load_nibble_bytes(p.add(2))), 0))
+    };
 }
 
-impl Format for Bf16 {
-    const GROUP_BYTES: usize = 64;
-
-    #[inline(always)]
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
-        // SAFETY: 64 readable bytes by contract.
-        unsafe { [s.load_bf16(p), s.load_bf16(p.add(16)), s.load_bf16(p.add(32)), s.load_bf16(p.add(48))] }
-    }
+/// d · q. No closure over the four vectors: those are not inlined reliably (see `elementwise`).
+#[inline(always)]
+fn times<S: Simd>(s: S, d: S::V, q: [S::V; 4]) -> [S::V; 4] {
+    [s.mul(d, q[0]), s.mul(d, q[1]), s.mul(d, q[2]), s.mul(d, q[3])]
 }
 
-impl Format for Q8_0 {
-    const GROUP_BYTES: usize = 34;
-
-    #[inline(always)]
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
-        // SAFETY: 34 readable bytes by contract.
-        unsafe {
-            let d = s.splat_f16(p);
-            [
-                s.mul(d, s.load_i8(p.add(2))),
-                s.mul(d, s.load_i8(p.add(10))),
-                s.mul(d, s.load_i8(p.add(18))),
-                s.mul(d, s.load_i8(p.add(26))),
-            ]
-        }
-    }
+/// d · q + m.
+#[inline(always)]
+pub(super) fn times_plus<S: Simd>(s: S, d: S::V, q: [S::V; 4], m: S::V) -> [S::V; 4] {
+    [s.fma(d, q[0], m), s.fma(d, q[1], m), s.fma(d, q[2], m), s.fma(d, q[3], m)]
 }
 
-impl Format for Q4_0 {
-    const GROUP_BYTES: usize = 18;
-
-    #[inline(always)]
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
-        // SAFETY: 18 readable bytes by contract.
-        unsafe {
-            let d = s.splat_f16(p);
-            let eight = s.splat(8.0);
-            let [a, b, c, e] = s.load_nibbles(p.add(2));
-            [
-                s.mul(d, s.sub(a, eight)),
-                s.mul(d, s.sub(b, eight)),
-                s.mul(d, s.sub(c, eight)),
-                s.mul(d, s.sub(e, eight)),
-            ]
-        }
-    }
-}
-
-impl Format for Q4_1 {
-    const GROUP_BYTES: usize = 20;
-
-    #[inline(always)]
-    unsafe fn load32<S: Simd>(s: S, p: *const u8) -> [S::V; 4] {
-        // SAFETY: 20 readable bytes by contract.
-        unsafe {
-            let d = s.splat_f16(p);
-            let m = s.splat_f16(p.add(2));
-            let [a, b, c, e] = s.load_nibbles(p.add(4));
-            [s.fma(d, a, m), s.fma(d, b, m), s.fma(d, c, m), s.fma(d, e, m)]
-        }
-    }
-}
+/// What the nibbles of IQ4_NL stand for.
+pub(crate) const IQ4_NL_VALUES: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 /// The last, incomplete group of a row of a plain type, padded with zeros to 32 elements.
 ///
 /// # Safety
-/// `p` is readable for `elements · GROUP_BYTES / 32` bytes and `elements < 32`.
+/// `p` is readable for `elements · BLOCK_BYTES / 32` bytes and `elements < 32`; the format is plain.
 #[inline(always)]
 pub(crate) unsafe fn load_tail<S: Simd, F: Format>(s: S, p: *const u8, elements: usize) -> [S::V; 4] {
     let mut padded = [0u8; 128];
-    // SAFETY: the source by contract; fewer than GROUP_BYTES <= 128 bytes are written, GROUP_BYTES are read.
+    assert!(F::BLOCK_GROUPS == 1 && F::BLOCK_BYTES <= padded.len());
+    // SAFETY: the source by contract; fewer than BLOCK_BYTES <= 128 bytes are written, BLOCK_BYTES are read.
     unsafe {
-        std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), elements * (F::GROUP_BYTES / GROUP));
-        F::load32(s, padded.as_ptr())
+        std::ptr::copy_nonoverlapping(p, padded.as_mut_ptr(), elements * (F::BLOCK_BYTES / GROUP));
+        F::load32(s, padded.as_ptr(), F::common(s, padded.as_ptr()), 0)
     }
 }
 
@@ -145,16 +169,21 @@ impl<F: Format> Kernel for Dequantise<'_, F> {
         let row = self.row.as_ptr();
         // SAFETY: `dequantise_row` checked that `row` holds `len` elements.
         unsafe {
-            for group in 0..len / GROUP {
-                let values = F::load32(s, row.add(group * F::GROUP_BYTES));
-                for (u, &value) in values.iter().enumerate() {
-                    s.store(out.add(group * GROUP + u * LANES), value);
+            let blocks = len / (GROUP * F::BLOCK_GROUPS);
+            for block in 0..blocks {
+                let weights = row.add(block * F::BLOCK_BYTES);
+                let common = F::common(s, weights);
+                for group in 0..F::BLOCK_GROUPS {
+                    let to = out.add((block * F::BLOCK_GROUPS + group) * GROUP);
+                    for (u, &value) in F::load32(s, weights, common, group).iter().enumerate() {
+                        s.store(to.add(u * LANES), value);
+                    }
                 }
             }
             let tail = len % GROUP;
             if tail > 0 {
                 let mut padded = [0.0f32; GROUP];
-                let values = load_tail::<S, F>(s, row.add(len / GROUP * F::GROUP_BYTES), tail);
+                let values = load_tail::<S, F>(s, row.add(blocks * F::BLOCK_BYTES), tail);
                 for (u, &value) in values.iter().enumerate() {
                     s.store(padded.as_mut_ptr().add(u * LANES), value);
                 }
@@ -174,12 +203,5 @@ pub fn dequantise_row(isa: Isa, dtype: DType, row: &[u8], out: &mut [f32]) {
             isa.dispatch(Dequantise::<$format> { row, out, format: std::marker::PhantomData })
         };
     }
-    match dtype {
-        DType::F32 => run!(F32),
-        DType::F16 => run!(F16),
-        DType::BF16 => run!(Bf16),
-        DType::Q8_0 => run!(Q8_0),
-        DType::Q4_0 => run!(Q4_0),
-        DType::Q4_1 => run!(Q4_1),
-    }
+    with_format!(dtype, run)
 }

@@ -17,8 +17,11 @@ use std::ops::Range;
 use tangram_checkpoint::DType;
 
 use super::buffer::{Buffer, Disjoint};
-use super::format::{Bf16, F16, F32, Format, GROUP, Q4_0, Q4_1, Q8_0, load_tail};
+use super::format::{
+    Bf16, F16, F32, Format, GROUP, Iq4Nl, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, load_tail, with_format,
+};
 use super::simd::{LANES, PANEL_ROWS, PANEL_TOKENS, PARTS, Simd};
+use super::super_blocks::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
 
@@ -173,14 +176,7 @@ impl Product<'_> {
                 })
             };
         }
-        match self.dtype {
-            DType::F32 => run!(F32),
-            DType::F16 => run!(F16),
-            DType::BF16 => run!(Bf16),
-            DType::Q8_0 => run!(Q8_0),
-            DType::Q4_0 => run!(Q4_0),
-            DType::Q4_1 => run!(Q4_1),
-        }
+        with_format!(self.dtype, run)
     }
 
     #[expect(clippy::too_many_arguments, reason = "a kernel's operands")]
@@ -208,14 +204,7 @@ impl Product<'_> {
                     })
                 };
             }
-            match self.dtype {
-                DType::F32 => widen!(F32),
-                DType::F16 => widen!(F16),
-                DType::BF16 => widen!(Bf16),
-                DType::Q8_0 => widen!(Q8_0),
-                DType::Q4_0 => widen!(Q4_0),
-                DType::Q4_1 => widen!(Q4_1),
-            }
+            with_format!(self.dtype, widen);
             isa.dispatch(ManyTokens {
                 product: self,
                 packed,
@@ -245,6 +234,14 @@ fn combine<S: Simd>(s: S, parts: [S::V; PARTS]) -> S::V {
     s.add(s.add(parts[0], parts[1]), s.add(parts[2], parts[3]))
 }
 
+/// Asks for as many bytes as a block has, some way ahead.
+#[inline(always)]
+fn prefetch<S: Simd, F: Format>(s: S, weights: *const u8) {
+    for line in (0..F::BLOCK_BYTES).step_by(64) {
+        s.prefetch(weights.wrapping_add(PREFETCH + line));
+    }
+}
+
 struct OneToken<'a, F> {
     product: &'a Product<'a>,
     x: &'a [f32],
@@ -259,7 +256,7 @@ impl<F: Format> Kernel for OneToken<'_, F> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let columns = self.x.len();
-        let (groups, tail) = (columns / GROUP, columns % GROUP);
+        let (blocks, tail) = (columns / (GROUP * F::BLOCK_GROUPS), columns % GROUP);
         let mut x_tail = [0.0; GROUP];
         x_tail[..tail].copy_from_slice(&self.x[columns - tail..]);
         for (index, out) in self.out.iter_mut().enumerate() {
@@ -269,17 +266,20 @@ impl<F: Format> Kernel for OneToken<'_, F> {
             let mut weights = bytes.as_ptr();
             let mut x = self.x.as_ptr();
             let mut parts = [s.splat(0.0); PARTS];
-            // SAFETY: `bytes` holds `columns` elements (checked by `matmul`): `groups` whole groups and a tail; `x`
+            // SAFETY: `bytes` holds `columns` elements (checked by `matmul`): `blocks` whole blocks and a tail; `x`
             // holds as many.
             unsafe {
-                for _ in 0..groups {
-                    s.prefetch(weights.wrapping_add(PREFETCH));
-                    let w = F::load32(s, weights);
-                    for u in 0..PARTS {
-                        parts[u] = s.fma(w[u], s.load(x.add(u * LANES)), parts[u]);
+                for _ in 0..blocks {
+                    prefetch::<S, F>(s, weights);
+                    let common = F::common(s, weights);
+                    for group in 0..F::BLOCK_GROUPS {
+                        let w = F::load32(s, weights, common, group);
+                        for u in 0..PARTS {
+                            parts[u] = s.fma(w[u], s.load(x.add(u * LANES)), parts[u]);
+                        }
+                        x = x.add(GROUP);
                     }
-                    weights = weights.add(F::GROUP_BYTES);
-                    x = x.add(GROUP);
+                    weights = weights.add(F::BLOCK_BYTES);
                 }
                 if tail > 0 {
                     let w = load_tail::<S, F>(s, weights, tail);
@@ -308,7 +308,7 @@ impl<F: Format> Kernel for Widen<'_, F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (whole, tail) = (self.columns / GROUP, self.columns % GROUP);
+        let (blocks, tail) = (self.columns / (GROUP * F::BLOCK_GROUPS), self.columns % GROUP);
         let groups = self.columns.div_ceil(GROUP);
         assert_eq!(self.panel.len(), groups * GROUP * PANEL_ROWS);
         assert_eq!(self.rows.len(), self.count * self.row_bytes);
@@ -319,14 +319,17 @@ impl<F: Format> Kernel for Widen<'_, F> {
             unsafe {
                 let mut weights = self.rows.as_ptr().add(row * self.row_bytes);
                 let mut to = self.panel.as_mut_ptr().add(row * layout.lanes);
-                for _ in 0..whole {
-                    s.prefetch(weights.wrapping_add(PREFETCH));
-                    let w = F::load32(s, weights);
-                    for (u, &w) in w.iter().enumerate() {
-                        s.store(to.add(layout.part(u)), w);
+                for _ in 0..blocks {
+                    prefetch::<S, F>(s, weights);
+                    let common = F::common(s, weights);
+                    for group in 0..F::BLOCK_GROUPS {
+                        let w = F::load32(s, weights, common, group);
+                        for (u, &w) in w.iter().enumerate() {
+                            s.store(to.add(layout.part(u)), w);
+                        }
+                        to = to.add(layout.group_stride);
                     }
-                    weights = weights.add(F::GROUP_BYTES);
-                    to = to.add(layout.group_stride);
+                    weights = weights.add(F::BLOCK_BYTES);
                 }
                 if tail > 0 {
                     let w = load_tail::<S, F>(s, weights, tail);

@@ -17,6 +17,7 @@ pub mod kv;
 pub mod matmul;
 pub mod routing;
 mod simd;
+mod super_blocks;
 
 pub use buffer::Buffer;
 pub use format::dequantise_row;

@@ -24,6 +24,8 @@ pub(crate) type Totals<V> = [V; PANEL_ROWS * (PANEL_TOKENS + 1)];
 pub(crate) trait Simd: Copy {
     /// Eight f32.
     type V: Copy;
+    /// 32 bytes, from which formats make small integers.
+    type Bytes: Copy;
 
     /// Into how many passes over `k` [`Simd::panel_times_tokens`] divides the partial vectors.
     const PASSES: usize = PARTS;
@@ -78,6 +80,39 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is readable for 16 bytes.
     unsafe fn load_nibbles(self, p: *const u8) -> [Self::V; 4];
+
+    /// 32 bytes from memory.
+    ///
+    /// # Safety
+    /// `p` is readable for 32 bytes.
+    unsafe fn load_bytes(self, p: *const u8) -> Self::Bytes;
+
+    /// Sixteen bytes as 32 nibbles: first the low nibble of every byte, then the high ones.
+    ///
+    /// # Safety
+    /// `p` is readable for 16 bytes.
+    unsafe fn load_nibble_bytes(self, p: *const u8) -> Self::Bytes;
+
+    /// 32 bits, the lowest of the first byte first, as bytes: all bits set or none.
+    ///
+    /// # Safety
+    /// `p` is readable for 4 bytes.
+    unsafe fn load_bits(self, p: *const u8) -> Self::Bytes;
+
+    /// Every byte `(byte >> shift) & mask`, for a `mask` without bits that come from the byte beside it.
+    fn field(self, b: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes;
+
+    /// Every byte `(byte & mask) << shift`, which must fit.
+    fn raise(self, b: Self::Bytes, mask: u8, shift: u32) -> Self::Bytes;
+
+    /// a | b.
+    fn or_bytes(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+
+    /// Every byte, 0..=15, replaced by the entry of the table.
+    fn lookup(self, table: &[i8; 16], b: Self::Bytes) -> Self::Bytes;
+
+    /// Every byte minus `x`, as a signed number.
+    fn widen(self, b: Self::Bytes, x: u8) -> [Self::V; 4];
 
     /// Asks for the cache line at `p`, which may be any address.
     fn prefetch(self, p: *const u8);
@@ -174,6 +209,7 @@ fn map2(a: [f32; 8], b: [f32; 8], f: impl Fn(f32, f32) -> f32) -> [f32; 8] {
 
 impl Simd for Scalar {
     type V = [f32; 8];
+    type Bytes = [u8; 32];
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -233,6 +269,53 @@ impl Simd for Scalar {
         let low = |from: usize| std::array::from_fn(|i| f32::from(bytes[from + i] & 15));
         let high = |from: usize| std::array::from_fn(|i| f32::from(bytes[from + i] >> 4));
         [low(0), low(8), high(0), high(8)]
+    }
+
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> Self::Bytes {
+        // SAFETY: 32 readable bytes by contract.
+        unsafe { p.cast::<[u8; 32]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_nibble_bytes(self, p: *const u8) -> Self::Bytes {
+        // SAFETY: 16 readable bytes by contract.
+        let bytes = unsafe { p.cast::<[u8; 16]>().read_unaligned() };
+        std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bits(self, p: *const u8) -> Self::Bytes {
+        // SAFETY: 4 readable bytes by contract.
+        let bytes = unsafe { p.cast::<[u8; 4]>().read_unaligned() };
+        let bits = u32::from_le_bytes(bytes);
+        std::array::from_fn(|i| if bits >> i & 1 == 1 { 0xff } else { 0 })
+    }
+
+    #[inline(always)]
+    fn field(self, b: Self::Bytes, shift: u32, mask: u8) -> Self::Bytes {
+        b.map(|byte| (byte >> shift) & mask)
+    }
+
+    #[inline(always)]
+    fn raise(self, b: Self::Bytes, mask: u8, shift: u32) -> Self::Bytes {
+        b.map(|byte| (byte & mask) << shift)
+    }
+
+    #[inline(always)]
+    fn or_bytes(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+
+    #[inline(always)]
+    fn lookup(self, table: &[i8; 16], b: Self::Bytes) -> Self::Bytes {
+        b.map(|byte| table[usize::from(byte & 15)] as u8)
+    }
+
+    #[inline(always)]
+    fn widen(self, b: Self::Bytes, x: u8) -> [Self::V; 4] {
+        let eight = |from: usize| std::array::from_fn(|i| f32::from(b[from + i].wrapping_sub(x) as i8));
+        [eight(0), eight(8), eight(16), eight(24)]
     }
 
     #[inline(always)]

@@ -15,7 +15,27 @@ use super::simd::{LANES, Scalar, Simd, exp, tanh};
 use super::{Buffer, Isa, Kernel, dequantise_row};
 use crate::pool::Pool;
 
-const DTYPES: [DType; 6] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1];
+const DTYPES: [DType; 14] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::Q8_0,
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q2K,
+    DType::Q3K,
+    DType::Q4K,
+    DType::Q5K,
+    DType::Q6K,
+    DType::Iq4Nl,
+];
+
+/// `count` or a little more: whole blocks.
+fn whole_blocks(dtype: DType, count: usize) -> usize {
+    count.next_multiple_of(dtype.block_elements() as usize)
+}
 
 struct Random(Xoshiro256PlusPlus);
 
@@ -50,32 +70,79 @@ impl Random {
                 bytes.extend(bf16::from_f32(x).to_le_bytes());
                 values.push(bf16::from_f32(x).to_f64());
             }),
-            DType::Q8_0 | DType::Q4_0 | DType::Q4_1 => {
-                for _ in 0..count / 32 {
-                    let d = f16::from_f32(self.value() * 0.05);
-                    let m = f16::from_f32(self.value());
-                    bytes.extend(d.to_le_bytes());
-                    if dtype == DType::Q4_1 {
-                        bytes.extend(m.to_le_bytes());
-                    }
-                    let mut block = vec![0u8; if dtype == DType::Q8_0 { 32 } else { 16 }];
+            quantised => {
+                let (elements, size) =
+                    (quantised.block_elements() as usize, quantised.block_bytes() as usize);
+                for _ in 0..count / elements {
+                    let mut block = vec![0u8; size];
                     self.0.fill_bytes(&mut block);
-                    bytes.extend(&block);
-                    values.extend((0..32).map(|i| match dtype {
-                        DType::Q8_0 => d.to_f64() * f64::from(block[i] as i8),
-                        _ => {
-                            let nibble = if i < 16 { block[i] & 15 } else { block[i - 16] >> 4 };
-                            if dtype == DType::Q4_0 {
-                                d.to_f64() * (f64::from(nibble) - 8.0)
-                            } else {
-                                d.to_f64() * f64::from(nibble) + m.to_f64()
-                            }
-                        }
-                    }));
+                    for (place, scale) in half_floats(quantised) {
+                        let half = f16::from_f32(self.value() * scale);
+                        block[place..place + 2].copy_from_slice(&half.to_le_bytes());
+                    }
+                    values.extend((0..elements).map(|i| element(quantised, &block, i)));
+                    bytes.extend(block);
                 }
             }
         }
         (bytes, values)
+    }
+}
+
+/// Where a block has factors, and of which size they are when values should be about 1.
+fn half_floats(dtype: DType) -> Vec<(usize, f32)> {
+    match dtype {
+        DType::Q4_1 | DType::Q5_1 => vec![(0, 0.05), (2, 1.0)],
+        DType::Q2K => vec![(80, 0.02), (82, 0.1)],
+        DType::Q3K => vec![(108, 0.01)],
+        DType::Q4K | DType::Q5K => vec![(0, 0.002), (2, 0.02)],
+        DType::Q6K => vec![(208, 0.001)],
+        DType::Iq4Nl => vec![(0, 0.01)],
+        _ => vec![(0, 0.05)],
+    }
+}
+
+/// Element `i` of a quantised block, straight from the description of its type.
+fn element(dtype: DType, block: &[u8], i: usize) -> f64 {
+    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f64();
+    let bits = |at: usize, shift: usize, count: u32| u32::from(block[at]) >> shift & ((1 << count) - 1);
+    // The nibble of an element of a block of 32 whose nibbles start at `at`.
+    let nibble = |at: usize| bits(at + i % 16, i / 16 * 4, 4);
+    let fifth = |at: usize| bits(at + i / 8, i % 8, 1) << 4;
+    let group = i / 32;
+    // Number `j` of eight with six bits, of which the last four are taken apart.
+    let six = |first: usize, j: usize, lower: usize| match j {
+        0..4 => bits(first + j, 0, 6),
+        _ => bits(12 + j - 4, lower, 4) | bits(first + j - 4, 6, 2) << 4,
+    };
+    let pair = |q: u32| half(0) * f64::from(six(4, group, 0) * q) - half(2) * f64::from(six(8, group, 4));
+    match dtype {
+        DType::Q8_0 => half(0) * f64::from(block[2 + i] as i8),
+        DType::Q4_0 => half(0) * (f64::from(nibble(2)) - 8.0),
+        DType::Q4_1 => half(0) * f64::from(nibble(4)) + half(2),
+        DType::Q5_0 => half(0) * (f64::from(nibble(6) | fifth(2)) - 16.0),
+        DType::Q5_1 => half(0) * f64::from(nibble(8) | fifth(4)) + half(2),
+        DType::Iq4Nl => half(0) * f64::from(super::format::IQ4_NL_VALUES[nibble(2) as usize]),
+        DType::Q2K => {
+            let q = bits(16 + i / 128 * 32 + i % 32, group % 4 * 2, 2);
+            half(80) * f64::from(bits(i / 16, 0, 4) * q) - half(82) * f64::from(bits(i / 16, 4, 4))
+        }
+        DType::Q3K => {
+            let q = bits(32 + i / 128 * 32 + i % 32, group % 4 * 2, 2) | bits(i % 32, group, 1) << 2;
+            let j = i / 16;
+            let scale = bits(96 + j % 8, j / 8 * 4, 4) | bits(104 + j % 4, j / 4 * 2, 2) << 4;
+            half(108) * (f64::from(scale) - 32.0) * (f64::from(q) - 4.0)
+        }
+        DType::Q4K => pair(bits(16 + i / 64 * 32 + i % 32, group % 2 * 4, 4)),
+        DType::Q5K => {
+            pair(bits(48 + i / 64 * 32 + i % 32, group % 2 * 4, 4) | bits(16 + i % 32, group, 1) << 4)
+        }
+        DType::Q6K => {
+            let low = bits(i / 128 * 64 + i % 64, i % 128 / 64 * 4, 4);
+            let high = bits(128 + i / 128 * 32 + i % 32, group % 4 * 2, 2);
+            half(208) * f64::from(block[192 + i / 16] as i8) * (f64::from(low | high << 4) - 32.0)
+        }
+        DType::F32 | DType::F16 | DType::BF16 => unreachable!("not quantised"),
     }
 }
 
@@ -123,6 +190,18 @@ fn every_vector_operation_equals_the_portable_one() {
                 put(s.load_bf16(bytes));
                 put(s.load_i8(bytes));
                 s.load_nibbles(bytes).into_iter().for_each(&mut put);
+                let whole = s.load_bytes(bytes);
+                let nibbles = s.load_nibble_bytes(bytes);
+                let raised = s.raise(nibbles, 7, 4);
+                for b in [
+                    s.field(whole, 0, 0xff),
+                    s.field(whole, 5, 7),
+                    s.or_bytes(s.load_bits(bytes), nibbles),
+                    s.or_bytes(raised, s.field(nibbles, 1, 3)),
+                    s.lookup(&[3, -7, 127, -128, 0, 1, 2, 9, -1, 5, 6, 7, 8, 11, -50, 40], nibbles),
+                ] {
+                    s.widen(b, 32).into_iter().for_each(&mut put);
+                }
                 put(s.sums(std::array::from_fn(|i| s.mul(a, s.splat(i as f32 - 2.5)))));
                 let mut narrow = [0u8; 32];
                 s.store_f16(narrow.as_mut_ptr(), b);
@@ -227,7 +306,7 @@ fn a_token_has_the_same_product_in_every_company() {
         let mut random = Random::new(2);
         for (dtype, columns) in DTYPES
             .iter()
-            .flat_map(|&d| [(d, 32), (d, 160), (d, 1056)])
+            .flat_map(|&d| [32, 160, 1056].map(|columns| (d, whole_blocks(d, columns))))
             .chain([(DType::BF16, 77), (DType::F32, 3)])
         {
             let rows = 21;
@@ -258,9 +337,10 @@ fn a_token_has_the_same_product_in_every_company() {
 
 #[test]
 fn avx512_and_avx2_give_the_same_bits() {
-    let (columns, rows, tokens) = (352, 13, 11);
+    let (rows, tokens) = (13, 11);
     let fused: Vec<Isa> = Isa::available().into_iter().filter(|isa| isa.name() != "scalar").collect();
     for dtype in DTYPES {
+        let columns = whole_blocks(dtype, 352);
         let mut random = Random::new(4);
         let (weight, _) = random.weights(dtype, rows * columns);
         let x = random.values(tokens * columns);
@@ -315,7 +395,7 @@ proptest! {
         threads in 1usize..4,
         seed: u64,
     ) {
-        let columns = if dtype.is_quantised() { columns.next_multiple_of(32) } else { columns };
+        let columns = whole_blocks(dtype, columns);
         let mut random = Random::new(seed);
         let (bytes, weights) = random.weights(dtype, rows * columns);
         let (other_bytes, other) = random.weights(DType::F32, 5 * columns);
@@ -351,14 +431,17 @@ proptest! {
     fn rows_are_widened_right(
         dtype in prop::sample::select(DTYPES.to_vec()), count in 1usize..200, seed: u64,
     ) {
-        let count = if dtype.is_quantised() { count.next_multiple_of(32) } else { count };
+        let count = whole_blocks(dtype, count);
         let (bytes, expected) = Random::new(seed).weights(dtype, count);
         let bytes = misaligned(&bytes);
         for isa in Isa::available() {
             let mut out = vec![0.0; count];
             dequantise_row(isa, dtype, &bytes[1..], &mut out);
             for (out, expected) in out.iter().zip(&expected) {
-                prop_assert!((f64::from(*out) - expected).abs() <= expected.abs() * 1.3e-7 + 1e-6 * f64::from(dtype == DType::Q4_1));
+                // A sum rounds relative to its parts, which are below 10.
+                let sum = [DType::Q4_1, DType::Q5_1, DType::Q2K, DType::Q4K, DType::Q5K].contains(&dtype);
+                let rounding = expected.abs() * 1.3e-7 + 3e-6 * f64::from(sum);
+                prop_assert!((f64::from(*out) - expected).abs() <= rounding, "{} {} {}", dtype, out, expected);
             }
         }
     }

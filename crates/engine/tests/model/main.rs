@@ -177,8 +177,33 @@ fn only_tensors_of_ready_stages_are_read() {
     }
 }
 
+#[test]
+fn experts_that_no_token_goes_to_are_not_read() {
+    struct Guarded<'a>(&'a Sample, std::sync::Mutex<Vec<usize>>);
+    impl tangram_engine::Weights for Guarded<'_> {
+        fn tensor(&self, index: usize) -> &[u8] {
+            self.1.lock().expect("no panic").push(index);
+            self.0.tensor(index)
+        }
+    }
+    for (family, layers, per_token) in [("mixtral", 3, 2), ("qwen3_moe", 2, 3)] {
+        let sample = sample(spec(family), DType::BF16, 9);
+        let roles = sample.model.spec().required_roles();
+        let mut blocks = Blocks::new(&sample.model).take(1);
+        let executor = Executor::new(1);
+        let chunk = Chunk { tokens: &[5], position: 0, logits: LogitRows::Last };
+        let mut pass = executor.begin(&sample.model, &[chunk]).expect("a pass");
+        let guarded = Guarded(&sample, std::sync::Mutex::default());
+        let kv = &mut [blocks.as_mut_slice().into()];
+        assert!(executor.advance(&mut pass, &sample.model, &guarded, kv, usize::MAX).expect("success"));
+        let mut read = guarded.1.into_inner().expect("no panic");
+        read.retain(|&index| matches!(roles[index], Role::Layer(_, LayerRole::Expert(..))));
+        assert_eq!(read.len(), layers * per_token * 3);
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(60))]
 
     #[test]
     fn chunking_changes_no_bit(
