@@ -21,7 +21,7 @@ use std::collections::HashMap;
 pub const WATCHED: usize = 32;
 
 /// Discount per request.
-const DISCOUNT: f64 = 0.8;
+const DISCOUNT: f64 = 0.7;
 
 /// Requests after which counts of the recency and succession experts have halved.
 const HALF_LIFE_REQUESTS: f64 = 200.0;

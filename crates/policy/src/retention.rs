@@ -35,6 +35,10 @@ const TENSOR_SECONDS: f64 = 20e-6;
 /// Part of the last layer's load time that the pipeline is expected to hide; the first layer's is never hidden.
 const HIDDEN_AT_THE_END: f64 = 0.5;
 
+/// Requests within which a use has to come for its tensor's eviction to count as damage: about as long as an evicted
+/// tensor would otherwise have stayed.
+pub const DAMAGE_HORIZON: f64 = 30.0;
+
 /// Everything that the retention state learns, in order. A log of these replays to the same state.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Event {
@@ -249,18 +253,22 @@ impl Retention {
         self.entry(tensor).map(Entry::worth)
     }
 
-    /// What evicting the idle tensors that are worth least, `bytes` of them, would cost at time `now`: the sum over
-    /// them of remembered uses × forecast × seconds saved. Dividing by all remembered uses gives the expected delay of
-    /// the next request. Takes as many steps as tensors would go.
-    pub fn damage(&self, bytes: u64, now: f64) -> f64 {
+    /// What evicting the idle tensors that are worth least, `bytes` of them, would cost at time `now`, in seconds:
+    /// the sum of what each saves at its next use, times the probability that this use comes within about
+    /// [`DAMAGE_HORIZON`] requests if it has its share of `requests`, the decayed number of all requests so far.
+    /// Takes as many steps as tensors would go.
+    pub fn damage(&self, bytes: u64, requests: f64, now: f64) -> f64 {
         let (mut left, mut damage) = (bytes, 0.0);
-        for &(worth, tensor) in &self.idle {
+        for &(_, tensor) in &self.idle {
             if left == 0 {
                 break;
             }
-            let size = self.entry(tensor).map_or(0, |entry| entry.bytes);
-            damage += (worth.0 - now / self.half_life).exp2() * size as f64;
-            left = left.saturating_sub(size);
+            let Some(entry) = self.entry(tensor) else { continue };
+            let uses = (entry.demand - now / self.half_life).exp2();
+            let share = (uses / requests.max(1.0)).min(1.0);
+            let soon = share / (share + (1.0 - share) / DAMAGE_HORIZON);
+            damage += soon * entry.value.exp2() * entry.bytes as f64;
+            left = left.saturating_sub(entry.bytes);
         }
         damage
     }
@@ -433,9 +441,10 @@ mod tests {
         retention.apply(Event::Appraised { tensor: key(0), seconds: 1e-6 });
         retention.apply(Event::Appraised { tensor: key(1), seconds: 2e-6 });
         retention.apply(Event::Catalogued { tensor: key(0), bytes: MIB, depth: 0.0 });
-        let cost = retention.damage(2 * MIB, 0.0);
-        assert!((cost - 3e-6).abs() < 1e-12, "{cost}");
-        assert!((retention.damage(1, HALF_LIFE_SECONDS) - 0.5e-6).abs() < 1e-12);
+        let soon = 0.5 / (0.5 + 0.5 / DAMAGE_HORIZON);
+        let cost = retention.damage(2 * MIB, 2.0, 0.0);
+        assert!((cost - soon * 3e-6).abs() < 1e-12, "{cost}");
+        assert!((retention.damage(1, 1.0, HALF_LIFE_SECONDS) - soon * 1e-6).abs() < 1e-12);
         assert_eq!(eviction_order(retention), [0, 1]);
     }
 

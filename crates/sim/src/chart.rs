@@ -194,3 +194,45 @@ fn residency(system: &str, points: &[Residency], models: &[&str]) -> String {
     }
     canvas.done()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Record;
+
+    #[test]
+    fn charts_show_every_system_and_stay_inside() {
+        let record = |first_token: u64| Record {
+            request: 0,
+            device: 0,
+            model: 0,
+            arrival: 0,
+            start: 0,
+            load: 5,
+            stall: first_token / 2,
+            first_token,
+            finish: first_token,
+            weight_bytes: 7,
+            loaded_bytes: 7,
+            moved_bytes: 0,
+            thinking: 1,
+        };
+        let run = |system: &str| Recorded {
+            system: system.to_owned(),
+            records: (1..50).map(|i| record(i * 30_000_000)).collect(),
+            end: 9,
+            fetched_bytes: 0,
+            background_moved_bytes: 0,
+            evicted_bytes: 0,
+            residency: (0..5).map(|i| Residency { at: f64::from(i), bytes: vec![5, 6] }).collect(),
+            log: None,
+        };
+        let charts = all(&[run("a<b"), run("ours/no-decay")], &["one", "two"]);
+        let names: Vec<&str> = charts.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["ttft.svg", "exposed.svg", "residency-a<b.svg", "residency-ours-no-decay.svg"]);
+        for (_, text) in &charts {
+            assert!(text.starts_with("<svg") && text.ends_with("</svg>\n") && !text.contains("NaN"));
+        }
+        assert!(charts[0].1.contains("a&lt;b") && charts[2].1.contains("two"));
+    }
+}

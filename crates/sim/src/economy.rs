@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 
+use tangram_policy::eviction::{self, Candidate};
 use tangram_policy::stall::marginal_exposure;
 use tangram_policy::{Event, Forecast, Retention, TensorKey};
 
@@ -13,8 +14,11 @@ use crate::system::Worth;
 /// Doublings of worth for what a waiting request will use, and fewer for each request in front of it.
 const AWAITED: f64 = 12.0;
 
+/// Doublings for what another device has too, or had later: the next request may well go there.
+const SECOND_COPY: f64 = -3.0;
+
 /// Boosts that changed less are left as they are.
-const COARSENESS: f64 = 0.5;
+const COARSENESS: f64 = 0.25;
 
 /// A group is prefetched over others only if it is worth this many doublings more.
 pub(crate) const PREFETCH_MARGIN: f64 = 0.5;
@@ -29,6 +33,8 @@ const ORACLE_STEP: f64 = 4.0;
 struct Expectation {
     boost: f64,
     awaited: f64,
+    /// Whether another device used the model later than this one.
+    elsewhere: bool,
 }
 
 /// Retention and forecast of one device.
@@ -168,17 +174,29 @@ impl Economy {
         }
     }
 
+    /// Another device has used the model since, or this one does again.
+    pub(crate) fn set_elsewhere(&mut self, device: &Device, model: u32, elsewhere: bool) {
+        let Some(slots) = device.slots_of(model) else { return };
+        let expectation = self.expected.entry(model).or_default();
+        if expectation.elsewhere != elsewhere {
+            expectation.elsewhere = elsewhere;
+            self.tell(device, model, slots);
+        }
+    }
+
     /// Whether a request for the model waits for this device.
     pub(crate) fn awaits(&self, model: u32) -> bool {
         self.awaited.contains(&model)
     }
 
     fn tell(&mut self, device: &Device, model: u32, slots: &[u32]) {
-        let Expectation { boost, awaited } = self.expected.get(&model).copied().unwrap_or_default();
+        let Expectation { boost, awaited, elsewhere } =
+            self.expected.get(&model).copied().unwrap_or_default();
+        let second = if elsewhere { SECOND_COPY } else { 0.0 };
         for &slot in slots {
             // A group of several models is used whenever one of them is; what is expected of one says little about it.
             let own = device.slots[slot as usize].models == 1 || self.parts.oracle;
-            let log2 = awaited + if own { boost } else { boost.max(0.0) };
+            let log2 = awaited + if own { boost + second } else { boost.max(0.0) };
             self.retention.apply(Event::Expected { tensor: Self::key(slot), log2 });
         }
     }
@@ -195,8 +213,15 @@ impl Economy {
         self.retention.apply(Event::Fetched { tensor: Self::key(slot) });
     }
 
-    pub(crate) fn least_worth(&self) -> Option<u32> {
-        self.retention.least_worth().map(|tensor| tensor.0)
+    /// What should go so that `bytes` become free; everything idle if that is too little.
+    pub(crate) fn victims(&self, device: &Device, bytes: u64) -> Vec<u32> {
+        let candidate = |tensor: TensorKey| Candidate {
+            tensor,
+            bytes: device.slots[tensor.0 as usize].bytes,
+            log2_worth: self.retention.log2_worth(tensor).unwrap_or(f64::NEG_INFINITY),
+        };
+        let victims = eviction::choose(self.retention.idle().map(candidate), bytes);
+        victims.into_iter().map(|tensor| tensor.0).collect()
     }
 
     /// Absent groups in the order in which they should be prefetched.
@@ -221,15 +246,12 @@ impl Economy {
         (freed >= bytes).then_some(victims)
     }
 
-    /// Seconds that evicting `bytes` is expected to cost the next request on this device.
+    /// Seconds that evicting `bytes` is expected to cost later requests on this device.
     pub(crate) fn damage(&self, bytes: u64, now: f64) -> f64 {
-        if bytes == 0 || self.seen == 0.0 {
+        if bytes == 0 {
             return 0.0;
         }
-        self.retention.damage(bytes, now) / (self.seen * ((self.seen_at - now) / self.half_life).exp2())
-    }
-
-    pub(crate) fn idle_bytes(&self) -> u64 {
-        self.retention.idle_bytes()
+        let requests = self.seen * ((self.seen_at - now) / self.half_life).exp2();
+        self.retention.damage(bytes, requests, now)
     }
 }

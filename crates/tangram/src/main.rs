@@ -76,6 +76,8 @@ enum Command {
         #[command(subcommand)]
         bench: commands::bench::Bench,
     },
+    /// Compare policies on simulated machines.
+    Sim(commands::sim::Options),
 }
 
 /// Which server a command talks to: the one named, else the one that runs on the data directory, else one that is
@@ -134,5 +136,6 @@ async fn run(command: Command) -> anyhow::Result<()> {
             commands::run::run(&name, &prompt, max_tokens, temperature, target).await
         }
         Command::Bench { bench } => commands::bench::run(bench).await,
+        Command::Sim(options) => commands::sim::run_sim(&options),
     }
 }

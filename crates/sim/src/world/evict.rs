@@ -31,7 +31,10 @@ impl World<'_> {
         }
         match self.system.keep {
             Keep::Nothing | Keep::LastModel => 0,
-            Keep::Worth(_) => self.evict_least_worth(d, shortage),
+            Keep::Worth(_) => {
+                let victims = self.economies[d].victims(&self.devices[d], shortage);
+                self.evict_all(d, &victims)
+            }
             Keep::WholeModels => self.evict_whole_models(d, model, shortage),
             Keep::Groups { .. } => self.evict_by(d, shortage, |world, slot| {
                 (world.devices[d].slots[slot as usize].last_use as f64, slot)
@@ -72,17 +75,6 @@ impl World<'_> {
             }
         }
         bytes
-    }
-
-    fn evict_least_worth(&mut self, d: usize, shortage: u64) -> u64 {
-        let mut freed = 0;
-        while freed < shortage
-            && let Some(victim) = self.economies[d].least_worth()
-        {
-            freed += self.devices[d].evict(victim);
-            self.economies[d].evicted(victim);
-        }
-        freed
     }
 
     fn evict_by(&mut self, d: usize, shortage: u64, value: impl Fn(&World<'_>, u32) -> (f64, u32)) -> u64 {

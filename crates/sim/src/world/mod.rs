@@ -136,13 +136,11 @@ struct Totals {
 pub fn run(scenario: &Scenario, system: &System, log: bool, mut progress: impl FnMut(usize)) -> Recorded {
     let mut world = World::new(scenario, system, log);
     let step = (scenario.requests.len() / 200).max(1);
-    while let Some(Reverse((at, _, event))) = world.events.pop() {
-        world.now = at;
-        world.handle(event);
-        if let Event::Finish(_) = event
-            && world.sequence.is_multiple_of(step as u64)
-        {
-            progress(world.sequence as usize);
+    let mut told = 0;
+    while world.step() {
+        if world.records.len() >= told + step {
+            told = world.records.len();
+            progress(told);
         }
     }
     progress(scenario.requests.len());
@@ -221,6 +219,14 @@ impl<'a> World<'a> {
         };
         world.arrive_next(0);
         world
+    }
+
+    /// Handles the next event; `false` if there is none.
+    fn step(&mut self) -> bool {
+        let Some(Reverse((at, _, event))) = self.events.pop() else { return false };
+        self.now = at;
+        self.handle(event);
+        true
     }
 
     /// Makes the arrival of request `index` an event.
@@ -362,3 +368,6 @@ impl<'a> World<'a> {
         self.now + nanos(seconds)
     }
 }
+
+#[cfg(test)]
+mod tests;

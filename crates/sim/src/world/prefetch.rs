@@ -67,7 +67,9 @@ impl World<'_> {
         let economy = self.economies.get(index as usize)?;
         for slot in economy.wanted().take(TRIED) {
             let entry = &device.slots[slot as usize];
-            if !economy.awaits(entry.loader) && self.is_whole_elsewhere(entry.loader, index) {
+            if !economy.awaits(entry.loader)
+                && self.models[entry.loader as usize].devices.first() != Some(&index)
+            {
                 continue;
             }
             let needed = entry.bytes.saturating_sub(device.free_bytes());
@@ -76,20 +78,13 @@ impl World<'_> {
         None
     }
 
-    /// Whether another device has all of the model, so that a second copy is worth little.
-    fn is_whole_elsewhere(&self, model: u32, index: u32) -> bool {
-        let known = &self.models[model as usize];
-        let whole = |&device: &u32| {
-            device != index && self.devices[device as usize].resident_of(model) >= known.weight_bytes
-        };
-        known.devices.iter().any(whole)
-    }
-
     /// Gives up a prefetch under way on a device whose link a request needs for something else: what has arrived of it
     /// is lost, and the link is free after the piece that it is carrying.
     pub(super) fn cancel_fetch(&mut self, index: u32) {
         let device = &mut self.devices[index as usize];
-        let Some(slot) = device.fetching.take_if(|slot| device.slots[*slot as usize].holders == 0) else { return };
+        let Some(slot) = device.fetching.take_if(|slot| device.slots[*slot as usize].holders == 0) else {
+            return;
+        };
         let bytes = device.slots[slot as usize].bytes;
         device.slots[slot as usize].arriving = None;
         device.resident_bytes -= bytes;

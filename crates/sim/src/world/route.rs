@@ -2,9 +2,7 @@
 
 use std::time::Instant;
 
-use tangram_policy::placement::{
-    AFFINITY_WAIT, Candidate, DAMAGE_WEIGHT, HYSTERESIS, Placement, Startable, next_to_start, place,
-};
+use tangram_policy::placement::{AFFINITY_WAIT, Candidate, Placement, Startable, next_to_start, place};
 use tangram_policy::stall::{Stage, predict};
 
 use super::{Event, World};
@@ -22,6 +20,11 @@ const IDLE_CANDIDATES: usize = 4;
 
 /// Models for which a device prefetches ahead of the queue.
 const AWAITED: usize = 3;
+
+/// Weight of the value lost in LayerWeave's score, and the authors' bounds on waiting.
+const JOINT_WEIGHT: f64 = 0.1;
+const JOINT_WAIT: f64 = 0.150;
+const JOINT_HYSTERESIS: f64 = 0.025;
 
 /// The value lost counts within ± so many seconds in LayerWeave's score.
 const JOINT_CLAMP: f64 = 0.1;
@@ -95,19 +98,22 @@ impl World<'_> {
         best.map(|(_, device)| (0, device))
     }
 
-    /// Predicted stall of the request if it starts on the device when that is free: with what is there now.
-    fn predicted_stall(&self, request: u32, device_index: u32) -> f64 {
+    /// What starting the request on the device would cost when that is free, with what is there now: predicted stall in
+    /// seconds, and the bytes that would have to go.
+    fn predicted_cost(&self, request: u32, device_index: u32) -> (f64, u64) {
         let request = self.request(request);
         let known = &self.models[request.model as usize];
         let (prompt, _) = self.tokens(request);
         let profile = &self.scenario.profile;
         let compute = profile.prefill_seconds(known.weight_bytes, prompt);
-        let rate = self.bytes_per_second(request.model, device_index);
+        let seconds_per_byte = 1.0 / self.bytes_per_second(request.model, device_index);
         let device = &self.devices[device_index as usize];
         let slots = device.slots_of(request.model);
+        let mut missing = 0;
         let stage = |(index, &(_, bytes)): (usize, &(u32, u64))| {
             let here = slots.is_some_and(|slots| device.is_here(slots[index]));
-            let load = profile.link.transfer_seconds + bytes as f64 / rate;
+            missing += if here { 0 } else { bytes };
+            let load = profile.link.transfer_seconds + bytes as f64 * seconds_per_byte;
             Stage {
                 load_seconds: if here { 0.0 } else { load },
                 compute_seconds: known.shares[index] * compute,
@@ -115,15 +121,10 @@ impl World<'_> {
         };
         let start = self.now.max(device.running.map_or(0, |running| running.until));
         let busy = seconds(device.link_free.saturating_sub(start));
-        predict(known.groups.iter().enumerate().map(stage), busy).stall
-    }
-
-    /// Bytes that would have to go for the request.
-    fn shortage(&self, request: u32, device: u32) -> u64 {
-        let request = self.request(request);
-        let device = &self.devices[device as usize];
-        let missing = self.models[request.model as usize].weight_bytes - device.resident_of(request.model);
-        (missing + self.kv_bytes(request)).saturating_sub(device.free_bytes() + device.kv_bytes)
+        let stall = predict(known.groups.iter().enumerate().map(stage), busy).stall;
+        let shortage =
+            (missing + self.kv_bytes(request)).saturating_sub(device.free_bytes() + device.kv_bytes);
+        (stall, shortage)
     }
 
     /// LayerWeave: up to eight waiting requests in order; one is held back while a busy device is clearly better.
@@ -131,36 +132,34 @@ impl World<'_> {
         for position in 0..self.pending.len().min(WINDOW_JOINT) {
             let request = self.pending[position].request;
             let model = self.request(request).model;
-            let (mut idle, mut busy): (Option<(f64, u32)>, Option<(f64, u32)>) = (None, None);
+            // The best score and its device, of the busy ones and of the idle ones.
+            let mut bests: [Option<(f64, u32)>; 2] = [None; 2];
             for device in self.candidates(model) {
-                let shortage = self.shortage(request, device);
+                let (stall, shortage) = self.predicted_cost(request, device);
                 let lost =
                     self.cheapest_suffixes(device as usize, model, shortage).map_or(0.0, |(_, cost)| cost);
-                let wait = self.wait(device);
-                let score = wait
-                    + self.predicted_stall(request, device)
-                    + DAMAGE_WEIGHT * lost.clamp(-JOINT_CLAMP, JOINT_CLAMP);
-                let best = if self.idle.contains(&device) { &mut idle } else { &mut busy };
+                let score = self.wait(device) + stall + JOINT_WEIGHT * lost.clamp(-JOINT_CLAMP, JOINT_CLAMP);
+                let best = &mut bests[usize::from(self.idle.contains(&device))];
                 if best.is_none_or(|(best, _)| score < best) {
                     *best = Some((score, device));
                 }
             }
-            let Some((idle_score, device)) = idle else { continue };
+            let [busy, Some((idle_score, device))] = bests else { continue };
             let waited = self.waited(request);
             let hold = busy.is_some_and(|(score, busy)| {
-                score + HYSTERESIS <= idle_score && self.wait(busy) <= AFFINITY_WAIT && waited < AFFINITY_WAIT
+                score + JOINT_HYSTERESIS <= idle_score && self.wait(busy) <= JOINT_WAIT && waited < JOINT_WAIT
             });
             if !hold {
                 return Some((position, device));
             }
-            self.come_back(request);
+            self.come_back(request, JOINT_WAIT);
         }
         None
     }
 
     /// An event for the moment when the request will not be held back any longer.
-    fn come_back(&mut self, request: u32) {
-        let at = self.request(request).arrival + nanos(AFFINITY_WAIT);
+    fn come_back(&mut self, request: u32, wait: f64) {
+        let at = self.request(request).arrival + nanos(wait);
         if at > self.now && self.retry.is_none_or(|retry| at < retry) {
             self.retry = Some(at);
             self.schedule(at, Event::Retry);
@@ -170,15 +169,22 @@ impl World<'_> {
     fn placement(&self, request: u32) -> Placement {
         let model = self.request(request).model;
         let now = seconds(self.now);
-        let candidate = |device: u32| Candidate {
-            device,
-            wait: self.wait(device),
-            stall: self.predicted_stall(request, device),
-            damage: self.economies[device as usize].damage(self.shortage(request, device), now),
+        let mut candidates: Vec<Candidate> = Vec::new();
+        // Lowest cost so far of a busy device and of an idle one: the damage of what is dearer without it is not asked.
+        let mut best = [f64::INFINITY; 2];
+        for device in self.candidates(model) {
+            let (stall, shortage) = self.predicted_cost(request, device);
+            let wait = self.wait(device);
+            let best = &mut best[usize::from(wait <= 0.0)];
+            if wait + stall >= *best {
+                continue;
+            }
+            let damage = self.economies[device as usize].damage(shortage, now);
             // Prompts are cut so that weights and KV fit on an empty device; nothing else stays while one runs.
-            fits: true,
-        };
-        let candidates: Vec<Candidate> = self.candidates(model).into_iter().map(candidate).collect();
+            let candidate = Candidate { device, wait, stall, damage, fits: true };
+            *best = best.min(candidate.cost());
+            candidates.push(candidate);
+        }
         place(&candidates, self.waited(request))
     }
 
@@ -207,7 +213,7 @@ impl World<'_> {
             }
         }
         for request in held {
-            self.come_back(request);
+            self.come_back(request, AFFINITY_WAIT);
         }
         let next = next_to_start(&startable)?;
         Some((startable[next].position, devices[next]))

@@ -153,9 +153,16 @@ impl World<'_> {
             known.lengths.pop_front();
         }
         known.lengths.push_back(prompt);
+        let before = known.devices.first().copied().filter(|&before| before != device);
         known.devices.retain(|&other| other != device);
         known.devices.insert(0, device);
         known.devices.truncate(8);
+        for (other, elsewhere) in before.map(|before| [(before, true), (device, false)]).into_iter().flatten()
+        {
+            if let Some(economy) = self.economies.get_mut(other as usize) {
+                economy.set_elsewhere(&self.devices[other as usize], model, elsewhere);
+            }
+        }
     }
 
     fn tell_economy(&mut self, index: u32, device_index: u32, slots: &[u32], new_here: bool) {

@@ -5,3 +5,4 @@ pub(crate) mod models;
 pub(crate) mod quickstart;
 pub(crate) mod run;
 pub(crate) mod serve;
+pub(crate) mod sim;

@@ -8,11 +8,9 @@ use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use tangram_sim::{Model, Pattern, Profile, Scenario, Summary, System, chart, generate, model, run, system, table, trace};
-
-/// How much longer than recorded the times between a trace's requests are unless `--time-scale` says otherwise: the
-/// factor at which the Tangram authors replay theirs on one GPU.
-const TIME_SCALE: f64 = 150.0;
+use tangram_sim::{
+    Model, Pattern, Profile, Scenario, Summary, System, chart, generate, model, run, system, table, trace,
+};
 
 /// Flags of `tangram sim`.
 #[derive(Args)]
@@ -50,9 +48,10 @@ pub(crate) struct Options {
     /// Number of requests.
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = parse_count)]
     requests: usize,
-    /// Multiply a trace's times by this [default: 150]; 0 sends each request when the one before it has ended.
-    #[arg(long, value_name = "X", value_parser = parse_scale)]
-    time_scale: Option<f64>,
+    /// Multiply a trace's times by this (the Tangram authors replay theirs at 150 on one GPU); 0 sends each request
+    /// when the one before it has ended, whatever the trace or workload says.
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = parse_scale)]
+    time_scale: f64,
     /// Shorten answers to at most N tokens.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_count)]
     max_output: usize,
@@ -123,7 +122,8 @@ fn parse_positive(text: &str) -> Result<f64, String> {
 
 /// Runs the simulations and prints the comparison.
 pub(crate) fn run_sim(options: &Options) -> anyhow::Result<()> {
-    let systems: Vec<System> = options.systems.iter().map(|name| named(name)).collect::<anyhow::Result<_>>()?;
+    let systems: Vec<System> =
+        options.systems.iter().map(|name| named(name)).collect::<anyhow::Result<_>>()?;
     let scenario = scenario(options)?;
     for folder in [&options.svg, &options.log].into_iter().flatten() {
         std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
@@ -142,7 +142,8 @@ pub(crate) fn run_sim(options: &Options) -> anyhow::Result<()> {
     for (index, system) in systems.iter().enumerate() {
         bar.set_message(system.name.clone());
         let before = (index * scenario.requests.len()) as u64;
-        let mut result = run(&scenario, system, options.log.is_some(), |done| bar.set_position(before + done as u64));
+        let mut result =
+            run(&scenario, system, options.log.is_some(), |done| bar.set_position(before + done as u64));
         if let (Some(folder), Some(log)) = (&options.log, result.log.take()) {
             let file = folder.join(format!("{}.log", system.name.replace('/', "-")));
             std::fs::write(&file, log).with_context(|| format!("writing {}", file.display()))?;
@@ -205,13 +206,17 @@ fn scenario(options: &Options) -> anyhow::Result<Scenario> {
     }
     let largest = models.iter().map(Model::weight_bytes).max().unwrap_or(0);
     if largest >= profile.pool_bytes {
-        bail!("the largest model ({}) does not fit the pool ({})", ByteSize::b(largest), ByteSize::b(profile.pool_bytes));
+        bail!(
+            "the largest model ({}) does not fit the pool ({})",
+            ByteSize::b(largest),
+            ByteSize::b(profile.pool_bytes)
+        );
     }
-    let scale = options.time_scale.unwrap_or(TIME_SCALE);
     let requests = if let Some(file) = &options.trace {
         let reading = || format!("reading {}", file.display());
         let text = std::fs::read_to_string(file).with_context(reading)?;
-        trace::parse(&text, models.len(), options.requests, scale, options.seed).with_context(reading)?
+        trace::parse(&text, models.len(), options.requests, options.time_scale, options.seed)
+            .with_context(reading)?
     } else {
         let pattern = match options.workload {
             Workload::Zipf => Pattern::Zipf { exponent: 1.0 },
@@ -230,7 +235,7 @@ fn scenario(options: &Options) -> anyhow::Result<Scenario> {
         host_bytes: options.host_memory.map(|bytes| bytes.as_u64()),
         models,
         requests,
-        closed_loop: options.time_scale == Some(0.0),
+        closed_loop: options.time_scale == 0.0,
         max_output: options.max_output as u64,
         kv: !options.no_kv,
     })
