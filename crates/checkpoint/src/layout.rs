@@ -7,7 +7,10 @@ use crate::{DType, LayerRole, ModelSpec, Norm, Output, Role, Rope, RopeScaling};
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_WIDTH: usize = 1 << 20;
 pub(crate) const MAX_LAYERS: usize = 4096;
+/// Of a layer.
 const MAX_EXPERTS: usize = 1 << 12;
+/// Of all layers together: what is needed is listed tensor by tensor.
+const MAX_ALL_EXPERTS: usize = 1 << 16;
 const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 12;
 const MAX_CONTEXT: usize = 1 << 28;
@@ -67,7 +70,7 @@ pub(crate) fn check_spec(spec: &ModelSpec) -> Result<(), String> {
     }
     if let Some(experts) = &spec.experts {
         for (what, value, limit) in [
-            ("number of experts", experts.count, MAX_EXPERTS),
+            ("number of experts", experts.count, MAX_EXPERTS.min(MAX_ALL_EXPERTS / spec.layers)),
             ("number of experts per token", experts.per_token, experts.count),
             ("feed-forward size of an expert", experts.intermediate, MAX_WIDTH),
         ] {

@@ -212,7 +212,7 @@ fn tensors_that_cannot_be() {
     changed(|file| file.tensor(q).3 = u64::MAX - 31, &["ends after"]);
     changed(|file| file.tensor(q).3 = 1 << 62, &["ends after"]);
     changed(|file| file.tensor(q).3 = 0, &["overlap"]);
-    changed(|file| file.tensor(q).2 = 12, &[q, "Q4_K", "not supported yet"]);
+    changed(|file| file.tensor(q).2 = 23, &[q, "IQ4_XS", "not supported yet"]);
     changed(|file| file.tensor(q).2 = 999, &[q, "number 999"]);
     changed(|file| file.tensor(q).0 = "blk.0.attn_k.weight".into(), &["described twice"]);
     changed(|file| file.tensor(q).0 = "blk.1.attn_q.weight".into(), &["layer 1"]);

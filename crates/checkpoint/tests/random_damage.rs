@@ -17,15 +17,20 @@ use tangram_testkit::{Family, GgmlType, GgufOptions, RandomModel, write_gguf, wr
 /// Address space of this process in bytes.
 const MEMORY: u64 = 1 << 30;
 
-fn small() -> RandomModel {
+/// Families that differ in how their tensors are stored.
+const FAMILIES: [Family; 6] =
+    [Family::Llama, Family::Qwen3Moe, Family::Gemma3, Family::Phi3, Family::Gpt2, Family::GptNeox];
+
+fn small(family: Family) -> RandomModel {
     RandomModel {
         hidden: 32,
-        intermediate: 32,
+        intermediate: 64,
         layers: 1,
         heads: 2,
-        kv_heads: 1,
+        kv_heads: if family.ungrouped() { 2 } else { 1 },
         vocab: 259,
-        ..RandomModel::tiny(Family::Llama)
+        new_config_keys: family == Family::Gemma3,
+        ..RandomModel::tiny(family)
     }
 }
 
@@ -38,18 +43,22 @@ struct Sound {
     gguf: [Vec<u8>; 2],
 }
 
-static SOUND: LazyLock<Sound> = LazyLock::new(|| {
+static SOUND: LazyLock<[Sound; FAMILIES.len()]> = LazyLock::new(|| {
     let limit = Rlimit { current: Some(MEMORY), maximum: getrlimit(Resource::As).maximum };
     setrlimit(Resource::As, limit).unwrap();
+    FAMILIES.map(sound)
+});
+
+fn sound(family: Family) -> Sound {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
-    write_hf_model(path, &small());
+    write_hf_model(path, &small(family));
     let imported = path.join("imported");
     fs::create_dir(&imported).unwrap();
     import(&open(path).unwrap(), &imported, "sound", &|_| None, &mut |_| ControlFlow::Continue(())).unwrap();
     let gguf = [(1, GgmlType::F32), (3, GgmlType::Q4_1)].map(|(version, dtype)| {
         let file = path.join("sound.gguf");
-        write_gguf(&file, &small(), GgufOptions { version, dtype });
+        write_gguf(&file, &small(family), GgufOptions { version, dtype });
         fs::read(file).unwrap()
     });
     Sound {
@@ -59,7 +68,7 @@ static SOUND: LazyLock<Sound> = LazyLock::new(|| {
         gguf,
         directory,
     }
-});
+}
 
 /// Opens and, if that works, imports; the result is of no interest.
 fn exercise(path: &Path) {
@@ -129,17 +138,23 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn safetensors(damages in prop::collection::vec(damage(), 0..4), cut in prop::option::of(0.0..1.0f64)) {
-        let header = 8 + u64::from_le_bytes(SOUND.safetensors[..8].try_into().unwrap()) as usize;
+    fn safetensors(sound in 0..FAMILIES.len(), damages in prop::collection::vec(damage(), 0..4), cut in prop::option::of(0.0..1.0f64)) {
+        let sound = &SOUND[sound];
+        let header = 8 + u64::from_le_bytes(sound.safetensors[..8].try_into().unwrap()) as usize;
         let dir = tempfile::tempdir().unwrap();
-        fs::copy(SOUND.directory.path().join("config.json"), dir.path().join("config.json")).unwrap();
-        fs::write(dir.path().join("model.safetensors"), damaged(&SOUND.safetensors, header, &damages, cut)).unwrap();
+        fs::copy(sound.directory.path().join("config.json"), dir.path().join("config.json")).unwrap();
+        fs::write(dir.path().join("model.safetensors"), damaged(&sound.safetensors, header, &damages, cut)).unwrap();
         exercise(dir.path());
     }
 
     #[test]
-    fn gguf(version in 0usize..2, damages in prop::collection::vec(damage(), 0..4), cut in prop::option::of(0.0..1.0f64)) {
-        let sound = &SOUND.gguf[version];
+    fn gguf(
+        sound in 0..FAMILIES.len(),
+        version in 0usize..2,
+        damages in prop::collection::vec(damage(), 0..4),
+        cut in prop::option::of(0.0..1.0f64),
+    ) {
+        let sound = &SOUND[sound].gguf[version];
         let table = sound.windows(11).rposition(|name| name == b"output_norm" || name == b"output.weig").unwrap();
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.gguf");
@@ -148,23 +163,24 @@ proptest! {
     }
 
     #[test]
-    fn config(changes in prop::collection::vec((any::<prop::sample::Index>(), value()), 1..4)) {
+    fn config(sound in 0..FAMILIES.len(), changes in prop::collection::vec((any::<prop::sample::Index>(), value()), 1..4)) {
         let dir = tempfile::tempdir().unwrap();
-        let mut config = SOUND.config.clone();
+        let sound = &SOUND[sound];
+        let mut config = sound.config.clone();
         let object = config.as_object_mut().unwrap();
         let keys: Vec<String> = object.keys().cloned().collect();
         for (key, value) in changes {
             object.insert(key.get(&keys).clone(), value);
         }
         fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        fs::copy(SOUND.directory.path().join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        fs::copy(sound.directory.path().join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
         exercise(dir.path());
     }
 
     #[test]
-    fn manifest(damages in prop::collection::vec(damage(), 0..4), cut in prop::option::of(0.0..1.0f64)) {
+    fn manifest(sound in 0..FAMILIES.len(), damages in prop::collection::vec(damage(), 0..4), cut in prop::option::of(0.0..1.0f64)) {
         let dir = tempfile::tempdir().unwrap();
-        let bytes = damaged(&SOUND.manifest, SOUND.manifest.len(), &damages, cut);
+        let bytes = damaged(&SOUND[sound].manifest, SOUND[sound].manifest.len(), &damages, cut);
         fs::write(dir.path().join(MANIFEST_FILE), bytes).unwrap();
         // Whatever is accepted has sizes that can be added up.
         if let Ok(manifest) = read_manifest(dir.path()) {

@@ -1,5 +1,7 @@
 //! What the keys of each family of decoders mean, with the family's own defaults.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::ConfigError::{Invalid, Unsupported};
@@ -73,7 +75,8 @@ impl Config<'_> {
         if dense_step == 0 {
             return Err(Invalid("decoder_sparse_step is 0".into()));
         }
-        let listed = self.list("mlp_only_layers")?.unwrap_or_default();
+        let listed: BTreeSet<u64> =
+            self.list("mlp_only_layers")?.unwrap_or_default().iter().filter_map(Value::as_u64).collect();
         let experts = Experts {
             count: match self.optional_count("num_experts")? {
                 Some(count) => count,
@@ -83,8 +86,7 @@ impl Config<'_> {
             intermediate: self.count("moe_intermediate_size")?,
             normalise: self.flag("norm_topk_prob")?,
             dense_layers: layers_where(&spec, |layer| {
-                !(layer + 1).is_multiple_of(dense_step)
-                    || listed.iter().any(|listed| listed.as_u64() == Some(layer as u64))
+                !(layer + 1).is_multiple_of(dense_step) || listed.contains(&(layer as u64))
             })?,
         };
         let local = match self.flag("use_sliding_window")? {

@@ -320,7 +320,7 @@ impl Single for GeluTanh {
     fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
         let one = s.splat(1.0);
         let factor = s.fma(s.mul(x, x), s.splat(0.044_715), one);
-        let minus_twice = s.mul(s.mul(x, factor), s.splat(-1.595_769_1));
+        let minus_twice = s.mul(s.mul(x, factor), s.splat(-1.595_769));
         s.div(x, s.add(one, exp(s, minus_twice)))
     }
 }

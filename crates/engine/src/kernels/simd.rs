@@ -449,7 +449,7 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     let near = s.min(size, bound);
     let square = s.mul(near, near);
     let mut p = s.splat(-5.704_988e-3);
-    for c in [2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1] {
+    for c in [2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1] {
         p = s.fma(p, square, s.splat(c));
     }
     let small = s.fma(s.mul(p, square), near, near);
