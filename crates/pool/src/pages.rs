@@ -3,7 +3,7 @@
 //! Extents are not rounded to pages, so the first and the last page of one may be shared with its neighbours; only
 //! those need counting.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 /// Where an extent is in the accounts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl Edge {
 /// The pages of one arena at which extents begin or end.
 #[derive(Debug, Default)]
 pub(crate) struct PageAccount {
-    edges: HashMap<usize, Edge>,
+    edges: FxHashMap<usize, Edge>,
 }
 
 impl PageAccount {

@@ -341,8 +341,8 @@ impl Pool {
     }
 
     /// Leases all of these tensors (no key twice): resident ones at once, ones that are arriving by joining, missing
-    /// ones by making room for them, evicting what is worth least. `reserve_pages` further pages are left free, for the
-    /// first KV blocks. `now` is in seconds.
+    /// ones by making room for them, evicting what is worth least. `reserve_pages` further pages must be free or
+    /// evictable, for the first KV blocks; they are made free when those are taken. `now` is in seconds.
     ///
     /// # Errors
     /// [`Shortage`] when even evicting everything idle would not make enough room.
@@ -362,12 +362,15 @@ impl Pool {
             }
         }
         let claims = self.claims(&missing);
-        // What this very request needs is not for eviction. Only the accounts are touched before it is certain that
-        // there is room, so an attempt that fails neither evicts anything nor counts as demand.
-        own_idle.iter().for_each(|&key| self.set_place(key, Place::Pinned));
-        let room = self.check_room(self.pages_needed(&claims) + reserve_pages);
-        own_idle.iter().for_each(|&key| self.set_place(key, Place::Idle));
-        room?;
+        let needed = self.pages_needed(&claims) + reserve_pages;
+        if needed > self.memory.free_pages() {
+            // What this very request needs is not for eviction. Only the accounts are touched before it is certain
+            // that there is room, so an attempt that fails neither evicts anything nor counts as demand.
+            own_idle.iter().for_each(|&key| self.set_place(key, Place::Pinned));
+            let room = self.check_room(needed);
+            own_idle.iter().for_each(|&key| self.set_place(key, Place::Idle));
+            room?;
+        }
 
         let mut leased = Vec::with_capacity(keys.len());
         for &key in keys {
@@ -383,9 +386,7 @@ impl Pool {
                 }
             }
         }
-        let claimed = self
-            .make_room(|pool| pool.pages_needed(&claims) + reserve_pages)
-            .and_then(|()| self.claim(&claims));
+        let claimed = self.make_room(|pool| pool.pages_needed(&claims)).and_then(|()| self.claim(&claims));
         let mut extents = match claimed {
             Ok(extents) => extents,
             Err(shortage) => {
