@@ -6,7 +6,7 @@
 //! The form is that of the Tangram authors' second generation; their weight of the damage is 0.1 and their bound on the
 //! wait 150 ms. Ours are larger, because our damage counts what an eviction really costs (a reload if the tensor is used
 //! within about [`crate::retention::DAMAGE_HORIZON`] requests), and because waiting is charged in full, so a long
-//! wait is chosen only where loading would take longer. Chosen by simulation over 31 workloads on 1 to 8 devices.
+//! wait is chosen only where loading would take longer. Chosen by simulation over 32 workloads on 1 to 8 devices.
 
 use crate::admission::MAX_OVERTAKES;
 

@@ -113,7 +113,9 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     bytes: u64,
-    /// log2 of the time saved per byte times exposure.
+    /// Seconds saved per byte times exposure.
+    saved: f64,
+    /// Its log2.
     value: f64,
     /// Whether `value` was appraised and no longer follows from the depth.
     appraised: bool,
@@ -126,24 +128,30 @@ struct Entry {
 }
 
 impl Entry {
+    fn save(&mut self, seconds_per_byte: f64) {
+        (self.saved, self.value) = (seconds_per_byte, seconds_per_byte.log2());
+    }
+
     /// log2 of the worth per byte, as seen from time 0.
     fn worth(&self) -> f64 {
         self.demand + self.expected + self.value
     }
 }
 
-/// A float with a total order, so that it can be a key. Never NaN.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Worth(f64);
-impl Eq for Worth {}
-impl PartialOrd for Worth {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
+/// A tensor's place in an order by worth: the worth, then the key, as one number, which a tree compares fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank(u128);
+
+impl Rank {
+    fn new(worth: f64, tensor: TensorKey) -> Self {
+        // The order of floats as integers, as in `f64::total_cmp`: negative ones turned round, and below the others.
+        let bits = worth.to_bits();
+        let ordered = if bits >> 63 == 1 { !bits } else { bits | 1 << 63 };
+        Rank(u128::from(ordered) << 32 | u128::from(tensor.0))
     }
-}
-impl Ord for Worth {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.0.total_cmp(&other.0)
+
+    fn tensor(self) -> TensorKey {
+        TensorKey(self.0 as u32)
     }
 }
 
@@ -152,10 +160,18 @@ impl Ord for Worth {
 pub struct Retention {
     half_life: f64,
     entries: Vec<Option<Entry>>,
-    idle: BTreeSet<(Worth, TensorKey)>,
+    idle: BTreeSet<Rank>,
     idle_bytes: u64,
     /// Absent tensors that have been used or are expected to be.
-    absent: BTreeSet<(Worth, TensorKey)>,
+    absent: BTreeSet<Rank>,
+    /// The last sum of demands and what it was of.
+    last_sum: ((f64, f64), f64),
+}
+
+/// log2(2^a + 2^b) without overflow, however long the process has been running.
+fn log2_sum(a: f64, b: f64) -> f64 {
+    let (high, low) = if a > b { (a, b) } else { (b, a) };
+    if high == f64::NEG_INFINITY { high } else { high + (low - high).exp2().ln_1p() / std::f64::consts::LN_2 }
 }
 
 impl Default for Retention {
@@ -178,6 +194,7 @@ impl Retention {
             idle: BTreeSet::new(),
             idle_bytes: 0,
             absent: BTreeSet::new(),
+            last_sum: ((0.0, 0.0), 1.0),
         }
     }
 
@@ -215,7 +232,7 @@ impl Retention {
                 self.list(tensor);
             }
             Event::Appraised { tensor, seconds } => self.revalue(tensor, |entry| {
-                entry.value = (seconds.max(f64::MIN_POSITIVE) / entry.bytes.max(1) as f64).log2();
+                entry.save((seconds / entry.bytes.max(1) as f64).max(f64::MIN_POSITIVE));
                 entry.appraised = true;
             }),
             Event::Expected { tensor, log2 } => self.revalue(tensor, |entry| entry.expected = log2),
@@ -224,12 +241,12 @@ impl Retention {
 
     /// The idle tensor that is worth least per byte; ties go to the lower key.
     pub fn least_worth(&self) -> Option<TensorKey> {
-        self.idle.first().map(|&(_, tensor)| tensor)
+        self.idle.first().map(|rank| rank.tensor())
     }
 
     /// All idle resident tensors, the one that is worth least per byte first.
     pub fn idle(&self) -> impl Iterator<Item = TensorKey> {
-        self.idle.iter().map(|&(_, tensor)| tensor)
+        self.idle.iter().map(|rank| rank.tensor())
     }
 
     /// Bytes of all idle resident tensors.
@@ -239,12 +256,12 @@ impl Retention {
 
     /// The absent tensor that would be worth most per byte, of those used before; ties go to the higher key.
     pub fn most_wanted(&self) -> Option<TensorKey> {
-        self.absent.last().map(|&(_, tensor)| tensor)
+        self.absent.last().map(|rank| rank.tensor())
     }
 
     /// All absent tensors that have been used, the one that would be worth most per byte first.
     pub fn wanted(&self) -> impl Iterator<Item = TensorKey> {
-        self.absent.iter().rev().map(|&(_, tensor)| tensor)
+        self.absent.iter().rev().map(|rank| rank.tensor())
     }
 
     /// log2 of a tensor's worth per byte in seconds saved per byte, times the uses remembered at time 0: comparable
@@ -259,15 +276,19 @@ impl Retention {
     /// Takes as many steps as tensors would go.
     pub fn damage(&self, bytes: u64, requests: f64, now: f64) -> f64 {
         let (mut left, mut damage) = (bytes, 0.0);
-        for &(_, tensor) in &self.idle {
+        // Tensors of one model mostly have the same demand and stand together.
+        let (mut demand, mut soon) = (f64::NAN, 0.0);
+        for rank in &self.idle {
             if left == 0 {
                 break;
             }
-            let Some(entry) = self.entry(tensor) else { continue };
-            let uses = (entry.demand - now / self.half_life).exp2();
-            let share = (uses / requests.max(1.0)).min(1.0);
-            let soon = share / (share + (1.0 - share) / DAMAGE_HORIZON);
-            damage += soon * entry.value.exp2() * entry.bytes as f64;
+            let Some(entry) = self.entry(rank.tensor()) else { continue };
+            if entry.demand != demand {
+                demand = entry.demand;
+                let share = ((demand - now / self.half_life).exp2() / requests.max(1.0)).min(1.0);
+                soon = share / (share + (1.0 - share) / DAMAGE_HORIZON);
+            }
+            damage += soon * entry.saved * entry.bytes as f64;
             left = left.saturating_sub(entry.bytes);
         }
         damage
@@ -288,6 +309,7 @@ impl Retention {
         }
         self.entries[index].get_or_insert(Entry {
             bytes,
+            saved: 1.0,
             value: 0.0,
             appraised: false,
             demand: f64::NEG_INFINITY,
@@ -300,7 +322,7 @@ impl Retention {
             if !entry.appraised {
                 let seconds_per_byte =
                     1.0 / TIER_BYTES_PER_SECOND + TENSOR_SECONDS / entry.bytes.max(1) as f64;
-                entry.value = (seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth)).log2();
+                entry.save(seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth));
             }
         });
     }
@@ -316,21 +338,22 @@ impl Retention {
 
     fn count_use(&mut self, tensor: TensorKey, at: f64) {
         let now = at / self.half_life;
-        let Some(entry) = self.entry_mut(tensor) else { return };
+        let Some(entry) = self.entry(tensor) else { return };
         debug_assert_eq!(entry.state, State::Leased);
-        // log2(2^a + 2^b) without overflow, however long the process has been running.
         let old = entry.demand;
-        let (high, low) = if now > old { (now, old) } else { (old, now) };
-        if high == f64::NEG_INFINITY {
-            return;
+        // The tensors of a model mostly have the same history, one after the other.
+        let (of, sum) = self.last_sum;
+        let sum = if of == (now, old) { sum } else { log2_sum(now, old) };
+        self.last_sum = ((now, old), sum);
+        if let Some(entry) = self.entry_mut(tensor) {
+            entry.demand = sum;
         }
-        entry.demand = high + (low - high).exp2().ln_1p() / std::f64::consts::LN_2;
     }
 
     /// Takes a tensor out of the order that it is in.
     fn unlist(&mut self, tensor: TensorKey) {
         let Some(entry) = self.entry(tensor) else { return };
-        let (state, bytes, key) = (entry.state, entry.bytes, (Worth(entry.worth()), tensor));
+        let (state, bytes, key) = (entry.state, entry.bytes, Rank::new(entry.worth(), tensor));
         match state {
             State::Idle => {
                 self.idle_bytes -= bytes;
@@ -350,10 +373,10 @@ impl Retention {
         match state {
             State::Idle => {
                 self.idle_bytes += bytes;
-                self.idle.insert((Worth(worth), tensor));
+                self.idle.insert(Rank::new(worth, tensor));
             }
             State::Absent if worth > f64::NEG_INFINITY => {
-                self.absent.insert((Worth(worth), tensor));
+                self.absent.insert(Rank::new(worth, tensor));
             }
             State::Absent | State::Leased => {}
         }

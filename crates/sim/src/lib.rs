@@ -1,8 +1,8 @@
 //! Discrete-event simulator: virtual devices, links and hosts, real traces, and the published systems beside ours.
 //!
-//! It drives the same `tangram_policy` code as the live node, so what it measures of retention, packing, placement and
-//! prefetching is what the node would do. It must never take a decision of ours itself, and never depend on the
-//! machine that it runs on: the same scenario and seed give the same event log, byte for byte.
+//! Ours is driven by `tangram_policy` and nothing else, the crate that decides in the live node. This crate must never take a decision of ours itself, and never depend on
+//! how fast or busy the machine is: the same scenario and seed give the same event log, byte for byte. (Logarithms and
+//! powers are the platform's, so another platform may differ in a last digit, and then in a decision.)
 //!
 //! What it leaves out: batching of several requests on a device (one runs at a time), the cost of chunking prefill,
 //! attention's quadratic part, and engine start-up, which no system here pays.

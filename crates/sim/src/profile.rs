@@ -56,7 +56,7 @@ impl Profile {
             gpu("4090", 21, 24.56e9, 1008e9, 165e12),
             gpu("a100", 74, 24.56e9, 2039e9, 312e12),
             gpu("h100", 74, 53e9, 3350e9, 989e12),
-            // Two cores of the machine on which this was written: copies within memory, F32 or BF16 kernels.
+            // Two server cores, copies within memory. Rough figures; measure before comparing with a live node.
             Profile {
                 name: "cpu",
                 pool_bytes: 4 * GIB,

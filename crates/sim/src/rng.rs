@@ -1,4 +1,4 @@
-//! Random numbers that are the same on every machine and in every version: SplitMix64 (Steele, Lea and Flood 2014) and
+//! Random numbers that no update of a dependency changes: SplitMix64 (Steele, Lea and Flood 2014) and
 //! the few distributions that the workloads need.
 
 /// A seeded generator.
