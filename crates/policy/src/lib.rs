@@ -9,10 +9,12 @@ pub mod eviction;
 pub mod packing;
 pub mod placement;
 pub mod prefetch;
+pub mod prefix;
 pub mod retention;
 pub mod stall;
 
 pub use admission::{Admission, Attempt};
 pub use batch::{Runnable, Share, compose};
 pub use prefetch::Forecast;
+pub use prefix::PrefixUse;
 pub use retention::{Event, Retention, TensorKey};

@@ -108,7 +108,7 @@ impl Worker {
             let saved = entry.prefixes.block_seconds(block_tokens);
             let hashes = sequence.block_hashes(full, block_tokens);
             let prefix = self.pool.lease_prefix(kv, hashes, saved, seconds);
-            entry.prefixes.found += prefix.len() as u64;
+            entry.prefixes.found(prefix.len());
             sequence.computed = prefix.len() * block_tokens;
             sequence.prefix = prefix;
         }

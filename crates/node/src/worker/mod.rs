@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tangram_engine::{Executor, Pass};
-use tangram_policy::{Admission, Share, TensorKey};
+use tangram_policy::{Admission, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
 use tangram_store::{Store, Wake};
 
@@ -61,40 +61,6 @@ struct ModelEntry {
     active: Option<Active>,
     waiting: usize,
     retire: Option<Box<dyn FnOnce() + Send>>,
-}
-
-/// What is known of a model's prefixes: how dear they are to compute and how often they come again.
-#[derive(Default)]
-struct PrefixUse {
-    /// Seconds of prefill per token, smoothed.
-    token_seconds: f64,
-    /// Blocks published, and blocks found by later sequences.
-    published: u64,
-    found: u64,
-}
-
-impl PrefixUse {
-    /// Prefills of at least this many tokens tell what a token costs; smaller steps mostly tell what a step costs.
-    const TELLING_TOKENS: usize = 16;
-
-    fn measured(&mut self, tokens: usize, seconds: f64) {
-        if tokens >= Self::TELLING_TOKENS {
-            let sample = seconds / tokens as f64;
-            let known = self.token_seconds > 0.0;
-            self.token_seconds = if known { self.token_seconds.mul_add(0.9, 0.1 * sample) } else { sample };
-        }
-    }
-
-    /// Seconds that a cached block saves when it is found.
-    fn block_seconds(&self, block_tokens: usize) -> f64 {
-        self.token_seconds * block_tokens as f64
-    }
-
-    /// Chance that a new block is ever found again: a block that nobody has asked for twice must not push out weights
-    /// that somebody has. Starts at one in twenty.
-    fn reuse_chance(&self) -> f64 {
-        (1 + self.found) as f64 / (20 + self.published) as f64
-    }
 }
 
 /// A model with running sequences: its lease, and the step under way.

@@ -184,9 +184,7 @@ impl Worker {
                 while sequence.prefix.len() < full && !sequence.kv.is_empty() {
                     let index = sequence.prefix.len();
                     let hash = sequence.block_hashes(index + 1, layout.block_tokens)[index];
-                    let uses = &mut entry.prefixes;
-                    let worth = uses.block_seconds(layout.block_tokens) * uses.reuse_chance();
-                    uses.published += 1;
+                    let worth = entry.prefixes.publish(layout.block_tokens);
                     let block = sequence.kv.remove(0);
                     self.pool.publish(kv, &mut sequence.prefix, hash, block, worth, seconds);
                 }
