@@ -86,6 +86,8 @@ pub struct Arena {
     address: usize,
     bytes: usize,
     state: Mutex<ArenaState>,
+    /// Whether the arena itself holds every page, so that claims neither map nor unmap.
+    segment: bool,
 }
 
 impl Arena {
@@ -96,7 +98,25 @@ impl Arena {
     pub fn reserve(memory: Arc<Memory>, bytes: usize) -> Result<Arc<Arena>, DeviceError> {
         let bytes = bytes.max(1).next_multiple_of(memory.page_bytes());
         let address = memory.device.reserve(bytes)?;
-        Ok(Arc::new(Arena { memory, address, bytes, state: Mutex::default() }))
+        Ok(Arc::new(Arena { memory, address, bytes, state: Mutex::default(), segment: false }))
+    }
+
+    /// A contiguous segment: a range that all physical pages of `memory` are mapped into from now on, in their order.
+    /// Claims in it cost no mapping, may start anywhere, and can be moved ([`Extent::move_to`]).
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfPages`] when a page is in use already; [`DeviceError::System`] when the system refuses.
+    pub fn segment(memory: Arc<Memory>) -> Result<Arc<Arena>, DeviceError> {
+        let pages = memory.page_count();
+        let bytes = pages.max(1) * memory.page_bytes();
+        let address = memory.device.reserve(bytes)?;
+        let arena = Arena { memory, address, bytes, state: Mutex::default(), segment: true };
+        let all: Vec<usize> = (0..pages).collect();
+        let mut state = lock(&arena.state);
+        arena.map_fresh(&mut state, &all)?;
+        state.mapped.values_mut().for_each(|(_, users)| *users = 1);
+        drop(state);
+        Ok(Arc::new(arena))
     }
 
     /// Size of the range in bytes, a multiple of the page size.
@@ -289,6 +309,12 @@ impl Arena {
                 }
             }
         }
+        self.unmap_emptied(emptied);
+    }
+
+    /// Unmaps pages (index, physical page) that are no longer in `mapped`, and frees them.
+    fn unmap_emptied(&self, mut emptied: Vec<(usize, u32)>) {
+        let page_bytes = self.memory.page_bytes();
         emptied.sort_unstable();
         let mut ranges: Vec<(usize, usize)> = Vec::new();
         for &(page, _) in &emptied {
@@ -314,7 +340,11 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // Every extent holds its arena, so nothing is mapped any more.
+        // Every extent holds its arena, so nothing is mapped any more but what a segment holds itself.
+        if self.segment {
+            let mapped = std::mem::take(&mut lock(&self.state).mapped);
+            self.unmap_emptied(mapped.into_iter().map(|(page, (physical, _))| (page, physical)).collect());
+        }
         // SAFETY: the reservation was made by `reserve` with this size and no extent is left.
         unsafe { self.memory.device.unreserve(self.address, self.bytes) };
     }
@@ -367,6 +397,41 @@ impl Extent {
     pub fn prepare_write(&mut self) {
         // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
         unsafe { self.arena.memory.device.prepare_write(self.address(), self.len) };
+    }
+
+    /// Moves the extent and its bytes to another place of its segment, which may overlap the old one; nobody else may
+    /// have the old address, which `&mut self` says.
+    ///
+    /// # Errors
+    /// [`DeviceError::BadClaim`], and no change, if the new place is out of range or overlaps another extent, or the
+    /// arena is no segment.
+    pub fn move_to(&mut self, offset: usize) -> Result<(), DeviceError> {
+        let arena = self.arena.clone();
+        let bad =
+            |problem| DeviceError::BadClaim { offset, len: self.len, arena_bytes: arena.bytes, problem };
+        if !arena.segment {
+            return Err(bad("not in a segment"));
+        }
+        let mut state = lock(&arena.state);
+        state.claims.remove(&self.offset);
+        if let Err(problem) = arena.insert(&mut state, Claim { offset, len: self.len }) {
+            state.claims.insert(self.offset, self.len);
+            return Err(bad(problem));
+        }
+        // Every page of a segment has one user more than extents on it, so none is unmapped by moving the counts.
+        for (place, up) in [(self.offset, false), (offset, true)] {
+            for page in arena.pages_under(Claim { offset: place, len: self.len }) {
+                if let Some((_, users)) = state.mapped.get_mut(&page) {
+                    *users = if up { *users + 1 } else { *users - 1 };
+                }
+            }
+        }
+        // SAFETY: both ranges are mapped, as all of a segment is; this extent owns the old one and, since the claim
+        // above, the new one; the lock keeps both from anybody else until the copy is done.
+        unsafe { arena.memory.device.copy(arena.address + self.offset, arena.address + offset, self.len) };
+        drop(state);
+        self.offset = offset;
+        Ok(())
     }
 
     fn host(&self) -> bool {
@@ -525,6 +590,32 @@ mod tests {
         assert_eq!(memory.free_pages(), 2);
         drop(tail);
         assert_eq!(memory.free_pages(), 4);
+    }
+
+    #[test]
+    fn a_segment_moves_its_extents_and_gives_all_pages_back() {
+        let memory = memory(4);
+        let segment = Arena::segment(memory.clone()).unwrap();
+        assert_eq!(memory.free_pages(), 0);
+        let mut extent = segment.claim(2 * PAGE + 100, PAGE).unwrap();
+        let bytes: Vec<u8> = (0..PAGE).map(|i| i as u8 ^ (i >> 8) as u8).collect();
+        extent.host_bytes_mut().unwrap().copy_from_slice(&bytes);
+        let wall = segment.claim(256, 64).unwrap();
+        for offset in [2 * PAGE, 2 * PAGE + 7, 3 * PAGE, 320] {
+            extent.move_to(offset).unwrap();
+            assert_eq!(extent.offset(), offset);
+            assert_eq!(extent.host_bytes().unwrap(), bytes);
+        }
+        for offset in [256, 319, 3 * PAGE + 1, usize::MAX] {
+            assert!(extent.move_to(offset).is_err(), "{offset}");
+            assert_eq!(extent.host_bytes().unwrap(), bytes);
+        }
+        assert!(segment.claim(320, 1).is_err(), "the extent is where it was moved to");
+        assert!(segment.claim(2 * PAGE + 100, 1).is_ok(), "and no longer where it was");
+        drop((extent, wall, segment));
+        assert_eq!(memory.free_pages(), 4);
+        let arena = Arena::reserve(memory, PAGE).unwrap();
+        assert!(arena.claim(0, 100).unwrap().move_to(200).is_err(), "only a segment's extents move");
     }
 
     proptest! {

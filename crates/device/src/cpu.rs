@@ -162,8 +162,14 @@ unsafe impl Device for CpuDevice {
         unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
     }
 
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) {
+        // SAFETY: the caller says that both ranges are mapped and exclusively his; `copy` allows overlap.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+    }
+
     unsafe fn prepare_write(&self, address: usize, bytes: usize) {
-        // One call fills the page tables of the whole range, where writing would fault page by page. Advice only: older kernels refuse, and nothing is lost.
+        // One call fills the page tables of the whole range, where writing would fault page by page. Advice only:
+        // older kernels refuse, and nothing is lost.
         let page = rustix::param::page_size();
         let (start, end) = (address / page * page, (address + bytes).next_multiple_of(page));
         // SAFETY: the caller says that the range is mapped; populating changes no byte. The pages at its ends are

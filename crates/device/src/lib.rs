@@ -5,7 +5,8 @@
 //! Dropping an extent takes the pages and leaves the address. What is kept, and for how long, is decided above.
 //!
 //! This crate is one of the two places where `unsafe` is allowed. Its invariants:
-//! 1. every mapped page of an arena is under at least one live extent, every other page of it is inaccessible;
+//! 1. every mapped page of an arena is under at least one live extent, every other page of it is inaccessible; a
+//!    segment ([`Arena::segment`]) alone keeps all pages mapped for as long as it lives;
 //! 2. live extents of an arena never overlap, so an extent is a unique owner like a `Box<[u8]>`;
 //! 3. a physical page is mapped at no more than one address;
 //! 4. no byte is readable through an extent that an earlier owner wrote, unless the new owner asked for an extent
@@ -118,6 +119,12 @@ pub unsafe trait Device: Send + Sync {
     /// # Safety
     /// The range must be mapped and nobody else may access it.
     unsafe fn zero(&self, address: usize, bytes: usize);
+
+    /// Copies mapped bytes to another mapped range before returning; the two may overlap.
+    ///
+    /// # Safety
+    /// Both ranges must be mapped and nobody else may access either.
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize);
 
     /// Prepares a mapped range for being written from end to end, where that makes the writing cheaper.
     ///
