@@ -294,7 +294,6 @@ impl Arena {
 
     /// Ends the claims at these offsets and frees the pages that nobody uses any more.
     fn release(&self, offsets: &[usize]) {
-        let page_bytes = self.memory.page_bytes();
         let mut state = lock(&self.state);
         let mut emptied: Vec<(usize, u32)> = Vec::new();
         for &offset in offsets {

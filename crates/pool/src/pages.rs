@@ -5,16 +5,7 @@
 
 use rustc_hash::FxHashMap;
 
-/// Where an extent is in the accounts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// Not on the device.
-    Absent,
-    /// On the device, or arriving, and not evictable.
-    Pinned,
-    /// On the device and evictable.
-    Idle,
-}
+use crate::room::Place;
 
 /// How many extents on the device begin or end in a page, and how many of them are pinned.
 #[derive(Clone, Copy, Debug, Default)]

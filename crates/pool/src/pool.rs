@@ -6,13 +6,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use tangram_checkpoint::ContentId;
-use tangram_device::{Arena, Claim, Contents, DeviceError, Extent, Memory};
+use tangram_device::{DeviceError, Extent, Memory};
 use tangram_policy::eviction::{self, Candidate};
 use tangram_policy::{Event, Retention, TensorKey};
 
-use crate::kv::KvArena;
-use crate::pages::{PageAccount, Place};
+use crate::paged::Paged;
 use crate::prefix::PublishedBlock;
+use crate::room::{Backend, Home, KvReserve, KvSpace, Place, Room};
+use crate::segment::Segment;
 use crate::tensor::{Tensor, Vacancy};
 
 /// A tensor as the catalogue knows it.
@@ -46,30 +47,29 @@ pub fn pages_alone<'a>(tensors: impl Iterator<Item = (&'a str, u64, u64)>, page_
 /// room of a tensor that was given up. Nothing was changed; it may work when a lease or a load has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shortage {
-    /// Pages needed.
-    pub needed: usize,
-    /// Pages free, and pages that evicting everything idle would free.
-    pub available: usize,
+    /// Bytes needed.
+    pub needed: u64,
+    /// Bytes free, and bytes that evicting everything idle would free. They may exceed `needed` where they lie in pieces
+    /// between leased tensors.
+    pub available: u64,
 }
 
-struct Slot {
+impl Shortage {
+    pub(crate) const NOTHING: Shortage = Shortage { needed: 0, available: 0 };
+}
+
+pub(crate) struct Slot {
     id: ContentId,
-    checkpoint: String,
-    offset: usize,
-    bytes: usize,
+    pub(crate) checkpoint: String,
+    /// Place in its address range, bytes. In a segment it changes, and says nothing while the tensor is absent.
+    pub(crate) offset: usize,
+    pub(crate) bytes: usize,
     /// Models that have it.
     models: u32,
     /// Leases on it.
     leases: u32,
     place: Place,
-    tensor: Option<Arc<Tensor>>,
-}
-
-struct CheckpointArena {
-    arena: Arc<Arena>,
-    /// Catalogued tensors in it.
-    tensors: usize,
-    pages: PageAccount,
+    pub(crate) tensor: Option<Arc<Tensor>>,
 }
 
 /// The right to use a set of tensors. Give it back with [`Pool::release`].
@@ -131,43 +131,49 @@ pub struct PoolStats {
     pub reused_total: u64,
     /// Evicted since the start.
     pub evicted_total: u64,
+    /// Moved inside the device since the start, to make room.
+    pub moved_total: u64,
 }
 
 /// One device's memory as a cache of tensors.
 pub struct Pool {
     pub(crate) memory: Arc<Memory>,
     pub(crate) retention: Retention,
-    slots: Vec<Option<Slot>>,
+    pub(crate) room: Room,
+    pub(crate) slots: Vec<Option<Slot>>,
     pub(crate) vacant_keys: Vec<TensorKey>,
     by_id: HashMap<ContentId, TensorKey>,
-    arenas: HashMap<String, CheckpointArena>,
     /// Tensors without a lease that are not evictable yet: still arriving, or just being let go by the loader.
     unsettled: Vec<TensorKey>,
-    /// Pages that evicting everything idle would free.
-    pub(crate) idle_pages: usize,
-    pub(crate) kv: Vec<Option<KvArena>>,
+    pub(crate) kv: Vec<Option<KvSpace>>,
     pub(crate) published: HashMap<TensorKey, PublishedBlock>,
     pub(crate) stats: PoolStats,
     log: Option<Vec<Logged>>,
 }
 
 impl Pool {
-    /// An empty pool over all of `memory`.
-    pub fn new(memory: Arc<Memory>) -> Pool {
-        Pool {
+    /// An empty pool over all of `memory`, which nobody else may use.
+    ///
+    /// # Errors
+    /// When the device refuses to map a segment.
+    pub fn new(memory: Arc<Memory>, backend: Backend) -> Result<Pool, DeviceError> {
+        let room = match backend {
+            Backend::Paged => Room::Paged(Paged::new(memory.clone())),
+            Backend::Segment => Room::Segment(Segment::new(memory.clone())?),
+        };
+        Ok(Pool {
             memory,
             retention: Retention::new(),
+            room,
             slots: Vec::new(),
             vacant_keys: Vec::new(),
             by_id: HashMap::new(),
-            arenas: HashMap::new(),
             unsettled: Vec::new(),
-            idle_pages: 0,
             kv: Vec::new(),
             published: HashMap::new(),
             stats: PoolStats::default(),
             log: None,
-        }
+        })
     }
 
     /// Records every event from now on, so that a test can replay the decisions.
@@ -190,20 +196,16 @@ impl Pool {
         &self.memory
     }
 
-    /// Moves a tensor or a published block in the accounts of pages.
-    fn set_place(&mut self, key: TensorKey, to: Place) {
-        let page_bytes = self.memory.page_bytes();
+    /// Moves a tensor or a published block in the accounts.
+    pub(crate) fn set_place(&mut self, key: TensorKey, to: Place) {
         if let Some(Some(slot)) = self.slots.get_mut(key.0 as usize) {
             let from = std::mem::replace(&mut slot.place, to);
-            if let Some(arena) = self.arenas.get_mut(&slot.checkpoint) {
-                arena.pages.change((slot.offset, slot.bytes, page_bytes), from, to, &mut self.idle_pages);
-            }
+            let home = Home::Checkpoint(&slot.checkpoint);
+            self.room.change(home, (slot.offset, slot.bytes), Some(key), from, to);
         } else if let Some(block) = self.published.get_mut(&key) {
             let from = std::mem::replace(&mut block.place, to);
-            if let Some(Some(kv)) = self.kv.get_mut(block.kv.0) {
-                let span = (block.extent.offset(), block.extent.len(), page_bytes);
-                kv.pages.change(span, from, to, &mut self.idle_pages);
-            }
+            let span = (block.extent.offset(), block.extent.len());
+            self.room.change(Home::Kv(block.kv), span, Some(key), from, to);
         }
     }
 
@@ -229,11 +231,11 @@ impl Pool {
         key
     }
 
-    fn slot(&self, key: TensorKey) -> Option<&Slot> {
+    pub(crate) fn slot(&self, key: TensorKey) -> Option<&Slot> {
         self.slots.get(key.0 as usize)?.as_ref()
     }
 
-    fn slot_mut(&mut self, key: TensorKey) -> Option<&mut Slot> {
+    pub(crate) fn slot_mut(&mut self, key: TensorKey) -> Option<&mut Slot> {
         self.slots.get_mut(key.0 as usize)?.as_mut()
     }
 
@@ -247,13 +249,12 @@ impl Pool {
         entries: &[CatalogueEntry],
         data_bytes: impl Fn(&str) -> u64,
     ) -> Result<Vec<TensorKey>, DeviceError> {
-        for entry in entries {
-            if !self.by_id.contains_key(&entry.id) && !self.arenas.contains_key(&entry.checkpoint) {
-                let arena = Arena::reserve(self.memory.clone(), data_bytes(&entry.checkpoint) as usize)?;
-                self.arenas.insert(
-                    entry.checkpoint.clone(),
-                    CheckpointArena { arena, tensors: 0, pages: PageAccount::default() },
-                );
+        let new = || entries.iter().filter(|entry| !self.by_id.contains_key(&entry.id));
+        for (done, entry) in new().enumerate() {
+            let bytes = || data_bytes(&entry.checkpoint);
+            if let Err(error) = self.room.add_tensor(&entry.checkpoint, bytes) {
+                new().take(done).for_each(|entry| self.room.remove_tensor(&entry.checkpoint));
+                return Err(error);
             }
         }
         let mut keys = Vec::with_capacity(entries.len());
@@ -273,9 +274,6 @@ impl Pool {
                         tensor: None,
                     });
                     self.by_id.insert(entry.id, key);
-                    if let Some(arena) = self.arenas.get_mut(&entry.checkpoint) {
-                        arena.tensors += 1;
-                    }
                     key
                 }
             };
@@ -316,12 +314,7 @@ impl Pool {
         self.apply(Event::Forgotten { tensor: key });
         self.by_id.remove(&slot.id);
         self.vacant_keys.push(key);
-        if let Some(arena) = self.arenas.get_mut(&slot.checkpoint) {
-            arena.tensors -= 1;
-            if arena.tensors == 0 {
-                self.arenas.remove(&slot.checkpoint);
-            }
-        }
+        self.room.remove_tensor(&slot.checkpoint);
     }
 
     /// Bytes of these tensors that are on the device, arrived or arriving.
@@ -341,15 +334,15 @@ impl Pool {
     }
 
     /// Leases all of these tensors (no key twice): resident ones at once, ones that are arriving by joining, missing
-    /// ones by making room for them, evicting what is worth least. `reserve_pages` further pages must be free or
-    /// evictable, for the first KV blocks; they are made free when those are taken. `now` is in seconds.
+    /// ones by making room for them, evicting what is worth least. Room for `reserve`, the KV that this request and
+    /// others will take, must be free or evictable beside them. `now` is in seconds.
     ///
     /// # Errors
     /// [`Shortage`] when even evicting everything idle would not make enough room.
     pub fn activate(
         &mut self,
         keys: &[TensorKey],
-        reserve_pages: usize,
+        reserve: &[KvReserve],
         now: f64,
     ) -> Result<Activation, Shortage> {
         self.settle();
@@ -361,44 +354,42 @@ impl Pool {
                 _ => {}
             }
         }
-        let claims = self.claims(&missing);
-        let needed = self.pages_needed(&claims) + reserve_pages;
-        if needed > self.memory.free_pages() {
-            // What this very request needs is not for eviction. Only the accounts are touched before it is certain
-            // that there is room, so an attempt that fails neither evicts anything nor counts as demand.
-            own_idle.iter().for_each(|&key| self.set_place(key, Place::Pinned));
-            let room = self.check_room(needed);
-            own_idle.iter().for_each(|&key| self.set_place(key, Place::Idle));
-            room?;
-        }
-
+        own_idle.sort_unstable();
+        match self.room {
+            Room::Paged(_) => self.check_paged(&missing, &own_idle, reserve),
+            Room::Segment(_) => self.check_segment(&missing, &own_idle, reserve),
+        }?;
+        // No handle to what was idle is given out before it lies where it will stay.
         let mut leased = Vec::with_capacity(keys.len());
+        let mut placed = Ok(HashMap::new());
         for &key in keys {
-            match self.lease_resident(key, now) {
-                Some(tensor) => leased.push(Some(tensor)),
-                None => {
-                    // Given up a moment ago, but the loader has not let go of its room yet.
-                    if !missing.contains(&key) {
-                        self.release_all(leased.into_iter().flatten().collect());
-                        return Err(Shortage { needed: 0, available: self.memory.free_pages() });
-                    }
-                    leased.push(None);
-                }
+            if self.lease_resident(key, now) {
+                leased.push(key);
+            } else if !missing.contains(&key) {
+                // Given up a moment ago, but the loader has not let go of its room yet.
+                placed = Err(Shortage::NOTHING);
+                break;
             }
         }
-        let claimed = self.make_room(|pool| pool.pages_needed(&claims)).and_then(|()| self.claim(&claims));
-        let mut extents = match claimed {
+        if placed.is_ok() {
+            placed = match self.room {
+                Room::Paged(_) => self.place_paged(&missing),
+                Room::Segment(_) => self.place_segment(&missing, &own_idle, reserve),
+            };
+        }
+        let mut extents = match placed {
             Ok(extents) => extents,
             Err(shortage) => {
-                self.release_all(leased.into_iter().flatten().collect());
+                let tensors = leased.iter().filter_map(|&key| self.slot(key)?.tensor.clone()).collect();
+                self.release_all(tensors);
                 return Err(shortage);
             }
         };
         let mut vacancies = Vec::with_capacity(missing.len());
         let mut tensors = Vec::with_capacity(keys.len());
         let (mut bytes_loaded, mut bytes_reused) = (0, 0);
-        for (&key, resident) in keys.iter().zip(leased) {
-            if let Some(tensor) = resident {
+        for &key in keys {
+            if let Some(tensor) = self.slot(key).and_then(|slot| slot.tensor.clone()) {
                 bytes_reused += tensor.len() as u64;
                 tensors.push(tensor);
             } else if let Some(extent) = extents.remove(&key) {
@@ -429,21 +420,20 @@ impl Pool {
         }
     }
 
-    fn lease_resident(&mut self, key: TensorKey, now: f64) -> Option<Arc<Tensor>> {
-        let slot = self.slot_mut(key)?;
-        let tensor = slot.tensor.clone()?;
-        if !tensor.join() {
-            return None;
-        }
+    /// Counts a lease on a tensor that is on the device or on its way; `false` if it is neither.
+    fn lease_resident(&mut self, key: TensorKey, now: f64) -> bool {
+        let Some(slot) = self.slot_mut(key) else { return false };
+        let Some(tensor) = slot.tensor.as_ref().filter(|tensor| tensor.join()) else { return false };
+        let len = tensor.len() as u64;
         slot.leases += 1;
         if slot.leases == 1 {
-            self.stats.leased_bytes += tensor.len() as u64;
+            self.stats.leased_bytes += len;
             self.unsettled.retain(|&unsettled| unsettled != key);
             self.apply(Event::Leased { tensor: key, at: now });
         } else {
             self.apply(Event::Used { tensor: key, at: now });
         }
-        Some(tensor)
+        true
     }
 
     /// Ends a lease. Tensors without any lease stay until their room is needed; ones that are still arriving and that
@@ -496,56 +486,6 @@ impl Pool {
         }
     }
 
-    fn claims(&self, keys: &[TensorKey]) -> Vec<(TensorKey, Arc<Arena>, Claim)> {
-        keys.iter()
-            .filter_map(|&key| {
-                let slot = self.slot(key)?;
-                let arena = self.arenas.get(&slot.checkpoint)?.arena.clone();
-                Some((key, arena, Claim { offset: slot.offset, len: slot.bytes }))
-            })
-            .collect()
-    }
-
-    fn by_arena(claims: &[(TensorKey, Arc<Arena>, Claim)]) -> Vec<(&Arc<Arena>, Vec<TensorKey>, Vec<Claim>)> {
-        let mut groups: Vec<(&Arc<Arena>, Vec<TensorKey>, Vec<Claim>)> = Vec::new();
-        for (key, arena, claim) in claims {
-            match groups.iter_mut().find(|(known, ..)| Arc::ptr_eq(known, arena)) {
-                Some((_, keys, claims)) => {
-                    keys.push(*key);
-                    claims.push(*claim);
-                }
-                None => groups.push((arena, vec![*key], vec![*claim])),
-            }
-        }
-        groups
-    }
-
-    fn pages_needed(&self, claims: &[(TensorKey, Arc<Arena>, Claim)]) -> usize {
-        Self::by_arena(claims).iter().map(|(arena, _, claims)| arena.pages_needed(claims)).sum()
-    }
-
-    fn claim(
-        &mut self,
-        claims: &[(TensorKey, Arc<Arena>, Claim)],
-    ) -> Result<HashMap<TensorKey, Extent>, Shortage> {
-        let mut extents = HashMap::new();
-        for (arena, keys, claims) in Self::by_arena(claims) {
-            match arena.claim_all(&claims, Contents::Overwritten) {
-                Ok(claimed) => extents.extend(keys.into_iter().zip(claimed)),
-                Err(_) => {
-                    let needed = arena.pages_needed(&claims);
-                    return Err(Shortage { needed, available: self.memory.free_pages() });
-                }
-            }
-        }
-        Ok(extents)
-    }
-
-    pub(crate) fn check_room(&self, needed: usize) -> Result<(), Shortage> {
-        let available = self.available_pages();
-        if needed <= available { Ok(()) } else { Err(Shortage { needed, available }) }
-    }
-
     /// What could be evicted, least worth first.
     fn candidates(&self) -> impl Iterator<Item = Candidate> {
         self.retention.idle().filter_map(|tensor| {
@@ -556,32 +496,24 @@ impl Pool {
         })
     }
 
-    /// Evicts idle tensors as the policy chooses, until as many pages are free as `needed` says (which may change as
-    /// tensors that share a page with the wanted ones go).
-    pub(crate) fn make_room(&mut self, needed: impl Fn(&Pool) -> usize) -> Result<(), Shortage> {
-        loop {
-            let (needed, free) = (needed(self), self.memory.free_pages());
-            if free >= needed {
-                return Ok(());
-            }
-            let shortage = ((needed - free) * self.memory.page_bytes()) as u64;
-            let victims = eviction::choose(self.candidates(), shortage);
-            if let Some(log) = &mut self.log {
-                log.push(Logged::Asked { shortage, victims: victims.clone() });
-            }
-            let mut freed = Vec::new();
-            for victim in victims {
-                self.evict(victim, &mut freed);
-            }
-            if freed.is_empty() {
-                return Err(Shortage { needed, available: free });
-            }
-            Extent::release_all(freed);
+    /// Evicts what the policy chooses, of at least `shortage` bytes together, or everything idle if that is less;
+    /// `false` if there is nothing.
+    pub(crate) fn evict_bytes(&mut self, shortage: u64) -> bool {
+        let victims = eviction::choose(self.candidates(), shortage);
+        if let Some(log) = &mut self.log {
+            log.push(Logged::Asked { shortage, victims: victims.clone() });
         }
+        let mut freed = Vec::new();
+        for victim in victims {
+            self.evict(victim, &mut freed);
+        }
+        let any = !freed.is_empty();
+        Extent::release_all(freed);
+        any
     }
 
-    /// Takes an idle tensor or published block off the device; its extent goes to `freed`. Gives its bytes. A tensor that anybody holds
-    /// cannot be unwrapped and so cannot be evicted, whatever the accounts say.
+    /// Takes an idle tensor or published block off the device; its extent goes to `freed`. Gives its bytes. A tensor that
+    /// anybody holds cannot be unwrapped and so cannot be evicted, whatever the accounts say.
     fn evict(&mut self, key: TensorKey, freed: &mut Vec<Extent>) -> usize {
         if self.published.contains_key(&key) {
             return self.evict_block(key, freed);

@@ -4,15 +4,16 @@
 //! every sequence of the model that begins with the same tokens can use it, and without a user it stays as long as
 //! it is worth its room, in the same order as weights: worth per byte is expected uses × the prefill time that it saves.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tangram_checkpoint::Hash;
 use tangram_device::{DeviceError, Extent};
 use tangram_policy::{Event, TensorKey};
 
-use crate::kv::{BlockHash, KvArena, KvKey, Prefix};
-use crate::pages::Place;
+use crate::kv::{BlockHash, KvKey, Prefix};
 use crate::pool::{Pool, Shortage};
+use crate::room::{Home, KvReserve, KvSpace, Place, Room};
 
 /// A full block that sequences can share.
 pub(crate) struct PublishedBlock {
@@ -30,30 +31,30 @@ impl Pool {
     /// # Errors
     /// When the address space is exhausted.
     pub fn add_kv(&mut self, identity: Hash, block_bytes: usize) -> Result<KvKey, DeviceError> {
-        let same = |kv: &KvArena| kv.identity == identity;
+        let same = |kv: &KvSpace| kv.identity == identity;
         if let Some(index) = self.kv.iter().position(|kv| kv.as_ref().is_some_and(same)) {
             self.kv[index].iter_mut().for_each(|kv| kv.models += 1);
             return Ok(KvKey(index));
         }
-        let kv = KvArena::reserve(self.memory.clone(), identity, block_bytes)?;
         let index = self.kv.iter().position(Option::is_none).unwrap_or(self.kv.len());
+        self.room.add_kv(KvKey(index), block_bytes)?;
         if index == self.kv.len() {
             self.kv.push(None);
         }
-        self.kv[index] = Some(kv);
+        self.kv[index] = Some(KvSpace { block_bytes, published: HashMap::new(), identity, models: 1 });
         Ok(KvKey(index))
     }
 
     /// A model is gone. The last one of its identity takes the cached prefixes with it; none of its blocks may be in
     /// use then.
     pub fn remove_kv(&mut self, key: KvKey) {
-        let Some(kv) = self.arena(key) else { return };
+        let Some(kv) = self.space(key) else { return };
         kv.models -= 1;
         if kv.models > 0 {
             return;
         }
         let keys: Vec<TensorKey> =
-            self.arena(key).map_or(Vec::new(), |kv| kv.published.values().copied().collect());
+            self.space(key).map_or(Vec::new(), |kv| kv.published.values().copied().collect());
         let mut freed = Vec::new();
         for key in keys {
             self.evict_block(key, &mut freed);
@@ -62,58 +63,72 @@ impl Pool {
         if let Some(place) = self.kv.get_mut(key.0) {
             *place = None;
         }
+        self.room.remove_kv(key);
     }
 
-    fn arena(&mut self, key: KvKey) -> Option<&mut KvArena> {
+    fn space(&mut self, key: KvKey) -> Option<&mut KvSpace> {
         self.kv.get_mut(key.0)?.as_mut()
     }
 
-    /// Pages that are free or that evicting everything idle would free.
-    pub fn available_pages(&self) -> usize {
-        self.memory.free_pages() + self.idle_pages
+    /// Whether these blocks would find room if everything idle went.
+    pub fn can_reserve(&mut self, reserve: &[KvReserve]) -> bool {
+        match self.room {
+            Room::Paged(_) => self.can_reserve_paged(reserve),
+            Room::Segment(_) => self.can_reserve_segment(reserve),
+        }
     }
 
-    /// Takes a KV block, evicting what is idle if there is no free page for it.
+    /// Evicts what is idle, as far as that is possible, so that these blocks find room when they are taken.
+    pub fn reclaim(&mut self, reserve: &[KvReserve]) {
+        self.settle();
+        match self.room {
+            Room::Paged(_) => self.reclaim_paged(reserve),
+            Room::Segment(_) => self.reclaim_segment(reserve),
+        }
+    }
+
+    /// Takes `count` KV blocks with zeros in them, or none, evicting what is idle if there is no room for them.
     ///
     /// # Errors
-    /// [`Shortage`] when everything resident is leased.
-    pub fn take_kv(&mut self, key: KvKey) -> Result<Extent, Shortage> {
+    /// [`Shortage`] when what is leased leaves too little room.
+    pub fn take_kv(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Shortage> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
         self.settle();
-        let nothing = Shortage { needed: 1, available: self.memory.free_pages() };
-        let block = loop {
-            match self.arena(key).ok_or(nothing)?.take() {
-                Ok(block) => break block,
-                Err(DeviceError::OutOfPages { needed, .. }) => {
-                    self.check_room(needed)?;
-                    self.make_room(|_| needed)?;
-                }
-                Err(_) => return Err(nothing),
-            }
-        };
-        self.account(key, &block, Place::Absent, Place::Pinned);
-        self.stats.kv_blocks += 1;
-        self.stats.kv_bytes += block.len() as u64;
-        Ok(block)
+        let blocks = match self.room {
+            Room::Paged(_) => self.take_kv_paged(key, count),
+            Room::Segment(_) => self.take_kv_segment(key, count),
+        }?;
+        for block in &blocks {
+            self.room.change(
+                Home::Kv(key),
+                (block.offset(), block.len()),
+                None,
+                Place::Absent,
+                Place::Pinned,
+            );
+            self.stats.kv_blocks += 1;
+            self.stats.kv_bytes += block.len() as u64;
+        }
+        Ok(blocks)
     }
 
     /// Gives blocks back that their sequence owned alone.
     pub fn give_kv(&mut self, key: KvKey, blocks: Vec<Extent>) {
         for block in &blocks {
-            self.account(key, block, Place::Pinned, Place::Absent);
-            if let Some(kv) = self.arena(key) {
-                kv.give(block);
-            }
+            self.room.change(
+                Home::Kv(key),
+                (block.offset(), block.len()),
+                None,
+                Place::Pinned,
+                Place::Absent,
+            );
+            self.room.give_block(key, block.offset());
             self.stats.kv_blocks -= 1;
             self.stats.kv_bytes -= block.len() as u64;
         }
         Extent::release_all(blocks);
-    }
-
-    fn account(&mut self, key: KvKey, block: &Extent, from: Place, to: Place) {
-        let span = (block.offset(), block.len(), self.memory.page_bytes());
-        if let Some(Some(kv)) = self.kv.get_mut(key.0) {
-            kv.pages.change(span, from, to, &mut self.idle_pages);
-        }
     }
 
     /// How many blocks a sequence with these block hashes would share with one that is running: it needs no room for
@@ -129,7 +144,7 @@ impl Pool {
     pub fn lease_prefix(&mut self, key: KvKey, hashes: &[BlockHash], seconds: f64, now: f64) -> Prefix {
         let mut prefix = Prefix::default();
         for (index, hash) in hashes.iter().enumerate() {
-            let Some(&block) = self.arena(key).and_then(|kv| kv.published.get(hash)) else { break };
+            let Some(&block) = self.space(key).and_then(|kv| kv.published.get(hash)) else { break };
             self.apply(Event::Appraised { tensor: block, seconds: front_first(seconds, index) });
             self.lease_block(block, now, &mut prefix);
         }
@@ -164,17 +179,21 @@ impl Pool {
         seconds: f64,
         now: f64,
     ) {
-        let Some(kv) = self.arena(key) else { return };
+        let Some(kv) = self.space(key) else { return };
         if let Some(&known) = kv.published.get(&hash) {
             self.give_kv(key, vec![block]);
             self.lease_block(known, now, prefix);
             return;
         }
-        let (bytes, extent) = (block.len() as u64, Arc::new(block));
+        // The owner changes, and with it who may be asked to move it.
+        let (span, extent) = ((block.offset(), block.len()), Arc::new(block));
+        let bytes = span.1 as u64;
         let tensor = self.new_key();
-        if let Some(kv) = self.arena(key) {
+        if let Some(kv) = self.space(key) {
             kv.published.insert(hash, tensor);
         }
+        self.room.change(Home::Kv(key), span, None, Place::Pinned, Place::Absent);
+        self.room.change(Home::Kv(key), span, Some(tensor), Place::Absent, Place::Pinned);
         let entry = PublishedBlock { kv: key, hash, extent: extent.clone(), leases: 1, place: Place::Pinned };
         self.published.insert(tensor, entry);
         self.apply(Event::Catalogued { tensor, bytes, depth: 0.0 });
@@ -208,10 +227,10 @@ impl Pool {
         self.apply(Event::Forgotten { tensor: key });
         self.vacant_keys.push(key);
         let bytes = extent.len();
-        if let Some(arena) = self.arena(kv) {
-            arena.published.remove(&hash);
-            arena.give(&extent);
+        if let Some(space) = self.space(kv) {
+            space.published.remove(&hash);
         }
+        self.room.give_block(kv, extent.offset());
         self.stats.kv_cached_bytes -= bytes as u64;
         // A block that somebody still held would stay mapped until they let go; without leases nobody does.
         debug_assert_eq!(Arc::strong_count(&extent), 1);

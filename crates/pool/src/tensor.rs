@@ -88,6 +88,11 @@ impl Tensor {
         }
     }
 
+    /// Where the bytes are, of a tensor that has arrived and that nobody else holds.
+    pub(crate) fn extent_mut(&mut self) -> Option<&mut Extent> {
+        self.outcome.get_mut()?.as_mut().ok()
+    }
+
     /// The extent of a tensor that nobody else holds.
     pub(crate) fn into_extent(self) -> Option<Extent> {
         self.outcome.into_inner()?.ok()
@@ -205,7 +210,11 @@ impl Part {
                 parts.for_each(|part| whole.join(part));
                 Ok(whole)
             }
-            (failure, _) => Err(failure.unwrap_or(LoadFailure::Abandoned)),
+            (failure, _) => {
+                // Whoever sees the failure takes the room for free, so it has to be.
+                parts.for_each(drop);
+                Err(failure.unwrap_or(LoadFailure::Abandoned))
+            }
         };
         let published = filling.tensor.outcome.set(outcome);
         debug_assert!(published.is_ok(), "a tensor is filled once");
