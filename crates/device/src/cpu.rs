@@ -40,6 +40,20 @@ impl CpuDevice {
         wanted.clamp(rustix::param::page_size(), upper)
     }
 
+    /// A page size that a user asked for, if a pool of `pool_bytes` can have it.
+    ///
+    /// # Errors
+    /// What is wrong with it, for the user.
+    pub fn checked_page_bytes(pool_bytes: usize, page_bytes: usize) -> Result<usize, String> {
+        let least = rustix::param::page_size();
+        if !page_bytes.is_power_of_two() || page_bytes < least || page_bytes > pool_bytes {
+            return Err(format!(
+                "a page of {page_bytes} bytes cannot be had: a power of two from {least} to the pool's size can"
+            ));
+        }
+        Ok(page_bytes)
+    }
+
     /// Makes a device of `pool_bytes / page_bytes` pages (rounded down) and opens its memory.
     ///
     /// # Errors

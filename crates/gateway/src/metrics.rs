@@ -143,12 +143,13 @@ impl Collector for NodeCollector {
         let status = self.0.status();
         let gauges = [
             ("pool_bytes", "Bytes of the pool", status.pool_bytes),
-            ("pool_free_bytes", "Bytes of free pages", status.free_bytes),
+            ("pool_free_bytes", "Bytes of the pool that are free", status.free_bytes),
             ("pool_resident_bytes", "Bytes of resident tensors", status.resident_bytes),
             ("pool_leased_bytes", "Bytes of resident tensors held by running requests", status.leased_bytes),
             ("pool_kv_bytes", "Bytes of KV blocks in use", status.kv_bytes),
             ("kv_blocks", "KV blocks in use", status.kv_blocks),
             ("kv_cached_bytes", "Bytes of KV kept as cached prefixes", status.kv_cached_bytes),
+            ("host_kv_bytes", "Bytes of preempted sequences' KV in host memory", status.host_kv_bytes),
             ("sequences_running", "Sequences running", status.running as u64),
             ("requests_waiting", "Requests waiting for admission", status.waiting as u64),
         ];
@@ -160,7 +161,9 @@ impl Collector for NodeCollector {
             ("bytes_loaded", "Weight bytes brought in since the start", status.bytes_loaded_total),
             ("bytes_reused", "Weight bytes found resident by activations", status.bytes_reused_total),
             ("bytes_evicted", "Weight bytes evicted", status.bytes_evicted_total),
-            ("preemptions", "Sequences whose KV was taken and recomputed", status.preemptions_total),
+            ("bytes_moved", "Bytes moved inside the device to make room", status.bytes_moved_total),
+            ("preemptions", "Sequences whose KV was taken", status.preemptions_total),
+            ("swaps", "Preempted sequences whose KV was copied to host memory", status.swaps_total),
             ("cached_tokens", "Prompt tokens found in cached prefixes", status.cached_tokens_total),
             ("activations", "Models activated", status.activations_total),
         ];

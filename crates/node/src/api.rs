@@ -231,9 +231,11 @@ pub struct ModelStatus {
 pub struct NodeStatus {
     /// Device name.
     pub device: String,
+    /// How the pool is laid out: `paged` or `segment`.
+    pub backend: String,
     /// Bytes of the pool.
     pub pool_bytes: u64,
-    /// Bytes of free pages.
+    /// Bytes of the pool that are free.
     pub free_bytes: u64,
     /// Bytes of resident tensors, leased or not.
     pub resident_bytes: u64,
@@ -257,8 +259,14 @@ pub struct NodeStatus {
     pub bytes_reused_total: u64,
     /// Weight bytes evicted since the start.
     pub bytes_evicted_total: u64,
-    /// Sequences whose KV was taken and recomputed since the start.
+    /// Bytes moved inside the device since the start, to make room in one piece.
+    pub bytes_moved_total: u64,
+    /// Sequences whose KV was taken since the start.
     pub preemptions_total: u64,
+    /// Of these, sequences whose KV was copied to host memory instead of being computed again.
+    pub swaps_total: u64,
+    /// Bytes of KV in host memory now.
+    pub host_kv_bytes: u64,
     /// Models activated since the start.
     pub activations_total: u64,
 }

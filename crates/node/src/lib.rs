@@ -7,6 +7,7 @@ mod api;
 mod catalog;
 mod model;
 mod sequence;
+mod swap;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use tangram_checkpoint::{Manifest, TOKENIZER_FILE};
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
+pub use tangram_pool::Backend;
 use tangram_pool::Pool;
 use tokio::sync::{mpsc, oneshot};
 
@@ -29,6 +31,7 @@ pub use catalog::CatalogError;
 use catalog::{Catalog, Deployment};
 use model::ModelPlan;
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
+use swap::HostMemory;
 use worker::{Command, Shared, Worker};
 
 /// How a node is set up.
@@ -38,6 +41,12 @@ pub struct NodeConfig {
     pub data: PathBuf,
     /// Size of the device pool in bytes, for weights and KV together.
     pub device_memory: u64,
+    /// How the pool is laid out.
+    pub backend: Backend,
+    /// Bytes per page of the pool, a power of two and at least the system's page; `None` chooses by the pool's size.
+    pub page_bytes: Option<u64>,
+    /// Bytes of host memory beside the pool for what has to leave it for a while: the KV of preempted sequences.
+    pub host_memory: u64,
     /// Threads of the executor; `None` means as many as this process may use.
     pub threads: Option<usize>,
     /// Requests that may wait before further ones are refused.
@@ -103,15 +112,22 @@ impl Node {
             tracing::error!("{problem}");
         }
         let pool_bytes = config.device_memory as usize;
-        let memory = CpuDevice::open(pool_bytes, CpuDevice::default_page_bytes(pool_bytes))
+        let page_bytes = match config.page_bytes {
+            None => CpuDevice::default_page_bytes(pool_bytes),
+            Some(bytes) => CpuDevice::checked_page_bytes(pool_bytes, bytes as usize).map_err(device_error)?,
+        };
+        let pool = CpuDevice::open(pool_bytes, page_bytes)
+            .and_then(|memory| Pool::new(memory, config.backend))
             .map_err(|error| device_error(error.to_string()))?;
+        let memory = pool.memory();
         let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
         let threads = config
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
         let (commands, receiver) = channel();
         let shared = Arc::new(Shared::default());
-        let worker = Worker::new(Pool::new(memory), threads, receiver, commands.clone(), shared.clone());
+        let host = HostMemory::new(config.host_memory);
+        let worker = Worker::new(pool, host, threads, receiver, commands.clone(), shared.clone());
         let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
         let catalog = Arc::new(Mutex::new(catalog));
         let (retired, receiver) = channel::<Arc<Manifest>>();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tangram_checkpoint::{Hash, Manifest, Role};
 use tangram_engine::{Model, TensorDesc, Weights};
-use tangram_pool::{CatalogueEntry, Tensor, pages_alone};
+use tangram_pool::{ALIGNMENT, CatalogueEntry, Tensor, pages_alone};
 
 use crate::catalog::{Catalog, Deployment};
 
@@ -126,11 +126,6 @@ impl ModelPlan {
         self.engine.kv().map_or(0, |kv| tokens.div_ceil(kv.block_tokens))
     }
 
-    /// Bytes of one KV block.
-    pub(crate) fn kv_block_bytes(&self) -> usize {
-        self.engine.kv().map_or(0, |kv| kv.block_bytes)
-    }
-
     /// KV bytes per token.
     pub(crate) fn kv_bytes_per_token(&self) -> u64 {
         self.engine.kv().map_or(0, |kv| (kv.block_bytes / kv.block_tokens) as u64)
@@ -144,7 +139,7 @@ impl ModelPlan {
         match self.engine.kv() {
             None => limit,
             Some(kv) => {
-                let blocks = (left * page_bytes) as usize / kv.block_bytes;
+                let blocks = (left * page_bytes) as usize / kv.block_bytes.next_multiple_of(ALIGNMENT);
                 limit.min(blocks.saturating_mul(kv.block_tokens))
             }
         }

@@ -13,6 +13,7 @@ use tangram_pool::{BlockHash, Prefix};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{Embeddings, FinishReason, GenerateEvent, RequestError, Timing};
+use crate::swap::Swapped;
 
 /// Where a sequence's results go.
 pub(crate) enum Sink {
@@ -62,6 +63,10 @@ pub(crate) struct Sequence {
     pub(crate) submitted: Instant,
     /// First admission; a preemption does not reset it.
     pub(crate) admitted: Option<Instant>,
+    /// Whether its KV has been taken from it before.
+    pub(crate) preempted: bool,
+    /// Its keys and values, while it waits to come back.
+    pub(crate) swapped: Option<Swapped>,
     pub(crate) started: bool,
     pub(crate) first_token: Option<Instant>,
     pub(crate) timing: Timing,
@@ -88,6 +93,8 @@ impl Sequence {
             sink,
             submitted: Instant::now(),
             admitted: None,
+            preempted: false,
+            swapped: None,
             started: false,
             first_token: None,
             timing: Timing::default(),
@@ -109,6 +116,14 @@ impl Sequence {
     /// KV blocks that it holds.
     pub(crate) fn blocks(&self) -> usize {
         self.prefix.len() + self.kv.len()
+    }
+
+    /// Tokens that it can still get.
+    pub(crate) fn left(&self) -> usize {
+        match &self.sink {
+            Sink::Generate(generate) => generate.max_tokens.saturating_sub(generate.generated),
+            Sink::Embed { .. } => 0,
+        }
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

@@ -8,10 +8,11 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{deploy, eventually, finish, greedy, open, request, run, shared};
+use common::{config, deploy, eventually, finish, greedy, open, request, run, shared};
 use rand::{RngExt, SeedableRng};
 use tangram_node::{
-    DeployedModel, FinishReason, GenerateRequest, Generation, Node, RequestError, SamplingParams,
+    Backend, DeployedModel, FinishReason, GenerateRequest, Generation, Node, NodeConfig, RequestError,
+    SamplingParams,
 };
 use tangram_testkit::{Family, RandomModel, mutate_layer, write_hf_model};
 
@@ -125,10 +126,25 @@ fn random_requests_over_more_models_than_fit() {
         expected.push(Expected { request, tokens });
     }
     let working_set = node.status().resident_bytes;
+    println!("working set {working_set}");
     drop(node);
 
     let pool = working_set * 6 / 10;
-    let node = open(data.path(), pool);
+    let paged = config(data.path(), pool);
+    under_pressure(paged.clone(), &expected, total, &mut random);
+    let segment = NodeConfig { backend: Backend::Segment, host_memory: pool / 4, ..paged };
+    under_pressure(segment, &expected, total / 2, &mut random);
+}
+
+/// Sends `total` of the requests to a node in a random order, some of which are cancelled.
+fn under_pressure(
+    config: NodeConfig,
+    expected: &[Expected],
+    total: usize,
+    random: &mut rand::rngs::Xoshiro256PlusPlus,
+) {
+    let pool = config.device_memory;
+    let node = Node::open(config).unwrap();
     let by_name: HashMap<String, Arc<DeployedModel>> =
         node.models().into_iter().map(|model| (model.name.clone(), model)).collect();
     let mut running: Vec<(Generation, usize)> = Vec::new();
@@ -167,15 +183,20 @@ fn random_requests_over_more_models_than_fit() {
     all_kv_is_back(&node);
     let status = node.status();
     println!(
-        "{finished} finished, {cancelled} cancelled, working set {working_set}, pool {pool}, loaded {loaded}, \
-         evicted {}, preempted {}, peak resident set {peak}",
-        status.bytes_evicted_total, status.preemptions_total
+        "{}: {finished} finished, {cancelled} cancelled, pool {pool}, loaded {loaded}, evicted {}, moved {}, \
+         preempted {}, swapped {}, peak resident set {peak}",
+        status.backend,
+        status.bytes_evicted_total,
+        status.bytes_moved_total,
+        status.preemptions_total,
+        status.swaps_total
     );
     assert!(status.bytes_evicted_total > 0, "the pool was never under pressure");
     assert!(peak < pool + (300 << 20), "resident set of {peak} bytes with a pool of {pool}");
 }
 
-/// More KV than the pool has: sequences are preempted and come back with the same tokens.
+/// More KV than the pool has: sequences are preempted and come back with the same tokens, in either layout of the pool,
+/// computed again or copied back.
 #[test]
 fn preempted_sequences_lose_no_token() {
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -190,15 +211,52 @@ fn preempted_sequences_lose_no_token() {
         prompts.iter().map(|prompt| run(&roomy, request(&model, prompt, 200)).tokens).collect();
     drop(roomy);
     let kv_of_one = 208 * model.kv_bytes_per_token;
-    let tight = open(data.path(), (model.weight_bytes + 3 * kv_of_one + (256 << 10)).max(1 << 20));
-    let model = tight.model("m").unwrap();
-    let running: Vec<_> =
-        prompts.iter().map(|prompt| tight.generate(request(&model, prompt, 200)).unwrap()).collect();
-    for (generation, expected) in running.into_iter().zip(&alone) {
-        assert_eq!(&finish(generation).unwrap().tokens, expected);
+    let pool = (model.weight_bytes + 3 * kv_of_one + (256 << 10)).max(1 << 20);
+    for backend in [Backend::Paged, Backend::Segment] {
+        for host_memory in [0, 64 << 20] {
+            let tight = NodeConfig { backend, host_memory, ..config(data.path(), pool) };
+            let tight = Node::open(tight).unwrap();
+            let model = tight.model("m").unwrap();
+            let running: Vec<_> =
+                prompts.iter().map(|prompt| tight.generate(request(&model, prompt, 200)).unwrap()).collect();
+            for (generation, expected) in running.into_iter().zip(&alone) {
+                assert_eq!(&finish(generation).unwrap().tokens, expected);
+            }
+            all_kv_is_back(&tight);
+            let status = tight.status();
+            assert!(status.preemptions_total > 0, "the pool was large enough for everybody");
+            assert_eq!(status.swaps_total > 0, host_memory > 0, "{status:?}");
+            assert_eq!(status.host_kv_bytes, 0, "what was copied out is given back");
+        }
     }
-    all_kv_is_back(&tight);
-    assert!(tight.status().preemptions_total > 0, "the pool was large enough for everybody");
+}
+
+/// A sequence alone on a segment gets as long as the node said that it can, however its model's tensors came to lie.
+#[test]
+fn a_segment_holds_the_context_that_was_promised() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let roomy = open(data.path(), 64 << 20);
+    for seed in 0..3u64 {
+        let dir = sources.path().join(seed.to_string());
+        let model = RandomModel { seed, context: 1 << 16, ..RandomModel::tiny(Family::Llama) };
+        write_hf_model(&dir, &model);
+        deploy(&roomy, &seed.to_string(), &dir);
+    }
+    let weights = roomy.models()[0].weight_bytes;
+    drop(roomy);
+    let segment = NodeConfig { backend: Backend::Segment, ..config(data.path(), (2 * weights).max(1 << 20)) };
+    let node = Node::open(segment).unwrap();
+    // Pieces of all three models lie in the segment, so that its free room is in pieces.
+    for round in 0..6u32 {
+        for name in ["0", "1", "2"] {
+            run(&node, request(&node.model(name).unwrap(), &[5 + round; 40], 24));
+        }
+    }
+    let model = node.model("1").unwrap();
+    assert!(model.context < 1 << 16, "the pool is the limit");
+    let outcome = run(&node, request(&model, &[9; 10], model.context - 10));
+    assert_eq!(outcome.tokens.len(), model.context - 10);
+    all_kv_is_back(&node);
 }
 
 /// A prompt that begins as an earlier one is computed from where they part, with the same tokens; the cached blocks
@@ -331,12 +389,7 @@ fn removing_and_replacing_leaves_no_files_and_loses_no_shared_tensor() {
 fn the_data_directory_has_one_owner() {
     let data = tempfile::tempdir().unwrap();
     let node = open(data.path(), 4 << 20);
-    let config = tangram_node::NodeConfig {
-        data: data.path().to_path_buf(),
-        device_memory: 4 << 20,
-        threads: Some(1),
-        max_waiting: 1,
-    };
+    let config = config(data.path(), 4 << 20);
     let error = Node::open(config.clone()).err().unwrap().to_string();
     assert!(error.contains("in use"), "{error}");
     drop(node);

@@ -10,6 +10,7 @@ pub mod packing;
 pub mod placement;
 pub mod prefetch;
 pub mod prefix;
+pub mod pressure;
 pub mod retention;
 pub mod stall;
 

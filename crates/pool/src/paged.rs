@@ -262,6 +262,10 @@ impl Pool {
         self.paged().is_some_and(|paged| paged.pages_for(reserve) <= paged.available_pages())
     }
 
+    pub(crate) fn has_room_paged(&mut self, reserve: &[KvReserve]) -> bool {
+        self.paged().is_some_and(|paged| paged.pages_for(reserve) <= paged.memory.free_pages())
+    }
+
     pub(crate) fn reclaim_paged(&mut self, reserve: &[KvReserve]) {
         let Some(paged) = self.paged() else { return };
         let wanted = paged.pages_for(reserve).min(paged.available_pages());

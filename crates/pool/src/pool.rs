@@ -191,6 +191,22 @@ impl Pool {
         self.stats
     }
 
+    /// How it is laid out.
+    pub fn backend(&self) -> Backend {
+        match &self.room {
+            Room::Paged(_) => Backend::Paged,
+            Room::Segment(_) => Backend::Segment,
+        }
+    }
+
+    /// Bytes that nothing lies in: of free pages, or of the holes of a segment.
+    pub fn free_bytes(&self) -> u64 {
+        match &self.room {
+            Room::Paged(_) => (self.memory.free_pages() * self.memory.page_bytes()) as u64,
+            Room::Segment(segment) => segment.free_bytes() as u64,
+        }
+    }
+
     /// The device's memory.
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory

@@ -78,6 +78,14 @@ impl Pool {
         }
     }
 
+    /// Whether these blocks find room as things are.
+    pub fn has_room(&mut self, reserve: &[KvReserve]) -> bool {
+        match self.room {
+            Room::Paged(_) => self.has_room_paged(reserve),
+            Room::Segment(_) => self.has_room_segment(reserve),
+        }
+    }
+
     /// Evicts what is idle, as far as that is possible, so that these blocks find room when they are taken.
     pub fn reclaim(&mut self, reserve: &[KvReserve]) {
         self.settle();

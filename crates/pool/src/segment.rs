@@ -167,6 +167,11 @@ impl Segment {
         None
     }
 
+    /// Bytes that nothing lies in.
+    pub(crate) fn free_bytes(&self) -> usize {
+        self.free
+    }
+
     fn shortage(&self, needed: usize) -> Shortage {
         Shortage { needed: needed as u64, available: (self.free + self.idle) as u64 }
     }
@@ -369,10 +374,12 @@ impl Pool {
 
     pub(crate) fn can_reserve_segment(&mut self, reserve: &[KvReserve]) -> bool {
         let blocks = self.block_sizes(reserve);
-        self.segment().is_some_and(|segment| {
-            Segment::fit(segment.holes.values().copied(), &blocks)
-                || Segment::fit(segment.compartments(), &blocks)
-        })
+        self.segment().is_some_and(|segment| Segment::fit(segment.compartments(), &blocks))
+    }
+
+    pub(crate) fn has_room_segment(&mut self, reserve: &[KvReserve]) -> bool {
+        let blocks = self.block_sizes(reserve);
+        self.segment().is_some_and(|segment| Segment::fit(segment.holes.values().copied(), &blocks))
     }
 
     pub(crate) fn reclaim_segment(&mut self, reserve: &[KvReserve]) {

@@ -178,7 +178,7 @@ mod tests {
     use super::*;
     use tangram_device::cpu::CpuDevice;
     use tangram_policy::TensorKey;
-    use tangram_pool::{CatalogueEntry, Pool, Tensor};
+    use tangram_pool::{Backend, CatalogueEntry, Pool, Tensor};
 
     struct World {
         _dir: tempfile::TempDir,
@@ -207,7 +207,7 @@ mod tests {
         }
         std::fs::write(&path, &file).unwrap();
         let memory = CpuDevice::open(64 << 20, 16384).unwrap();
-        let mut pool = Pool::new(memory.clone());
+        let mut pool = Pool::new(memory.clone(), Backend::Paged).unwrap();
         let entries: Vec<_> = (0..sizes.len())
             .map(|i| CatalogueEntry {
                 id: Hash([i as u8; 32]),
@@ -223,7 +223,7 @@ mod tests {
 
     impl World {
         fn load(&mut self) -> Vec<Arc<Tensor>> {
-            let activation = self.pool.activate(&self.keys, 0, 0.0).unwrap();
+            let activation = self.pool.activate(&self.keys, &[], 0.0).unwrap();
             let tensors = activation.lease.tensors().to_vec();
             let woken = Arc::new((Mutex::new(0), Condvar::new()));
             let for_wake = woken.clone();
@@ -303,8 +303,8 @@ mod tests {
     fn loads_side_by_side_take_turns() {
         let mut world = world(&[32 << 20, 100]);
         let keys = world.keys.clone();
-        let big = world.pool.activate(&keys[..1], 0, 0.0).unwrap();
-        let small = world.pool.activate(&keys[1..], 0, 0.0).unwrap();
+        let big = world.pool.activate(&keys[..1], &[], 0.0).unwrap();
+        let small = world.pool.activate(&keys[1..], &[], 0.0).unwrap();
         let order = Arc::new(Mutex::new(Vec::new()));
         let tensors = [big.lease.tensors()[0].clone(), small.lease.tensors()[0].clone()];
         let store = world.store.clone();

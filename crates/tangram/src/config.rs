@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use bytesize::ByteSize;
 use clap::Args;
 use serde::Deserialize;
+use tangram_node::Backend;
 
 /// Flags of every command that runs a server, or may have to.
 #[derive(Args, Clone, Debug, Default)]
@@ -26,8 +27,15 @@ pub(crate) struct ServerOptions {
     /// Size of the pool for weights and KV, e.g. 8GiB [default: half of the memory that is available].
     #[arg(long, env = "TANGRAM_DEVICE_MEMORY")]
     pub(crate) device_memory: Option<ByteSize>,
-    /// Size of the host tier below the device. The CPU device needs none (its pool is host memory), so there the value
-    /// is checked and not used.
+    /// How the pool is laid out: `paged` maps pages under stable addresses, `segment` packs extents in one range
+    /// [default: paged].
+    #[arg(long, env = "TANGRAM_POOL", value_enum)]
+    pub(crate) pool: Option<PoolLayout>,
+    /// Size of the pool's pages, a power of two, e.g. 2MiB [default: by the size of the pool].
+    #[arg(long, env = "TANGRAM_PAGE_SIZE")]
+    pub(crate) page_size: Option<ByteSize>,
+    /// Host memory beside the pool for what has to leave it for a while: the KV of preempted sequences [default: 1GiB,
+    /// at most a quarter of the pool].
     #[arg(long, env = "TANGRAM_HOST_MEMORY")]
     pub(crate) host_memory: Option<ByteSize>,
     /// Threads that compute [default: the cores that this process may use].
@@ -44,6 +52,16 @@ pub(crate) struct ServerOptions {
     pub(crate) api_key: Option<String>,
 }
 
+/// The two layouts of the pool.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum PoolLayout {
+    /// Pages under stable addresses.
+    Paged,
+    /// Contiguous extents in one range.
+    Segment,
+}
+
 /// The settings file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -52,6 +70,8 @@ struct File {
     listen: Option<SocketAddr>,
     device: Option<String>,
     device_memory: Option<String>,
+    pool: Option<PoolLayout>,
+    page_size: Option<String>,
     host_memory: Option<String>,
     threads: Option<usize>,
     max_waiting: Option<usize>,
@@ -65,6 +85,9 @@ pub(crate) struct Settings {
     pub(crate) data: PathBuf,
     pub(crate) listen: SocketAddr,
     pub(crate) device_memory: u64,
+    pub(crate) pool: Backend,
+    pub(crate) page_size: Option<u64>,
+    pub(crate) host_memory: u64,
     pub(crate) threads: Option<usize>,
     pub(crate) max_waiting: usize,
     pub(crate) max_body: usize,
@@ -72,6 +95,7 @@ pub(crate) struct Settings {
 }
 
 const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8000);
+const DEFAULT_HOST_MEMORY: u64 = 1 << 30;
 const DEFAULT_MAX_WAITING: usize = 1024;
 const DEFAULT_MAX_BODY: usize = 32 << 20;
 
@@ -94,7 +118,6 @@ impl ServerOptions {
                 (None, None) => Ok(None),
             }
         };
-        size(self.host_memory, file.host_memory, "host-memory")?;
         let device_memory = match size(self.device_memory, file.device_memory, "device-memory")? {
             Some(bytes) => bytes,
             None => available_memory().context(
@@ -108,6 +131,13 @@ impl ServerOptions {
             },
             listen: self.listen.or(file.listen).unwrap_or(DEFAULT_LISTEN),
             device_memory,
+            pool: match self.pool.or(file.pool) {
+                None | Some(PoolLayout::Paged) => Backend::Paged,
+                Some(PoolLayout::Segment) => Backend::Segment,
+            },
+            page_size: size(self.page_size, file.page_size, "page-size")?,
+            host_memory: size(self.host_memory, file.host_memory, "host-memory")?
+                .unwrap_or(DEFAULT_HOST_MEMORY.min(device_memory / 4)),
             threads: self.threads.or(file.threads),
             max_waiting: self.max_waiting.or(file.max_waiting).unwrap_or(DEFAULT_MAX_WAITING),
             max_body: size(self.max_body, file.max_body, "max-body")?

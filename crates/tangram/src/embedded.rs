@@ -46,6 +46,9 @@ impl Server {
         let config = NodeConfig {
             data: settings.data.clone(),
             device_memory: settings.device_memory,
+            backend: settings.pool,
+            page_bytes: settings.page_size,
+            host_memory: settings.host_memory,
             threads: settings.threads,
             max_waiting: settings.max_waiting,
         };

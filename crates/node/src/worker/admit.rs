@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use tangram_policy::pressure::{self, Growing};
 use tangram_policy::{Attempt, TensorKey};
+use tangram_pool::KvReserve;
 use tangram_store::TensorLoad;
 
 use super::step::note_arrivals;
-use super::{Active, Worker};
+use super::{Active, ModelEntry, Worker};
 use crate::sequence::Sequence;
 
 /// Sequences of one model that run at once. Bounds the scratch memory of a step.
@@ -31,50 +33,69 @@ impl Worker {
         self.queue = queue;
     }
 
-    /// Pages that running sequences of this and other models will still take for the tokens that they have.
-    fn promised_pages(&self) -> usize {
-        let page_bytes = self.pool.memory().page_bytes();
-        let entries = self.models.iter().flatten();
-        entries
-            .filter_map(|entry| {
-                let active = entry.active.as_ref()?;
-                let blocks: usize = active
-                    .sequences
-                    .iter()
-                    .map(|sequence| {
-                        entry.plan.kv_blocks(sequence.tokens.len() + 1).saturating_sub(sequence.blocks())
-                    })
-                    .sum();
-                Some((blocks * entry.plan.kv_block_bytes()).div_ceil(page_bytes))
+    /// KV that running sequences of this and other models will still take for the tokens that they have.
+    fn promised(&self) -> Vec<KvReserve> {
+        let lacking = |entry: &ModelEntry, sequence: &Sequence| {
+            entry.plan.kv_blocks(sequence.tokens.len() + 1).saturating_sub(sequence.blocks())
+        };
+        let reserve = |entry: &ModelEntry| {
+            let sequences = entry.active.as_ref()?.sequences.iter();
+            Some(KvReserve {
+                kv: entry.kv?,
+                blocks: sequences.map(|sequence| lacking(entry, sequence)).sum(),
             })
-            .sum()
+        };
+        self.models.iter().flatten().filter_map(reserve).collect()
+    }
+
+    /// Makes room ahead of what running sequences will take next, so that no step has to.
+    pub(super) fn keep_headroom(&mut self) {
+        let (mut low, mut high) = (Vec::new(), Vec::new());
+        for entry in self.models.iter().flatten() {
+            let (Some(active), Some(kv), Some(layout)) = (&entry.active, entry.kv, entry.plan.engine.kv())
+            else {
+                continue;
+            };
+            let growing = active.sequences.iter().map(|sequence| Growing {
+                held: sequence.blocks() * layout.block_tokens,
+                tokens: sequence.tokens.len(),
+                left: sequence.left(),
+            });
+            let marks = pressure::watermarks(growing, layout.block_tokens);
+            low.push(KvReserve { kv, blocks: marks.low });
+            high.push(KvReserve { kv, blocks: marks.high });
+        }
+        if !low.is_empty() && !self.pool.has_room(&low) {
+            self.pool.reclaim(&high);
+        }
     }
 
     /// Starts a sequence if there is room for its model and for the KV of the tokens that it has.
     fn start(&mut self, mut sequence: Box<Sequence>) -> Result<Attempt, Box<Sequence>> {
         let now = Instant::now();
-        let promised = self.promised_pages();
-        let page_bytes = self.pool.memory().page_bytes();
+        let mut reserve = self.promised();
         let seconds = now.duration_since(self.epoch).as_secs_f64();
         let Some(entry) = self.models[sequence.model].as_mut() else { return Err(sequence) };
         let block_tokens = entry.plan.engine.kv().map_or(usize::MAX, |kv| kv.block_tokens);
         // At least one token has to be computed, or there would be no logits to go on from.
         let full = sequence.pending().saturating_sub(1) / block_tokens;
+        let tokens = pressure::admission_tokens(sequence.tokens.len(), sequence.left(), sequence.preempted);
         let hashes = sequence.block_hashes(full, block_tokens);
-        let in_use = entry.kv.map_or(0, |kv| self.pool.blocks_in_use(kv, hashes));
-        let own = (entry.plan.kv_blocks(sequence.tokens.len() + 1) - in_use) * entry.plan.kv_block_bytes();
-        let reserve = promised + own.div_ceil(page_bytes);
+        if let Some(kv) = entry.kv {
+            let blocks = entry.plan.kv_blocks(tokens) - self.pool.blocks_in_use(kv, hashes);
+            reserve.push(KvReserve { kv, blocks });
+        }
         let (mut loaded, mut reused) = (0, 0);
         match &mut entry.active {
             Some(active) => {
-                if active.sequences.len() >= MAX_BATCH || reserve > self.pool.available_pages() {
+                if active.sequences.len() >= MAX_BATCH || !self.pool.can_reserve(&reserve) {
                     return Err(sequence);
                 }
                 self.pool.used_again(&active.lease, seconds);
                 reused = entry.plan.unique_bytes();
             }
             None => {
-                let Ok(activation) = self.pool.activate(&entry.keys, reserve, seconds) else {
+                let Ok(activation) = self.pool.activate(&entry.keys, &reserve, seconds) else {
                     return Err(sequence);
                 };
                 loaded += activation.bytes_loaded;
@@ -111,6 +132,18 @@ impl Worker {
             entry.prefixes.found(prefix.len());
             sequence.computed = prefix.len() * block_tokens;
             sequence.prefix = prefix;
+            if let Some(swapped) = sequence.swapped.take().filter(|saved| saved.tokens > sequence.computed) {
+                let cached = sequence.prefix.len();
+                let mut blocks =
+                    self.pool.take_kv(kv, swapped.len().saturating_sub(cached)).unwrap_or_default();
+                let restored = blocks.iter_mut().zip(cached..).all(|(block, at)| swapped.restore(at, block));
+                if restored && cached + blocks.len() == swapped.len() {
+                    sequence.kv = blocks;
+                    sequence.computed = swapped.tokens;
+                } else {
+                    self.pool.give_kv(kv, blocks);
+                }
+            }
         }
         entry.waiting -= 1;
         self.shared.waiting.fetch_sub(1, Ordering::AcqRel);

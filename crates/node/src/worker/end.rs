@@ -2,9 +2,12 @@
 
 use std::sync::atomic::Ordering;
 
+use tangram_policy::pressure::{self, Parting};
+
 use super::{ModelEntry, Worker};
 use crate::api::RequestError;
 use crate::sequence::Sequence;
+use crate::swap::Swapped;
 
 impl Worker {
     /// Takes a running sequence out, with its KV given back. A step under way must not include it.
@@ -73,19 +76,33 @@ impl Worker {
         }
     }
 
-    /// Takes the KV of the sequence that arrived last and puts it back into the queue; its tokens are kept and
-    /// computed again later, with the same result. The oldest sequence is never chosen while there is another, so
-    /// somebody always gets on. `false` if nobody holds any KV.
-    pub(super) fn preempt_youngest(&mut self) -> bool {
-        let candidates = self.models.iter().enumerate().filter_map(|(model, entry)| {
-            let sequences = entry.as_ref()?.active.as_ref()?.sequences.iter().enumerate();
-            sequences.filter(|(_, s)| s.blocks() > 0).map(|(index, s)| (s.arrival, model, index)).max()
-        });
-        let Some((arrival, model, index)) = candidates.max() else { return false };
+    /// Takes the KV of the sequence that the policy names and puts it back into the queue; its tokens are kept, and
+    /// their keys and values copied to host memory or computed again later, with the same result. `false` if nobody
+    /// holds any KV.
+    pub(super) fn preempt_one(&mut self) -> bool {
+        let running = |entry: &ModelEntry| entry.active.as_ref().map_or(0, |active| active.sequences.len());
+        let places: Vec<(usize, usize)> = self
+            .models
+            .iter()
+            .enumerate()
+            .filter_map(|(model, entry)| Some((model, running(entry.as_ref()?))))
+            .flat_map(|(model, count)| (0..count).map(move |index| (model, index)))
+            .collect();
+        let arrival = |&(model, index): &(usize, usize)| {
+            let sequence = &self.models[model].as_ref()?.active.as_ref()?.sequences[index];
+            (sequence.blocks() > 0).then_some(sequence.arrival)
+        };
+        let Some(chosen) = pressure::whom_to_preempt(places.iter().map(arrival)) else { return false };
+        let (model, index) = places[chosen];
         self.abandon_step_with(model, index);
+        let swapped = self.swap_out(model, index);
         let Some(mut sequence) = self.take_sequence(model, index) else { return false };
+        let arrival = sequence.arrival;
         sequence.computed = 0;
+        sequence.preempted = true;
         self.preemptions += 1;
+        self.swaps += u64::from(swapped.is_some());
+        sequence.swapped = swapped;
         self.shared.waiting.fetch_add(1, Ordering::AcqRel);
         if let Some(entry) = self.models[model].as_mut() {
             entry.waiting += 1;
@@ -93,6 +110,22 @@ impl Worker {
         self.queue.push_back_in_order(Box::new(sequence), |other| other.arrival > arrival);
         self.deactivate_if_over(model);
         true
+    }
+
+    /// Copies a sequence's keys and values to host memory if that is cheaper than computing them again.
+    fn swap_out(&mut self, model: usize, index: usize) -> Option<Swapped> {
+        let entry = self.models[model].as_ref()?;
+        let sequence = entry.active.as_ref()?.sequences.get(index)?;
+        let layout = entry.plan.engine.kv()?;
+        let used = sequence.computed.div_ceil(layout.block_tokens);
+        let blocks = sequence.prefix.blocks().iter().map(|block| &**block).chain(&sequence.kv).take(used);
+        let bytes = (used * layout.block_bytes) as u64;
+        let token_seconds = entry.prefixes.block_seconds(1);
+        let (rate, free) = (self.host.rate(), self.host.free());
+        match pressure::parting(sequence.computed, token_seconds, bytes, rate, free) {
+            Parting::Recompute => None,
+            Parting::Swap => self.host.save(blocks, sequence.computed),
+        }
     }
 
     /// Ends every running sequence of a model with an error.

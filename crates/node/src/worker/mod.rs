@@ -24,6 +24,7 @@ use self::step::Progress;
 use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
 use crate::model::ModelPlan;
 use crate::sequence::Sequence;
+use crate::swap::HostMemory;
 
 /// How long the loop sleeps at most when nothing can go on; every event that matters wakes it before.
 const IDLE_WAIT: Duration = Duration::from_millis(500);
@@ -88,6 +89,7 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     executor: Executor,
     pool: Pool,
+    host: HostMemory,
     store: Arc<Store>,
     models: Vec<Option<ModelEntry>>,
     queue: Admission<Box<Sequence>>,
@@ -95,6 +97,7 @@ pub(crate) struct Worker {
     wake: Wake,
     wake_pending: Arc<AtomicBool>,
     preemptions: u64,
+    swaps: u64,
     activations: u64,
     cached_tokens: u64,
     published: Instant,
@@ -104,6 +107,7 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(
         pool: Pool,
+        host: HostMemory,
         threads: usize,
         commands: Receiver<Command>,
         wake_sender: Sender<Command>,
@@ -124,6 +128,7 @@ impl Worker {
             shared,
             executor: Executor::new(threads),
             pool,
+            host,
             store,
             models: Vec::new(),
             queue: Admission::default(),
@@ -131,6 +136,7 @@ impl Worker {
             wake,
             wake_pending,
             preemptions: 0,
+            swaps: 0,
             activations: 0,
             cached_tokens: 0,
             published: now,
@@ -152,6 +158,7 @@ impl Worker {
                     advanced |= matches!(self.step(model), Progress::Advanced);
                 }
             }
+            self.keep_headroom();
             self.publish(!advanced);
             if !advanced && !self.stopping {
                 self.wait();

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use tangram_pool::Backend;
+
 use super::Worker;
 use crate::api::{ModelStatus, NodeStatus};
 use crate::model::ModelPlan;
@@ -21,8 +23,13 @@ impl Worker {
         let page_bytes = memory.page_bytes() as u64;
         let mut node = NodeStatus {
             device: memory.name().to_owned(),
+            backend: match self.pool.backend() {
+                Backend::Paged => "paged",
+                Backend::Segment => "segment",
+            }
+            .to_owned(),
             pool_bytes: memory.page_count() as u64 * page_bytes,
-            free_bytes: memory.free_pages() as u64 * page_bytes,
+            free_bytes: self.pool.free_bytes(),
             resident_bytes: stats.resident_bytes,
             leased_bytes: stats.leased_bytes,
             kv_bytes: stats.kv_bytes,
@@ -34,7 +41,10 @@ impl Worker {
             bytes_loaded_total: stats.loaded_total,
             bytes_reused_total: stats.reused_total,
             bytes_evicted_total: stats.evicted_total,
+            bytes_moved_total: stats.moved_total,
             preemptions_total: self.preemptions,
+            swaps_total: self.swaps,
+            host_kv_bytes: self.host.used(),
             activations_total: self.activations,
         };
         let mut models: Vec<ModelStatus> = Vec::new();

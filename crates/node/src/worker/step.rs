@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tangram_engine::{Chunk, KvBlocks, LogitRows};
-use tangram_policy::{Runnable, compose};
+use tangram_policy::{Runnable, Share, compose};
 use tangram_pool::LoadFailure;
 
 use super::{Active, Step, Worker};
@@ -82,16 +82,21 @@ impl Worker {
             .map(|sequence| Runnable { pending: sequence.pending(), indivisible })
             .collect();
         let shares = compose(&runnable, STEP_TOKENS);
-        for share in &shares {
-            let sequence = &mut active.sequences[share.sequence];
-            let blocks = entry.plan.kv_blocks(sequence.computed + share.tokens);
-            while sequence.blocks() < blocks {
-                let Some(kv) = entry.kv else { break };
-                match self.pool.take_kv(kv) {
-                    Ok(block) => sequence.kv.push(block),
-                    Err(_) if self.preempt_youngest() => return Begun::Preempted,
-                    Err(_) => return Begun::NoRoom,
+        if let Some(kv) = entry.kv {
+            let lacking = |share: &Share| {
+                let sequence = &active.sequences[share.sequence];
+                entry.plan.kv_blocks(sequence.computed + share.tokens).saturating_sub(sequence.blocks())
+            };
+            let lacking: Vec<usize> = shares.iter().map(lacking).collect();
+            match self.pool.take_kv(kv, lacking.iter().sum()) {
+                Ok(blocks) => {
+                    let mut blocks = blocks.into_iter();
+                    for (share, count) in shares.iter().zip(lacking) {
+                        active.sequences[share.sequence].kv.extend(blocks.by_ref().take(count));
+                    }
                 }
+                Err(_) if self.preempt_one() => return Begun::Preempted,
+                Err(_) => return Begun::NoRoom,
             }
         }
         let chunks: Vec<Chunk<'_>> = shares

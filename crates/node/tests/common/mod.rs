@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tangram_node::{
-    DeployedModel, FinishReason, GenerateEvent, GenerateRequest, Generation, Node, NodeConfig, RequestError,
-    SamplingParams, Timing,
+    Backend, DeployedModel, FinishReason, GenerateEvent, GenerateRequest, Generation, Node, NodeConfig,
+    RequestError, SamplingParams, Timing,
 };
 
 /// The folder beside the repository with reference models, or a printed word that a test skips.
@@ -22,9 +22,19 @@ pub fn shared(part: &str) -> Option<PathBuf> {
 }
 
 pub fn open(data: &Path, device_memory: u64) -> Arc<Node> {
-    let config =
-        NodeConfig { data: data.to_path_buf(), device_memory, threads: Some(2), max_waiting: 100_000 };
-    Node::open(config).unwrap()
+    Node::open(config(data, device_memory)).unwrap()
+}
+
+pub fn config(data: &Path, device_memory: u64) -> NodeConfig {
+    NodeConfig {
+        data: data.to_path_buf(),
+        device_memory,
+        backend: Backend::Paged,
+        page_bytes: None,
+        host_memory: 0,
+        threads: Some(2),
+        max_waiting: 100_000,
+    }
 }
 
 pub fn deploy(node: &Arc<Node>, name: &str, source: &Path) -> Arc<DeployedModel> {
