@@ -159,7 +159,7 @@ impl Pool {
     pub fn new(memory: Arc<Memory>, backend: Backend) -> Result<Pool, DeviceError> {
         let room = match backend {
             Backend::Paged => Room::Paged(Paged::new(memory.clone())),
-            Backend::Segment => Room::Segment(Segment::new(memory.clone())?),
+            Backend::Segment => Room::Segment(Box::new(Segment::new(memory.clone())?)),
         };
         Ok(Pool {
             memory,

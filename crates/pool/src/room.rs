@@ -60,7 +60,7 @@ pub(crate) enum Home<'a> {
 /// One of the two.
 pub(crate) enum Room {
     Paged(Paged),
-    Segment(Segment),
+    Segment(Box<Segment>),
 }
 
 impl Room {
