@@ -93,6 +93,17 @@ impl Tensor {
         self.outcome.get_mut()?.as_mut().ok()
     }
 
+    /// Makes known how the load ended.
+    fn settle(&self, outcome: Result<Extent, LoadFailure>) {
+        let published = self.outcome.set(outcome);
+        debug_assert!(published.is_ok(), "a tensor is filled once");
+    }
+
+    /// Whether the loader was told that nobody wants it.
+    fn is_given_up(&self) -> bool {
+        self.interest.load(Ordering::Acquire) == ABANDONED
+    }
+
     /// The extent of a tensor that nobody else holds.
     pub(crate) fn into_extent(self) -> Option<Extent> {
         self.outcome.into_inner()?.ok()
@@ -100,15 +111,17 @@ impl Tensor {
 }
 
 /// Room for a tensor that has to be brought in: exclusive ownership of its bytes until they have all arrived.
+/// Dropping it fails the tensor, so that nobody waits for ever.
 #[derive(Debug)]
 pub struct Vacancy {
     tensor: Arc<Tensor>,
-    extent: Extent,
+    /// Until it is cut into parts.
+    extent: Option<Extent>,
 }
 
 impl Vacancy {
     pub(crate) fn new(key: TensorKey, extent: Extent) -> Vacancy {
-        Vacancy { tensor: Tensor::new(key, extent.len()), extent }
+        Vacancy { tensor: Tensor::new(key, extent.len()), extent: Some(extent) }
     }
 
     /// The tensor that waits for these bytes.
@@ -118,10 +131,10 @@ impl Vacancy {
 
     /// Cuts the room into parts of `part_bytes` (the last may be shorter) that can be filled in any order on any
     /// thread. The tensor becomes readable when the last one has been finished without an error.
-    pub fn into_parts(self, part_bytes: usize) -> Vec<Part> {
+    pub fn into_parts(mut self, part_bytes: usize) -> Vec<Part> {
         assert!(part_bytes > 0, "parts must have a size");
         let mut extents = Vec::new();
-        let mut rest = self.extent;
+        let Some(mut rest) = self.extent.take() else { return Vec::new() };
         while rest.len() > part_bytes {
             let tail = rest.split_off(part_bytes);
             extents.push(std::mem::replace(&mut rest, tail));
@@ -129,7 +142,7 @@ impl Vacancy {
         extents.push(rest);
         let filled = std::iter::repeat_with(|| None).take(extents.len()).collect();
         let filling = Arc::new(Filling {
-            tensor: self.tensor,
+            tensor: self.tensor.clone(),
             state: Mutex::new(FillingState { filled, missing: extents.len(), failure: None }),
         });
         extents
@@ -138,6 +151,19 @@ impl Vacancy {
             .map(|(index, extent)| Part { filling: Some(filling.clone()), index, extent: Some(extent) })
             .collect()
     }
+}
+
+impl Drop for Vacancy {
+    fn drop(&mut self) {
+        if let Some(extent) = self.extent.take() {
+            drop(extent);
+            self.tensor.settle(Err(interrupted()));
+        }
+    }
+}
+
+fn interrupted() -> LoadFailure {
+    LoadFailure::Failed("loading was interrupted".to_owned())
 }
 
 #[derive(Debug)]
@@ -205,25 +231,27 @@ impl Part {
             return false;
         }
         let mut parts = std::mem::take(&mut state.filled).into_iter().flatten();
-        let outcome = match (state.failure.take(), parts.next()) {
+        // A tensor that was given up cannot be joined, so it is of no use even if its loader went on.
+        let given_up = filling.tensor.is_given_up().then_some(LoadFailure::Abandoned);
+        let outcome = match (state.failure.take().or(given_up), parts.next()) {
             (None, Some(mut whole)) => {
                 parts.for_each(|part| whole.join(part));
                 Ok(whole)
             }
-            (failure, _) => {
-                // Whoever sees the failure takes the room for free, so it has to be.
+            (failure, first) => {
+                // Whoever sees the failure may ask for this room again at once, so it is free before that.
+                drop(first);
                 parts.for_each(drop);
                 Err(failure.unwrap_or(LoadFailure::Abandoned))
             }
         };
-        let published = filling.tensor.outcome.set(outcome);
-        debug_assert!(published.is_ok(), "a tensor is filled once");
+        filling.tensor.settle(outcome);
         true
     }
 }
 
 impl Drop for Part {
     fn drop(&mut self) {
-        self.settle(Err(LoadFailure::Failed("loading was interrupted".to_owned())));
+        self.settle(Err(interrupted()));
     }
 }

@@ -217,6 +217,56 @@ fn forgetting_a_model_frees_what_only_it_had() {
     assert!(matches!(&world.pool.room, Room::Paged(paged) if paged.is_empty()));
 }
 
+#[test]
+fn a_tensor_that_was_given_up_can_be_asked_for_again_even_if_its_loader_went_on() {
+    let mut world = World::new(8);
+    let a = world.model(&[entry(1, "a", 0, 100)]);
+    let activation = world.activate(&a).unwrap();
+    world.pool.release(activation.lease);
+    for part in activation.missing.into_iter().flat_map(|vacancy| vacancy.into_parts(100)) {
+        assert!(part.is_unwanted());
+        part.finish(Ok(()));
+    }
+    let (lease, loaded) = world.load(&a);
+    assert_eq!(loaded, [1]);
+    world.check(&lease);
+}
+
+#[test]
+fn room_that_is_dropped_fails_its_tensor() {
+    let mut world = World::new(8);
+    let a = world.model(&[entry(1, "a", 0, 100)]);
+    let activation = world.activate(&a).unwrap();
+    drop(activation.missing);
+    assert!(activation.lease.tensors()[0].failure().is_some(), "its requests would wait for ever");
+    world.pool.release(activation.lease);
+    assert_eq!(world.pool.memory().free_pages(), 8);
+    let (lease, _) = world.load(&a);
+    world.check(&lease);
+}
+
+/// The many parts that were filled before another one failed take a while to be let go of.
+#[test]
+fn whoever_sees_a_failure_finds_the_room_free() {
+    let mut world = World::new(256);
+    let a = world.model(&[entry(1, "a", 0, 256 * PAGE)]);
+    for _ in 0..20 {
+        let activation = world.activate(&a).unwrap();
+        let tensor = activation.lease.tensors()[0].clone();
+        let mut parts = activation.missing.into_iter().next().unwrap().into_parts(PAGE);
+        let last = parts.pop().unwrap();
+        parts.into_iter().for_each(|part| assert!(!part.finish(Ok(()))));
+        let loader = std::thread::spawn(move || last.finish(Err(LoadFailure::Failed("bad hash".to_owned()))));
+        while tensor.failure().is_none() {
+            std::hint::spin_loop();
+        }
+        assert_eq!(world.pool.memory().free_pages(), 256, "its room is still held");
+        drop(tensor);
+        world.pool.release(activation.lease);
+        assert!(loader.join().unwrap());
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// Random activations, releases, KV blocks and removals over models that share tensors: every leased byte is
