@@ -201,11 +201,13 @@ impl Pool {
         if needed <= paged.memory.free_pages() {
             return Ok(());
         }
-        // What this very request needs is not for eviction. Only the accounts are touched before it is certain
-        // that there is room, so an attempt that fails neither evicts anything nor counts as demand.
-        own_idle.iter().for_each(|&key| self.set_place(key, Place::Pinned));
+        // What this very request needs is not for eviction, nor is a page that a missing tensor shares with an idle
+        // neighbour. Only the accounts are touched before it is certain that there is room, so an attempt that fails
+        // neither evicts anything nor counts as demand.
+        own_idle.iter().chain(missing).for_each(|&key| self.set_place(key, Place::Pinned));
         let room = self.paged().map_or(Ok(()), |paged| paged.check_pages(needed));
         own_idle.iter().for_each(|&key| self.set_place(key, Place::Idle));
+        missing.iter().for_each(|&key| self.set_place(key, Place::Absent));
         room
     }
 

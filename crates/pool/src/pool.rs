@@ -375,28 +375,30 @@ impl Pool {
             Room::Paged(_) => self.check_paged(&missing, &own_idle, reserve),
             Room::Segment(_) => self.check_segment(&missing, &own_idle, reserve),
         }?;
-        // No handle to what was idle is given out before it lies where it will stay.
-        let mut leased = Vec::with_capacity(keys.len());
-        let mut placed = Ok(HashMap::new());
+        // All are joined before a lease is counted, so that a refusal leaves no trace here either. And no handle to
+        // what was idle is given out before it lies where it will stay.
+        let mut joined = Vec::with_capacity(keys.len());
         for &key in keys {
-            if self.lease_resident(key, now) {
-                leased.push(key);
-            } else if !missing.contains(&key) {
-                // Given up a moment ago, but the loader has not let go of its room yet.
-                placed = Err(Shortage::NOTHING);
-                break;
+            match self.slot(key).map(|slot| slot.tensor.as_ref()) {
+                Some(None) => {}
+                Some(Some(tensor)) if tensor.join() => joined.push(key),
+                _ => {
+                    // Given up a moment ago, but the loader has not let go of its room yet.
+                    let tensors = joined.iter().filter_map(|&key| self.slot(key)?.tensor.as_ref());
+                    tensors.for_each(|tensor| tensor.leave());
+                    return Err(Shortage::NOTHING);
+                }
             }
         }
-        if placed.is_ok() {
-            placed = match self.room {
-                Room::Paged(_) => self.place_paged(&missing),
-                Room::Segment(_) => self.place_segment(&missing, &own_idle, reserve),
-            };
-        }
+        joined.iter().for_each(|&key| self.count_lease(key, now));
+        let placed = match self.room {
+            Room::Paged(_) => self.place_paged(&missing),
+            Room::Segment(_) => self.place_segment(&missing, &own_idle, reserve),
+        };
         let mut extents = match placed {
             Ok(extents) => extents,
             Err(shortage) => {
-                let tensors = leased.iter().filter_map(|&key| self.slot(key)?.tensor.clone()).collect();
+                let tensors = joined.iter().filter_map(|&key| self.slot(key)?.tensor.clone()).collect();
                 self.release_all(tensors);
                 return Err(shortage);
             }
@@ -436,20 +438,18 @@ impl Pool {
         }
     }
 
-    /// Counts a lease on a tensor that is on the device or on its way; `false` if it is neither.
-    fn lease_resident(&mut self, key: TensorKey, now: f64) -> bool {
-        let Some(slot) = self.slot_mut(key) else { return false };
-        let Some(tensor) = slot.tensor.as_ref().filter(|tensor| tensor.join()) else { return false };
-        let len = tensor.len() as u64;
+    /// Counts a lease on a tensor that has been joined.
+    fn count_lease(&mut self, key: TensorKey, now: f64) {
+        let Some(slot) = self.slot_mut(key) else { return };
+        let bytes = slot.bytes as u64;
         slot.leases += 1;
         if slot.leases == 1 {
-            self.stats.leased_bytes += len;
+            self.stats.leased_bytes += bytes;
             self.unsettled.retain(|&unsettled| unsettled != key);
             self.apply(Event::Leased { tensor: key, at: now });
         } else {
             self.apply(Event::Used { tensor: key, at: now });
         }
-        true
     }
 
     /// Ends a lease. Tensors without any lease stay until their room is needed; ones that are still arriving and that

@@ -217,6 +217,38 @@ fn forgetting_a_model_frees_what_only_it_had() {
     assert!(matches!(&world.pool.room, Room::Paged(paged) if paged.is_empty()));
 }
 
+/// The one page of the idle tensor is shared with the tensor that is asked for, so evicting it would gain nothing.
+#[test]
+fn a_page_that_is_shared_with_an_idle_neighbour_is_not_counted_as_room() {
+    let mut world = World::new(2);
+    let idle = world.model(&[entry(1, "a", 0, 100)]);
+    let large = world.model(&[entry(2, "a", 256, 3 * PAGE - 256)]);
+    let (lease, _) = world.load(&idle);
+    world.pool.release(lease);
+    assert_eq!(
+        world.activate(&large).unwrap_err(),
+        Shortage { needed: 2 * PAGE as u64, available: PAGE as u64 }
+    );
+    assert_eq!(world.pool.resident_bytes(&idle), 100, "a plan that cannot work evicts nothing");
+}
+
+#[test]
+fn a_request_that_is_refused_is_no_demand() {
+    let mut world = World::new(8);
+    let first = world.model(&[entry(1, "a", 0, 100)]);
+    let both = world.model(&[entry(1, "a", 0, 100), entry(2, "b", 0, 100)]);
+    let (lease, _) = world.load(&first);
+    world.pool.release(lease);
+    let activation = world.activate(&both).unwrap();
+    let vacancy = activation.missing.into_iter().next().unwrap();
+    world.pool.release(activation.lease);
+    let parts = vacancy.into_parts(100);
+    assert!(parts[0].is_unwanted());
+    world.pool.record_events();
+    assert_eq!(world.activate(&both).unwrap_err().needed, 0);
+    assert_eq!(world.pool.events(), [], "an attempt that the loader holds up counts as demand");
+}
+
 #[test]
 fn a_tensor_that_was_given_up_can_be_asked_for_again_even_if_its_loader_went_on() {
     let mut world = World::new(8);
@@ -265,6 +297,18 @@ fn whoever_sees_a_failure_finds_the_room_free() {
         world.pool.release(activation.lease);
         assert!(loader.join().unwrap());
     }
+}
+
+#[test]
+fn a_model_whose_files_find_no_addresses_leaves_nothing_behind() {
+    let mut world = World::new(8);
+    let entries = [entry(1, "a", 0, 100), entry(2, "b", 0, 100)];
+    let bytes = |name: &str| if name == "a" { PAGE as u64 } else { 1 << 60 };
+    assert!(world.pool.catalogue(&entries, bytes).is_err());
+    // "a" has another size by the time that it is deployed again.
+    let a = world.model(&[entry(3, "a", 2 * PAGE, 100)]);
+    let (lease, _) = world.load(&a);
+    world.check(&lease);
 }
 
 proptest! {
