@@ -17,6 +17,12 @@
 
 use std::collections::HashMap;
 
+use crate::eviction::{self, Candidate};
+use crate::retention::TensorKey;
+
+/// Something is brought in over others only if its worth per byte is this many doublings above each of theirs.
+pub const MARGIN: f64 = 0.5;
+
 /// Models whose recency is followed; ones used longer ago count as popular only.
 pub const WATCHED: usize = 32;
 
@@ -46,6 +52,20 @@ const SUCCESSION: usize = 2;
 struct Successors {
     total: f64,
     counts: Vec<(u32, f64)>,
+}
+
+/// What goes so that `shortage` bytes become free for something whose worth per byte is `log2_worth`: chosen as for a
+/// request ([`eviction::choose`]), but only among what is worth clearly less ([`MARGIN`]). `candidates` come in ascending
+/// order of worth. `None` if that is too little: then nothing should be brought in.
+pub fn room(
+    candidates: impl Iterator<Item = Candidate>,
+    shortage: u64,
+    log2_worth: f64,
+) -> Option<Vec<TensorKey>> {
+    let mut offered = 0;
+    let lesser = candidates.take_while(|candidate| candidate.log2_worth + MARGIN <= log2_worth);
+    let victims = eviction::choose(lesser.inspect(|candidate| offered += candidate.bytes), shortage);
+    (offered >= shortage).then_some(victims)
 }
 
 /// Arrival statistics of one device and what they foretell. Models are named by any numbers.
@@ -286,6 +306,23 @@ mod tests {
         for model in 0..6 {
             assert!(forecast.boost(model).abs() < 0.6, "{model}: {}", forecast.boost(model));
         }
+    }
+
+    #[test]
+    fn room_is_made_only_over_what_is_worth_clearly_less() {
+        let candidates = |worths: &[f64]| {
+            let of = |(i, &log2_worth): (usize, &f64)| Candidate {
+                tensor: TensorKey(i as u32),
+                bytes: 10,
+                log2_worth,
+            };
+            worths.iter().enumerate().map(of).collect::<Vec<_>>().into_iter()
+        };
+        let keys = |keys: &[u32]| Some(keys.iter().map(|&key| TensorKey(key)).collect());
+        assert_eq!(room(candidates(&[0.0, 1.0, 2.0]), 20, 1.0 + MARGIN), keys(&[0, 1]));
+        assert_eq!(room(candidates(&[0.0, 1.0, 2.0]), 21, 1.0 + MARGIN), None);
+        assert_eq!(room(candidates(&[0.0, 1.0, 2.0]), 20, 1.0 + 0.9 * MARGIN), None);
+        assert_eq!(room(candidates(&[]), 0, 0.0), keys(&[]));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use tangram_policy::eviction::{self, Candidate};
 use tangram_policy::stall::marginal_exposure;
-use tangram_policy::{Event, Forecast, Retention, TensorKey};
+use tangram_policy::{Event, Forecast, Retention, TensorKey, prefetch};
 
 use crate::device::Device;
 use crate::system::Worth;
@@ -19,9 +19,6 @@ const SECOND_COPY: f64 = -3.0;
 
 /// Boosts that changed less are left as they are.
 const COARSENESS: f64 = 0.25;
-
-/// A group is prefetched over others only if it is worth this many doublings more.
-pub(crate) const PREFETCH_MARGIN: f64 = 0.5;
 
 /// Share of a load that counts even where the pipeline hides all of it: the link is busy meanwhile.
 const LEAST_EXPOSURE: f64 = 0.05;
@@ -213,14 +210,17 @@ impl Economy {
         self.retention.apply(Event::Fetched { tensor: Self::key(slot) });
     }
 
-    /// What should go so that `bytes` become free; everything idle if that is too little.
-    pub(crate) fn victims(&self, device: &Device, bytes: u64) -> Vec<u32> {
-        let candidate = |tensor: TensorKey| Candidate {
+    fn candidates(&self, device: &Device) -> impl Iterator<Item = Candidate> {
+        self.retention.idle().map(|tensor| Candidate {
             tensor,
             bytes: device.slots[tensor.0 as usize].bytes,
             log2_worth: self.retention.log2_worth(tensor).unwrap_or(f64::NEG_INFINITY),
-        };
-        let victims = eviction::choose(self.retention.idle().map(candidate), bytes);
+        })
+    }
+
+    /// What should go so that `bytes` become free; everything idle if that is too little.
+    pub(crate) fn victims(&self, device: &Device, bytes: u64) -> Vec<u32> {
+        let victims = eviction::choose(self.candidates(device), bytes);
         victims.into_iter().map(|tensor| tensor.0).collect()
     }
 
@@ -229,21 +229,11 @@ impl Economy {
         self.retention.wanted().map(|tensor| tensor.0)
     }
 
-    /// Whether `bytes` can be freed by evicting only groups that are worth clearly less than `slot`; the victims.
+    /// What should go so that `slot` can be prefetched into `bytes`; `None` if it is not worth that.
     pub(crate) fn victims_for(&self, device: &Device, slot: u32, bytes: u64) -> Option<Vec<u32>> {
         let worth = self.retention.log2_worth(Self::key(slot))?;
-        let (mut victims, mut freed) = (Vec::new(), 0);
-        for victim in self.retention.idle() {
-            if freed >= bytes {
-                break;
-            }
-            if self.retention.log2_worth(victim)? + PREFETCH_MARGIN > worth {
-                return None;
-            }
-            victims.push(victim.0);
-            freed += device.slots[victim.0 as usize].bytes;
-        }
-        (freed >= bytes).then_some(victims)
+        let victims = prefetch::room(self.candidates(device), bytes, worth)?;
+        Some(victims.into_iter().map(|tensor| tensor.0).collect())
     }
 
     /// Seconds that evicting `bytes` is expected to cost later requests on this device.
