@@ -60,16 +60,20 @@ pub fn choose(candidates: impl Iterator<Item = Candidate>, shortage: u64) -> Vec
         spare = 0;
     }
     // The dearest of what is not needed is kept first.
-    let mut dearest: Vec<usize> = (0..chosen.len()).collect();
-    dearest.sort_by(|&a, &b| cost(&chosen[b]).total_cmp(&cost(&chosen[a])));
-    let mut kept = vec![false; chosen.len()];
-    for index in dearest {
-        if chosen[index].bytes <= spare {
-            spare -= chosen[index].bytes;
-            kept[index] = true;
+    if chosen.iter().any(|candidate| candidate.bytes <= spare) {
+        let mut dearest: Vec<(f64, usize)> = chosen.iter().map(cost).zip(0..).collect();
+        dearest.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut kept = vec![false; chosen.len()];
+        for (_, index) in dearest {
+            if chosen[index].bytes <= spare {
+                spare -= chosen[index].bytes;
+                kept[index] = true;
+            }
         }
+        let mut kept = kept.into_iter();
+        chosen.retain(|_| kept.next() != Some(true));
     }
-    chosen.iter().zip(kept).filter(|(_, kept)| !kept).map(|(candidate, _)| candidate.tensor).collect()
+    chosen.into_iter().map(|candidate| candidate.tensor).collect()
 }
 
 #[cfg(test)]

@@ -15,9 +15,11 @@
 //!
 //! Never holds a pointer and never frees anything: it answers who should go next, the pool carries it out.
 
-use std::collections::BTreeSet;
+mod order;
 
 use serde::{Deserialize, Serialize};
+
+use order::{CohortKey, Order, Side};
 
 /// Dense key of a catalogued tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -119,39 +121,16 @@ struct Entry {
     value: f64,
     /// Whether `value` was appraised and no longer follows from the depth.
     appraised: bool,
-    /// log2 of the decayed number of uses, as seen from time 0; −∞ if never used.
-    demand: f64,
-    /// log2 of the forecast's factor.
-    expected: f64,
     depth: f64,
     state: State,
+    /// Its history: log2 of the decayed number of uses, as seen from time 0 (−∞ if never used), and of the forecast's
+    /// factor.
+    cohort: CohortKey,
 }
 
 impl Entry {
     fn save(&mut self, seconds_per_byte: f64) {
         (self.saved, self.value) = (seconds_per_byte, seconds_per_byte.log2());
-    }
-
-    /// log2 of the worth per byte, as seen from time 0.
-    fn worth(&self) -> f64 {
-        self.demand + self.expected + self.value
-    }
-}
-
-/// A tensor's place in an order by worth: the worth, then the key, as one number, which a tree compares fastest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Rank(u128);
-
-impl Rank {
-    fn new(worth: f64, tensor: TensorKey) -> Self {
-        // The order of floats as integers, as in `f64::total_cmp`: negative ones turned round, and below the others.
-        let bits = worth.to_bits();
-        let ordered = if bits >> 63 == 1 { !bits } else { bits | 1 << 63 };
-        Rank(u128::from(ordered) << 32 | u128::from(tensor.0))
-    }
-
-    fn tensor(self) -> TensorKey {
-        TensorKey(self.0 as u32)
     }
 }
 
@@ -160,10 +139,9 @@ impl Rank {
 pub struct Retention {
     half_life: f64,
     entries: Vec<Option<Entry>>,
-    idle: BTreeSet<Rank>,
+    /// Idle tensors, and absent ones that have been used.
+    order: Order,
     idle_bytes: u64,
-    /// Absent tensors that have been used or are expected to be.
-    absent: BTreeSet<Rank>,
     /// The last sum of demands and what it was of.
     last_sum: ((f64, f64), f64),
 }
@@ -191,9 +169,8 @@ impl Retention {
         Retention {
             half_life: seconds,
             entries: Vec::new(),
-            idle: BTreeSet::new(),
+            order: Order::default(),
             idle_bytes: 0,
-            absent: BTreeSet::new(),
             last_sum: ((0.0, 0.0), 1.0),
         }
     }
@@ -206,8 +183,8 @@ impl Retention {
             Event::Forgotten { tensor } => {
                 debug_assert!(matches!(self.entry(tensor), Some(Entry { state: State::Absent, .. })));
                 self.unlist(tensor);
-                if let Some(entry) = self.entries.get_mut(tensor.0 as usize) {
-                    *entry = None;
+                if let Some(entry) = self.entries.get_mut(tensor.0 as usize).and_then(Option::take) {
+                    self.order.leave(entry.cohort);
                 }
             }
             Event::Leased { tensor, at } => {
@@ -235,18 +212,25 @@ impl Retention {
                 entry.save((seconds / entry.bytes.max(1) as f64).max(f64::MIN_POSITIVE));
                 entry.appraised = true;
             }),
-            Event::Expected { tensor, log2 } => self.revalue(tensor, |entry| entry.expected = log2),
+            Event::Expected { tensor, log2 } => {
+                let Some((demand, expected)) = self.history(tensor) else { return };
+                if expected != log2 {
+                    self.unlist(tensor);
+                    self.rejoin(tensor, demand, log2);
+                    self.list(tensor);
+                }
+            }
         }
     }
 
     /// The idle tensor that is worth least per byte; ties go to the lower key.
     pub fn least_worth(&self) -> Option<TensorKey> {
-        self.idle.first().map(|rank| rank.tensor())
+        self.idle().next()
     }
 
     /// All idle resident tensors, the one that is worth least per byte first.
     pub fn idle(&self) -> impl Iterator<Item = TensorKey> {
-        self.idle.iter().map(|rank| rank.tensor())
+        self.order.iter(Side::Idle)
     }
 
     /// Bytes of all idle resident tensors.
@@ -256,18 +240,20 @@ impl Retention {
 
     /// The absent tensor that would be worth most per byte, of those used before; ties go to the higher key.
     pub fn most_wanted(&self) -> Option<TensorKey> {
-        self.absent.last().map(|rank| rank.tensor())
+        self.wanted().next()
     }
 
     /// All absent tensors that have been used, the one that would be worth most per byte first.
     pub fn wanted(&self) -> impl Iterator<Item = TensorKey> {
-        self.absent.iter().rev().map(|rank| rank.tensor())
+        self.order.iter(Side::Absent)
     }
 
     /// log2 of a tensor's worth per byte in seconds saved per byte, times the uses remembered at time 0: comparable
     /// between tensors at any time. −∞ for one that was never used; `None` for one that is not catalogued.
     pub fn log2_worth(&self, tensor: TensorKey) -> Option<f64> {
-        self.entry(tensor).map(Entry::worth)
+        let entry = self.entry(tensor)?;
+        let (demand, expected) = self.order.history(entry.cohort);
+        Some(demand + expected + entry.value)
     }
 
     /// What evicting the idle tensors that are worth least, `bytes` of them, would cost at time `now`, in seconds:
@@ -278,13 +264,14 @@ impl Retention {
         let (mut left, mut damage) = (bytes, 0.0);
         // Tensors of one model mostly have the same demand and stand together.
         let (mut demand, mut soon) = (f64::NAN, 0.0);
-        for rank in &self.idle {
+        for tensor in self.idle() {
             if left == 0 {
                 break;
             }
-            let Some(entry) = self.entry(rank.tensor()) else { continue };
-            if entry.demand != demand {
-                demand = entry.demand;
+            let Some(entry) = self.entry(tensor) else { continue };
+            let (its_demand, _) = self.order.history(entry.cohort);
+            if its_demand != demand {
+                demand = its_demand;
                 let share = ((demand - now / self.half_life).exp2() / requests.max(1.0)).min(1.0);
                 soon = share / (share + (1.0 - share) / DAMAGE_HORIZON);
             }
@@ -307,16 +294,17 @@ impl Retention {
         if self.entries.len() <= index {
             self.entries.resize(index + 1, None);
         }
-        self.entries[index].get_or_insert(Entry {
-            bytes,
-            saved: 1.0,
-            value: 0.0,
-            appraised: false,
-            demand: f64::NEG_INFINITY,
-            expected: 0.0,
-            depth: 1.0,
-            state: State::Absent,
-        });
+        if self.entries[index].is_none() {
+            self.entries[index] = Some(Entry {
+                bytes,
+                saved: 1.0,
+                value: 0.0,
+                appraised: false,
+                depth: 1.0,
+                state: State::Absent,
+                cohort: self.order.join(f64::NEG_INFINITY, 0.0),
+            });
+        }
         self.revalue(tensor, |entry| {
             entry.depth = entry.depth.min(depth.clamp(0.0, 1.0));
             if !entry.appraised {
@@ -338,45 +326,49 @@ impl Retention {
 
     fn count_use(&mut self, tensor: TensorKey, at: f64) {
         let now = at / self.half_life;
-        let Some(entry) = self.entry(tensor) else { return };
-        debug_assert_eq!(entry.state, State::Leased);
-        let old = entry.demand;
+        debug_assert!(matches!(self.entry(tensor), None | Some(Entry { state: State::Leased, .. })));
+        let Some((old, expected)) = self.history(tensor) else { return };
         // The tensors of a model mostly have the same history, one after the other.
         let (of, sum) = self.last_sum;
         let sum = if of == (now, old) { sum } else { log2_sum(now, old) };
         self.last_sum = ((now, old), sum);
-        if let Some(entry) = self.entry_mut(tensor) {
-            entry.demand = sum;
-        }
+        self.rejoin(tensor, sum, expected);
+    }
+
+    fn history(&self, tensor: TensorKey) -> Option<(f64, f64)> {
+        self.entry(tensor).map(|entry| self.order.history(entry.cohort))
+    }
+
+    /// Gives a tensor, which must not be listed, another history.
+    fn rejoin(&mut self, tensor: TensorKey, demand: f64, expected: f64) {
+        let Some(Some(entry)) = self.entries.get_mut(tensor.0 as usize) else { return };
+        let before = std::mem::replace(&mut entry.cohort, self.order.join(demand, expected));
+        self.order.leave(before);
     }
 
     /// Takes a tensor out of the order that it is in.
     fn unlist(&mut self, tensor: TensorKey) {
-        let Some(entry) = self.entry(tensor) else { return };
-        let (state, bytes, key) = (entry.state, entry.bytes, Rank::new(entry.worth(), tensor));
+        let Some(&Entry { state, bytes, value, cohort, .. }) = self.entry(tensor) else { return };
         match state {
             State::Idle => {
                 self.idle_bytes -= bytes;
-                self.idle.remove(&key);
+                self.order.remove(cohort, Side::Idle, value, tensor);
             }
-            State::Absent => {
-                self.absent.remove(&key);
-            }
+            State::Absent => self.order.remove(cohort, Side::Absent, value, tensor),
             State::Leased => {}
         }
     }
 
-    /// Puts a tensor into the order of its state.
+    /// Puts a tensor into the order where it belongs, if any.
     fn list(&mut self, tensor: TensorKey) {
-        let Some(entry) = self.entry(tensor) else { return };
-        let (state, bytes, worth) = (entry.state, entry.bytes, entry.worth());
+        let Some(&Entry { state, bytes, value, cohort, .. }) = self.entry(tensor) else { return };
         match state {
             State::Idle => {
                 self.idle_bytes += bytes;
-                self.idle.insert(Rank::new(worth, tensor));
+                self.order.insert(cohort, Side::Idle, value, tensor);
             }
-            State::Absent if worth > f64::NEG_INFINITY => {
-                self.absent.insert(Rank::new(worth, tensor));
+            State::Absent if self.order.history(cohort).0 > f64::NEG_INFINITY => {
+                self.order.insert(cohort, Side::Absent, value, tensor);
             }
             State::Absent | State::Leased => {}
         }
@@ -535,7 +527,112 @@ mod tests {
         assert_eq!(eviction_order(retention), [1, 0]);
     }
 
+    /// The formula, computed directly: no cohorts, no order.
+    #[derive(Clone, Copy)]
+    struct Naive {
+        bytes: u64,
+        seconds: Option<f64>,
+        depth: f64,
+        demand: f64,
+        expected: f64,
+        state: State,
+    }
+
+    impl Naive {
+        fn worth(&self) -> f64 {
+            let bytes = self.bytes as f64;
+            let tier = 1.0 / TIER_BYTES_PER_SECOND + TENSOR_SECONDS / bytes;
+            let saved = match self.seconds {
+                Some(seconds) => seconds / bytes,
+                None => tier * (1.0 - HIDDEN_AT_THE_END * self.depth),
+            };
+            self.demand + self.expected + saved.log2()
+        }
+    }
+
     proptest! {
+        /// Whatever happens to 48 tensors, in groups that are used together or alone, both orders are those that
+        /// sorting by worth gives.
+        #[test]
+        fn the_orders_are_those_of_a_naive_ranking(
+            steps in proptest::collection::vec((0u32..12, 0u32..5, 0u8..9, 0.0f64..900.0), 1..250)
+        ) {
+            const TENSORS: u32 = 48;
+            let mut retention = Retention::new();
+            let mut naive: Vec<Naive> = (0..TENSORS)
+                .map(|i| Naive {
+                    bytes: 1000 * (1 + u64::from(i % 5)), seconds: None, depth: f64::from(i % 4) / 3.0,
+                    demand: f64::NEG_INFINITY, expected: 0.0, state: State::Absent,
+                })
+                .collect();
+            for (i, known) in naive.iter().enumerate() {
+                let tensor = key(i as u32);
+                retention.apply(Event::Catalogued { tensor, bytes: known.bytes, depth: known.depth });
+            }
+            let mut now = 0.0;
+            for (group, part, action, number) in steps {
+                now += if action == 0 { number } else { 0.0 };
+                // Four tensors together, or one of them.
+                let of = group * 4..group * 4 + 4;
+                for i in of.filter(|i| part == 4 || i % 4 == part) {
+                    let (tensor, known) = (key(i), &mut naive[i as usize]);
+                    let (event, state) = match (action, known.state) {
+                        (0, State::Idle | State::Absent) => {
+                            known.demand = log2_sum(now / HALF_LIFE_SECONDS, known.demand);
+                            (Event::Leased { tensor, at: now }, State::Leased)
+                        }
+                        (0, State::Leased) => {
+                            known.demand = log2_sum(now / HALF_LIFE_SECONDS, known.demand);
+                            (Event::Used { tensor, at: now }, State::Leased)
+                        }
+                        (1 | 2, State::Leased) => (Event::Idle { tensor }, State::Idle),
+                        (3 | 4, State::Idle) => (Event::Evicted { tensor }, State::Absent),
+                        (5, State::Absent) => (Event::Fetched { tensor }, State::Leased),
+                        (6, state) => {
+                            known.expected = (number / 300.0).floor();
+                            (Event::Expected { tensor, log2: known.expected }, state)
+                        }
+                        (7, state) => {
+                            known.seconds = Some(1e-6 * (1.0 + number.floor()));
+                            (Event::Appraised { tensor, seconds: known.seconds.unwrap() }, state)
+                        }
+                        (8, State::Absent) if number < 100.0 => {
+                            retention.apply(Event::Forgotten { tensor });
+                            (known.demand, known.expected, known.seconds) = (f64::NEG_INFINITY, 0.0, None);
+                            (Event::Catalogued { tensor, bytes: known.bytes, depth: known.depth }, State::Absent)
+                        }
+                        _ => continue,
+                    };
+                    known.state = state;
+                    retention.apply(event);
+                }
+                let worth = |tensor: &TensorKey| naive[tensor.0 as usize].worth();
+                let sorted = |state: State| {
+                    let of = |&i: &u32| {
+                        let known = &naive[i as usize];
+                        known.state == state && (state == State::Idle || known.demand > f64::NEG_INFINITY)
+                    };
+                    let mut all: Vec<TensorKey> = (0..TENSORS).filter(of).map(key).collect();
+                    all.sort_by(|a, b| worth(a).total_cmp(&worth(b)).then(a.cmp(b)));
+                    all
+                };
+                let (idle, mut absent) = (sorted(State::Idle), sorted(State::Absent));
+                absent.reverse();
+                for (order, expected) in [(retention.idle().collect::<Vec<_>>(), idle), (retention.wanted().collect(), absent)] {
+                    let (mut a, mut b) = (order.clone(), expected.clone());
+                    a.sort_unstable();
+                    b.sort_unstable();
+                    prop_assert_eq!(a, b);
+                    for (a, b) in order.iter().zip(&expected) {
+                        prop_assert_eq!(worth(a), worth(b));
+                        prop_assert_eq!(retention.log2_worth(*a), Some(worth(a)));
+                    }
+                }
+                let bytes = naive.iter().filter(|known| known.state == State::Idle).map(|known| known.bytes);
+                prop_assert_eq!(retention.idle_bytes(), bytes.sum::<u64>());
+            }
+        }
+
         /// A recorded log replays to the same victims, and the order agrees with the formula computed directly.
         #[test]
         fn a_log_replays_to_the_same_decisions(
