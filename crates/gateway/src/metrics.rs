@@ -158,7 +158,8 @@ impl Collector for NodeCollector {
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
         let counters = [
-            ("bytes_loaded", "Weight bytes brought in since the start", status.bytes_loaded_total),
+            ("bytes_loaded", "Weight bytes brought in for requests", status.bytes_loaded_total),
+            ("bytes_prefetched", "Weight bytes brought in before a request", status.bytes_prefetched_total),
             ("bytes_reused", "Weight bytes found resident by activations", status.bytes_reused_total),
             ("bytes_evicted", "Weight bytes evicted", status.bytes_evicted_total),
             ("bytes_moved", "Bytes moved inside the device to make room", status.bytes_moved_total),

@@ -253,8 +253,10 @@ pub struct NodeStatus {
     pub running: usize,
     /// Requests waiting.
     pub waiting: usize,
-    /// Weight bytes brought in since the start.
+    /// Weight bytes brought in for requests since the start.
     pub bytes_loaded_total: u64,
+    /// Weight bytes brought in before anybody asked for them, since the start.
+    pub bytes_prefetched_total: u64,
     /// Weight bytes found resident by activations since the start.
     pub bytes_reused_total: u64,
     /// Weight bytes evicted since the start.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use tangram_checkpoint::{Hash, Manifest, Role};
 use tangram_engine::{Model, TensorDesc, Weights};
-use tangram_pool::{ALIGNMENT, CatalogueEntry, Tensor, pages_alone};
+use tangram_pool::{ALIGNMENT, CatalogueEntry, Tensor, Vacancy, pages_alone};
+use tangram_store::TensorLoad;
 
 use crate::catalog::{Catalog, Deployment};
 
@@ -18,6 +19,19 @@ pub(crate) struct Location {
     pub(crate) offset: u64,
     pub(crate) chunks: Arc<[Hash]>,
     pub(crate) name: String,
+}
+
+impl Location {
+    /// The task of filling `vacancy` from here.
+    pub(crate) fn load(&self, vacancy: Vacancy) -> TensorLoad {
+        TensorLoad {
+            vacancy,
+            file: self.file.clone(),
+            offset: self.offset,
+            chunks: self.chunks.clone(),
+            name: self.name.clone(),
+        }
+    }
 }
 
 /// Everything about a deployed model that does not change while it runs. "Unique" tensors are those of the manifest

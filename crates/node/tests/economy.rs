@@ -7,6 +7,7 @@ mod common;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{config, deploy, eventually, finish, greedy, open, request, run, shared};
 use rand::{RngExt, SeedableRng};
@@ -257,6 +258,48 @@ fn a_segment_holds_the_context_that_was_promised() {
     let outcome = run(&node, request(&model, &[9; 10], model.context - 10));
     assert_eq!(outcome.tokens.len(), model.context - 10);
     all_kv_is_back(&node);
+}
+
+/// Four models of which two and a half fit, asked for in turn: in the pause before each request the node brings in what
+/// the earlier ones pushed out, and the answers stay the same.
+#[test]
+fn what_comes_next_is_brought_in_while_nobody_asks() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let large = |seed| RandomModel { seed, layers: 12, vocab: 2048, ..RandomModel::tiny(Family::Llama) };
+    let names = ["0", "1", "2", "3"];
+    for name in names {
+        write_hf_model(&sources.path().join(name), &large(name.parse().unwrap()));
+    }
+    let roomy = open(data.path(), 64 << 20);
+    let models = names.map(|name| deploy(&roomy, name, &sources.path().join(name)));
+    let alone = models.each_ref().map(|model| run(&roomy, request(model, &[5, 6, 7], 8)).tokens);
+    let weights = models[0].weight_bytes;
+    drop(roomy);
+    for backend in [Backend::Paged, Backend::Segment] {
+        let node = NodeConfig { backend, ..config(data.path(), weights * 5 / 2) };
+        let node = Node::open(node).unwrap();
+        let models = names.map(|name| node.model(name).unwrap());
+        let mut loaded = Vec::new();
+        for turn in 0..28 {
+            let outcome = run(&node, request(&models[turn % 4], &[5, 6, 7], 8));
+            assert_eq!(outcome.tokens, alone[turn % 4]);
+            loaded.push(outcome.timing.bytes_loaded);
+            if turn >= 20 {
+                // The status may be a little old while there is work.
+                let mut fetched = None;
+                loop {
+                    let now = node.status().bytes_prefetched_total;
+                    if fetched.replace(now) == Some(now) {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(120));
+                }
+            }
+        }
+        // Its last tensor may not be worth what would have to go for it, for loading it is hidden behind the others.
+        assert!(loaded[21..].iter().all(|&bytes| bytes <= weights / 4), "{backend:?}: {loaded:?}");
+        assert!(node.status().bytes_prefetched_total > weights);
+    }
 }
 
 /// A prompt that begins as an earlier one is computed from where they part, with the same tokens; the cached blocks

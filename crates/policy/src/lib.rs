@@ -6,6 +6,7 @@
 pub mod admission;
 pub mod batch;
 pub mod eviction;
+pub mod expectation;
 pub mod packing;
 pub mod placement;
 pub mod prefetch;
@@ -16,6 +17,7 @@ pub mod stall;
 
 pub use admission::{Admission, Attempt};
 pub use batch::{Runnable, Share, compose};
+pub use expectation::Expectations;
 pub use prefetch::Forecast;
 pub use prefix::PrefixUse;
 pub use retention::{Event, Retention, TensorKey};

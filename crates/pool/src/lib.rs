@@ -6,6 +6,7 @@
 //!
 //! The pool has one owner and no locks; only filling a tensor happens on other threads, through [`Part`]s.
 
+mod fetch;
 mod kv;
 mod paged;
 mod pages;
@@ -15,6 +16,7 @@ mod room;
 mod segment;
 mod tensor;
 
+pub use fetch::Fetch;
 pub use kv::{BlockHash, KvKey, Prefix};
 pub use pool::{Activation, CatalogueEntry, Lease, Logged, Pool, PoolStats, Shortage, pages_alone};
 pub use room::{ALIGNMENT, Backend, KvReserve};

@@ -219,17 +219,24 @@ impl Pool {
         let groups = self.groups(missing);
         // What has to be free may change as tensors that share a page with the wanted ones go.
         self.free_pages(|| pages_needed(&groups))?;
+        let needed = pages_needed(&groups);
+        let short = |pool: &mut Pool| pool.paged().map_or(Shortage::NOTHING, |paged| paged.shortage(needed));
+        self.claim_paged(missing).ok_or_else(|| short(self))
+    }
+
+    /// Bytes of pages that an absent tensor needs and that are not there yet.
+    pub(crate) fn bytes_needed_paged(&self, key: TensorKey) -> u64 {
+        (pages_needed(&self.groups(&[key])) * self.memory.page_bytes()) as u64
+    }
+
+    /// Claims the places of absent tensors, if there are pages for all of them.
+    pub(crate) fn claim_paged(&mut self, keys: &[TensorKey]) -> Option<HashMap<TensorKey, Extent>> {
         let mut extents = HashMap::new();
-        for Group { arena, keys, claims } in groups {
-            match arena.claim_all(&claims, Contents::Overwritten) {
-                Ok(claimed) => extents.extend(keys.into_iter().zip(claimed)),
-                Err(_) => {
-                    let needed = arena.pages_needed(&claims);
-                    return Err(self.paged().map_or(Shortage::NOTHING, |paged| paged.shortage(needed)));
-                }
-            }
+        for Group { arena, keys, claims } in self.groups(keys) {
+            let claimed = arena.claim_all(&claims, Contents::Overwritten).ok()?;
+            extents.extend(keys.into_iter().zip(claimed));
         }
-        Ok(extents)
+        Some(extents)
     }
 
     /// Evicts until as many pages are free as `needed` says.

@@ -14,7 +14,7 @@ use crate::paged::Paged;
 use crate::prefix::PublishedBlock;
 use crate::room::{Backend, Home, KvReserve, KvSpace, Place, Room};
 use crate::segment::Segment;
-use crate::tensor::{Tensor, Vacancy};
+use crate::tensor::{LoadFailure, Tensor, Vacancy};
 
 /// A tensor as the catalogue knows it.
 #[derive(Clone, Debug)]
@@ -65,20 +65,26 @@ pub(crate) struct Slot {
     pub(crate) offset: usize,
     pub(crate) bytes: usize,
     /// Models that have it.
-    models: u32,
+    pub(crate) models: u32,
     /// Leases on it.
-    leases: u32,
+    pub(crate) leases: u32,
     place: Place,
+    /// Whether its bytes could not be read, so that trying again is for a request to do.
+    pub(crate) damaged: bool,
     pub(crate) tensor: Option<Arc<Tensor>>,
 }
 
 /// The right to use a set of tensors. Give it back with [`Pool::release`].
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Lease {
     tensors: Vec<Arc<Tensor>>,
 }
 
 impl Lease {
+    pub(crate) fn push(&mut self, tensor: Arc<Tensor>) {
+        self.tensors.push(tensor);
+    }
+
     /// The tensors, in the order of the keys that were asked for.
     pub fn tensors(&self) -> &[Arc<Tensor>] {
         &self.tensors
@@ -110,6 +116,15 @@ pub enum Logged {
         /// What it chose to evict.
         victims: Vec<TensorKey>,
     },
+    /// The policy was asked what may go for a tensor that nobody has asked for.
+    AskedFor {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Bytes wanted.
+        shortage: u64,
+        /// What it chose to evict.
+        victims: Vec<TensorKey>,
+    },
 }
 
 /// Accounts of the pool, all in bytes unless named otherwise.
@@ -125,8 +140,10 @@ pub struct PoolStats {
     pub kv_blocks: u64,
     /// KV blocks that no sequence uses, kept as cached prefixes.
     pub kv_cached_bytes: u64,
-    /// Brought in since the start.
+    /// Brought in for requests since the start.
     pub loaded_total: u64,
+    /// Brought in before anybody asked, since the start.
+    pub fetched_total: u64,
     /// Found resident since the start.
     pub reused_total: u64,
     /// Evicted since the start.
@@ -227,7 +244,7 @@ impl Pool {
 
     pub(crate) fn apply(&mut self, event: Event) {
         match event {
-            Event::Leased { tensor, .. } => self.set_place(tensor, Place::Pinned),
+            Event::Leased { tensor, .. } | Event::Fetched { tensor } => self.set_place(tensor, Place::Pinned),
             Event::Idle { tensor } => self.set_place(tensor, Place::Idle),
             Event::Evicted { tensor } => self.set_place(tensor, Place::Absent),
             _ => {}
@@ -287,6 +304,7 @@ impl Pool {
                         models: 0,
                         leases: 0,
                         place: Place::Absent,
+                        damaged: false,
                         tensor: None,
                     });
                     self.by_id.insert(entry.id, key);
@@ -417,6 +435,7 @@ impl Pool {
                 if let Some(slot) = self.slot_mut(key) {
                     slot.tensor = Some(tensor.clone());
                     slot.leases = 1;
+                    slot.damaged = false;
                 }
                 self.stats.resident_bytes += tensor.len() as u64;
                 self.stats.leased_bytes += tensor.len() as u64;
@@ -481,6 +500,7 @@ impl Pool {
             // While the loader still holds the tensor its bytes are in flight, or it is just letting go.
             let alone = Arc::strong_count(tensor) == 1;
             let (ready, failed) = (tensor.is_ready(), tensor.failure().is_some());
+            let damaged = matches!(tensor.failure(), Some(LoadFailure::Failed(_)));
             if ready && alone {
                 self.apply(Event::Idle { tensor: key });
                 if self.slot(key).is_some_and(|slot| slot.models == 0) {
@@ -492,6 +512,7 @@ impl Pool {
             } else if failed {
                 if let Some(slot) = self.slot_mut(key) {
                     slot.tensor = None;
+                    slot.damaged = damaged;
                     self.stats.resident_bytes -= self.slot(key).map_or(0, |slot| slot.bytes as u64);
                 }
                 self.apply(Event::Evicted { tensor: key });
@@ -503,7 +524,7 @@ impl Pool {
     }
 
     /// What could be evicted, least worth first.
-    fn candidates(&self) -> impl Iterator<Item = Candidate> {
+    pub(crate) fn candidates(&self) -> impl Iterator<Item = Candidate> {
         self.retention.idle().filter_map(|tensor| {
             let log2_worth = self.retention.log2_worth(tensor)?;
             let block = self.published.get(&tensor).map(|block| block.extent.len());
@@ -516,9 +537,18 @@ impl Pool {
     /// `false` if there is nothing.
     pub(crate) fn evict_bytes(&mut self, shortage: u64) -> bool {
         let victims = eviction::choose(self.candidates(), shortage);
+        self.record(|| Logged::Asked { shortage, victims: victims.clone() });
+        self.evict_all(victims)
+    }
+
+    pub(crate) fn record(&mut self, what: impl FnOnce() -> Logged) {
         if let Some(log) = &mut self.log {
-            log.push(Logged::Asked { shortage, victims: victims.clone() });
+            log.push(what());
         }
+    }
+
+    /// Evicts what was chosen; `false` if nothing was.
+    pub(crate) fn evict_all(&mut self, victims: Vec<TensorKey>) -> bool {
         let mut freed = Vec::new();
         for victim in victims {
             self.evict(victim, &mut freed);

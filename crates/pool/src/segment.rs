@@ -271,23 +271,35 @@ impl Pool {
         }
         let sizes = self.sizes(missing, reserve);
         let placements = self.pack(&sizes, own)?;
-        let mut claims = vec![Claim { offset: 0, len: 0 }; missing.len()];
-        for (index, offset) in placements {
-            if let Some(claim) = claims.get_mut(index) {
-                *claim = Claim { offset: offset as usize, len: sizes[index] };
+        self.claim_placements(missing, &placements).ok_or(Shortage::NOTHING)
+    }
+
+    /// Claims places for absent tensors, if that takes no eviction.
+    pub(crate) fn claim_segment(&mut self, keys: &[TensorKey]) -> Option<HashMap<TensorKey, Extent>> {
+        let sizes = self.sizes(keys, &[]);
+        let placements = self.pack_once(&sizes, &[])?.ok()?;
+        self.claim_placements(keys, &placements)
+    }
+
+    fn claim_placements(
+        &mut self,
+        keys: &[TensorKey],
+        placements: &[(usize, u64)],
+    ) -> Option<HashMap<TensorKey, Extent>> {
+        let mut claims = vec![Claim { offset: 0, len: 0 }; keys.len()];
+        for &(index, offset) in placements {
+            if let (Some(claim), Some(&key)) = (claims.get_mut(index), keys.get(index)) {
+                *claim = Claim { offset: offset as usize, len: self.slot(key)?.bytes };
             }
         }
-        let arena = match &self.room {
-            Room::Segment(segment) => segment.arena.clone(),
-            Room::Paged(_) => return Err(Shortage::NOTHING),
-        };
-        let extents = arena.claim_all(&claims, Contents::Overwritten).map_err(|_| Shortage::NOTHING)?;
-        for (&key, claim) in missing.iter().zip(&claims) {
+        let arena = self.segment()?.arena.clone();
+        let extents = arena.claim_all(&claims, Contents::Overwritten).ok()?;
+        for (&key, claim) in keys.iter().zip(&claims) {
             if let Some(slot) = self.slot_mut(key) {
                 slot.offset = claim.offset;
             }
         }
-        Ok(missing.iter().copied().zip(extents).collect())
+        Some(keys.iter().copied().zip(extents).collect())
     }
 
     /// Evicts and moves until `sizes` fit; gives the place of each.
@@ -295,16 +307,9 @@ impl Pool {
         let needed: usize = sizes.iter().copied().map(footprint).sum();
         let mut more = sizes.iter().copied().max().unwrap_or(0);
         loop {
-            let Some(segment) = self.segment() else { return Err(Shortage::NOTHING) };
-            let movable = |resident: &Resident| {
-                Some(resident.idle || resident.owner.is_some_and(|key| own.binary_search(&key).is_ok()))
-            };
-            let free = segment.free;
-            let plan = if free < needed { None } else { segment.plan(movable, sizes.iter().copied()) };
-            if let Some(packing) = plan {
-                let (moves, placements) = (packing.moves.clone(), packing.placements.clone());
-                self.carry_out(&moves)?;
-                return Ok(placements);
+            let free = self.segment().map_or(0, |segment| segment.free);
+            if let Some(placements) = self.pack_once(sizes, own) {
+                return placements;
             }
             // Where the bytes would do but lie on the wrong sides of what is leased, more has to go, and then more.
             let shortage = if free < needed { needed - free } else { more };
@@ -313,6 +318,24 @@ impl Pool {
                 return Err(self.segment().map_or(Shortage::NOTHING, |segment| segment.shortage(needed)));
             }
         }
+    }
+
+    /// Moves residents so that `sizes` fit as things are; gives the place of each, or `None` if that is not possible.
+    fn pack_once(
+        &mut self,
+        sizes: &[usize],
+        own: &[TensorKey],
+    ) -> Option<Result<Vec<(usize, u64)>, Shortage>> {
+        let segment = self.segment()?;
+        if segment.free < sizes.iter().copied().map(footprint).sum() {
+            return None;
+        }
+        let movable = |resident: &Resident| {
+            Some(resident.idle || resident.owner.is_some_and(|key| own.binary_search(&key).is_ok()))
+        };
+        let packing = segment.plan(movable, sizes.iter().copied())?;
+        let (moves, placements) = (packing.moves.clone(), packing.placements.clone());
+        Some(self.carry_out(&moves).map(|()| placements))
     }
 
     fn carry_out(&mut self, moves: &[Move]) -> Result<(), Shortage> {

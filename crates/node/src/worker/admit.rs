@@ -7,7 +7,6 @@ use std::time::Instant;
 use tangram_policy::pressure::{self, Growing};
 use tangram_policy::{Attempt, TensorKey};
 use tangram_pool::KvReserve;
-use tangram_store::TensorLoad;
 
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
@@ -95,9 +94,15 @@ impl Worker {
                 reused = entry.plan.unique_bytes();
             }
             None => {
-                let Ok(activation) = self.pool.activate(&entry.keys, &reserve, seconds) else {
-                    return Err(sequence);
-                };
+                let mut activation = self.pool.activate(&entry.keys, &reserve, seconds);
+                if let Some(lease) = self.prefetching.take() {
+                    // What this request does not share of it is given up.
+                    self.pool.release(lease);
+                    if activation.is_err() {
+                        activation = self.pool.activate(&entry.keys, &reserve, seconds);
+                    }
+                }
+                let Ok(activation) = activation else { return Err(sequence) };
                 loaded += activation.bytes_loaded;
                 reused += activation.bytes_reused;
                 self.activations += 1;
@@ -106,13 +111,7 @@ impl Worker {
                     if missing { entry.keys.iter().copied().zip(0..).collect() } else { HashMap::new() };
                 let loads = activation.missing.into_iter().filter_map(|vacancy| {
                     let location = entry.plan.locations.get(*locations.get(&vacancy.tensor().key())?)?;
-                    Some(TensorLoad {
-                        vacancy,
-                        file: location.file.clone(),
-                        offset: location.offset,
-                        chunks: location.chunks.clone(),
-                        name: location.name.clone(),
-                    })
+                    Some(location.load(vacancy))
                 });
                 self.store.load(loads.collect(), &self.wake);
                 entry.active = Some(Active {
@@ -148,6 +147,7 @@ impl Worker {
         entry.waiting -= 1;
         self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         if sequence.admitted.is_none() {
+            self.expectations.observe(sequence.model as u32);
             sequence.admitted = Some(now);
             sequence.timing.queue = now.duration_since(sequence.submitted);
             sequence.timing.cached_tokens = sequence.computed as u64;

@@ -6,6 +6,7 @@
 
 mod admit;
 mod end;
+mod prefetch;
 mod status;
 mod step;
 
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tangram_engine::{Executor, Pass};
-use tangram_policy::{Admission, PrefixUse, Share, TensorKey};
+use tangram_policy::{Admission, Expectations, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
 use tangram_store::{Store, Wake};
 
@@ -28,6 +29,10 @@ use crate::swap::HostMemory;
 
 /// How long the loop sleeps at most when nothing can go on; every event that matters wakes it before.
 const IDLE_WAIT: Duration = Duration::from_millis(500);
+
+/// How long a busy loop goes on with what was expected before. Telling the pool takes a step for every tensor of the
+/// models concerned.
+const TELLING_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What the loop is told.
 pub(crate) enum Command {
@@ -93,6 +98,11 @@ pub(crate) struct Worker {
     store: Arc<Store>,
     models: Vec<Option<ModelEntry>>,
     queue: Admission<Box<Sequence>>,
+    expectations: Expectations,
+    /// What is being brought in before anybody asks for it.
+    prefetching: Option<Lease>,
+    /// For every catalogued tensor a model that has it, and its place among the model's tensors.
+    located: HashMap<TensorKey, (usize, usize)>,
     epoch: Instant,
     wake: Wake,
     wake_pending: Arc<AtomicBool>,
@@ -101,6 +111,7 @@ pub(crate) struct Worker {
     activations: u64,
     cached_tokens: u64,
     published: Instant,
+    told: Instant,
     stopping: bool,
 }
 
@@ -132,6 +143,9 @@ impl Worker {
             store,
             models: Vec::new(),
             queue: Admission::default(),
+            expectations: Expectations::new(),
+            prefetching: None,
+            located: HashMap::new(),
             epoch: now,
             wake,
             wake_pending,
@@ -140,6 +154,7 @@ impl Worker {
             activations: 0,
             cached_tokens: 0,
             published: now,
+            told: now,
             stopping: false,
         };
         worker.publish(true);
@@ -159,11 +174,19 @@ impl Worker {
                 }
             }
             self.keep_headroom();
+            if !advanced || self.told.elapsed() >= TELLING_INTERVAL {
+                self.told = Instant::now();
+                self.tell_expectations();
+            }
+            if !advanced {
+                self.prefetch();
+            }
             self.publish(!advanced);
             if !advanced && !self.stopping {
                 self.wait();
             }
         }
+        self.end_prefetch();
         self.fail_everything();
         self.publish(true);
     }
@@ -244,6 +267,7 @@ impl Worker {
         if self.models.len() <= index {
             self.models.resize_with(index + 1, || None);
         }
+        self.located.extend(keys.iter().zip(0..).map(|(&key, place)| (key, (index, place))));
         self.models[index] = Some(ModelEntry {
             deployed,
             plan,
@@ -263,7 +287,16 @@ impl Worker {
         if self.models.get(model).and_then(Option::as_ref).is_some_and(over)
             && let Some(entry) = self.models[model].take()
         {
+            self.end_prefetch();
+            self.expectations.forget(model as u32);
             self.pool.forget(&entry.keys);
+            self.located.retain(|_, &mut (at, _)| at != model);
+            let others = self.models.iter().enumerate();
+            for (at, entry) in others.filter_map(|(at, entry)| Some((at, entry.as_ref()?))) {
+                for (&key, place) in entry.keys.iter().zip(0..) {
+                    self.located.entry(key).or_insert((at, place));
+                }
+            }
             if let Some(kv) = entry.kv {
                 self.pool.remove_kv(kv);
             }

@@ -41,6 +41,7 @@ impl Worker {
             bytes_loaded_total: stats.loaded_total,
             bytes_reused_total: stats.reused_total,
             bytes_evicted_total: stats.evicted_total,
+            bytes_prefetched_total: stats.fetched_total,
             bytes_moved_total: stats.moved_total,
             preemptions_total: self.preemptions,
             swaps_total: self.swaps,

@@ -311,6 +311,13 @@ fn a_model_whose_files_find_no_addresses_leaves_nothing_behind() {
     world.check(&lease);
 }
 
+fn candidates(retention: &Retention, sizes: &BTreeMap<TensorKey, u64>) -> impl Iterator<Item = Candidate> {
+    retention.idle().map(|tensor| {
+        let log2_worth = retention.log2_worth(tensor).unwrap();
+        Candidate { tensor, bytes: sizes[&tensor], log2_worth }
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// Random activations, releases, KV blocks and removals over models that share tensors: every leased byte is
@@ -319,7 +326,7 @@ proptest! {
     fn the_pool_keeps_every_leased_byte(
         sizes in proptest::collection::vec(1usize..3 * PAGE, 12),
         models in proptest::collection::vec(proptest::collection::btree_set(0usize..12, 1..6), 6),
-        steps in proptest::collection::vec((0u8..9, any::<proptest::sample::Index>()), 1..120),
+        steps in proptest::collection::vec((0u8..11, any::<proptest::sample::Index>()), 1..120),
         backend in prop_oneof![Just(Backend::Paged), Just(Backend::Segment)],
     ) {
         let mut world = World::on(backend, 14);
@@ -377,6 +384,18 @@ proptest! {
                     let prefix = prefixes.swap_remove(index.index(prefixes.len()));
                     world.pool.release_prefix(prefix);
                 }
+                9 => {
+                    let model = index.index(keys.len());
+                    world.pool.expect(&keys[model], |models| (step % 7) as f64 - models as f64);
+                }
+                10 => if let Some(fetch) = world.pool.fetch(1 + index.index(4 * PAGE) as u64) {
+                    for (i, vacancy) in fetch.missing.into_iter().enumerate() {
+                        let id = world.pool.slot(vacancy.tensor().key()).unwrap().id.0[0];
+                        // Some are let go of before they are there.
+                        if (step + i) % 5 > 0 { fill(vacancy, id) }
+                    }
+                    world.pool.release(fetch.lease);
+                },
                 _ => {}
             }
             for prefix in &prefixes {
@@ -432,10 +451,12 @@ proptest! {
                     replayed.apply(*event);
                 }
                 Logged::Asked { shortage, victims } => {
-                    let candidates = replayed.idle().map(|tensor| Candidate {
-                        tensor, bytes: sizes[&tensor], log2_worth: replayed.log2_worth(tensor).unwrap()
-                    });
-                    prop_assert_eq!(&eviction::choose(candidates, *shortage), victims);
+                    prop_assert_eq!(&eviction::choose(candidates(&replayed, &sizes), *shortage), victims);
+                }
+                Logged::AskedFor { tensor, shortage, victims } => {
+                    let worth = replayed.log2_worth(*tensor).unwrap();
+                    let chosen = tangram_policy::prefetch::room(candidates(&replayed, &sizes), *shortage, worth);
+                    prop_assert_eq!(chosen.as_ref(), Some(victims));
                 }
             }
         }

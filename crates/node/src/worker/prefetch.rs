@@ -1,0 +1,69 @@
+//! When nobody asks for anything: what is expected next is brought in, a few tensors at a time.
+//!
+//! Never takes anything from a request: it runs only while none is there (on this device copying and computing take the
+//! same cores), and lets go when one comes.
+
+use tangram_store::TensorLoad;
+
+use super::Worker;
+
+/// Bytes brought in at a time. A request that comes meanwhile waits for no more than that.
+const BATCH_BYTES: u64 = 16 << 20;
+
+impl Worker {
+    /// Tells the pool what is expected of the models, where that has changed.
+    pub(super) fn tell_expectations(&mut self) {
+        let mut waiting: Vec<u32> = Vec::new();
+        for sequence in self.queue.iter() {
+            let model = sequence.model as u32;
+            let active = |entry: &super::ModelEntry| entry.active.is_some();
+            if !waiting.contains(&model) && !self.models[sequence.model].as_ref().is_some_and(active) {
+                waiting.push(model);
+            }
+            if waiting.len() == MOST_AWAITED {
+                break;
+            }
+        }
+        self.expectations.await_models(&waiting);
+        for model in self.expectations.take_changed() {
+            if let Some(Some(entry)) = self.models.get(model as usize) {
+                self.pool.expect(&entry.keys, |owners| self.expectations.log2(model, owners));
+            }
+        }
+    }
+
+    /// Starts the next piece of prefetching if there is nothing else to do.
+    pub(super) fn prefetch(&mut self) {
+        if !self.queue.is_empty() || self.models.iter().flatten().any(|entry| entry.active.is_some()) {
+            return;
+        }
+        if let Some(lease) = &self.prefetching
+            && lease.tensors().iter().any(|tensor| !tensor.is_ready() && tensor.failure().is_none())
+        {
+            return;
+        }
+        self.end_prefetch();
+        let Some(fetch) = self.pool.fetch(BATCH_BYTES) else { return };
+        let loads: Vec<TensorLoad> = fetch
+            .missing
+            .into_iter()
+            .filter_map(|vacancy| {
+                let &(model, index) = self.located.get(&vacancy.tensor().key())?;
+                let location = self.models.get(model)?.as_ref()?.plan.locations.get(index)?;
+                Some(location.load(vacancy))
+            })
+            .collect();
+        self.store.load(loads, &self.wake);
+        self.prefetching = Some(fetch.lease);
+    }
+
+    /// Gives up what has not arrived and nobody else wants.
+    pub(super) fn end_prefetch(&mut self) {
+        if let Some(lease) = self.prefetching.take() {
+            self.pool.release(lease);
+        }
+    }
+}
+
+/// Waiting models that are looked at; those further back have time.
+const MOST_AWAITED: usize = 6;
