@@ -123,13 +123,25 @@ impl Store {
             }
         };
         drop(queue);
-        let store = self.clone();
+        let next = Next { store: self.clone(), stream };
         if let Some(worker) = self.memory.streams().get(stream) {
             worker.submit(Box::new(move || {
+                let _next = next;
                 run(job);
-                store.feed(stream);
             }));
         }
+    }
+}
+
+/// Feeds a stream again when its part is over, however that ended: a stream that is not fed is lost to all loads.
+struct Next {
+    store: Arc<Store>,
+    stream: usize,
+}
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        self.store.feed(self.stream);
     }
 }
 
@@ -297,6 +309,28 @@ mod tests {
             panic!("must fail")
         };
         assert!(message.contains("cannot be opened"), "{message}");
+    }
+
+    #[test]
+    fn a_panic_on_the_way_loses_no_stream() {
+        let mut world = world(&[1000, 1000, 1000, 1000, 1000]);
+        let activation = world.pool.activate(&world.keys, 0, 0.0).unwrap();
+        let mut vacancies = activation.missing.into_iter().enumerate();
+        let load = |i: usize, vacancy: Vacancy| TensorLoad {
+            file: world.path.clone(),
+            offset: world.offsets[i],
+            chunks: [Hash(*blake3::hash(&world.data[i]).as_bytes())].into(),
+            name: format!("t{i}"),
+            vacancy,
+        };
+        let bad: Wake = Arc::new(|| panic!("expected by the test"));
+        let loads = vacancies.by_ref().take(4).map(|(i, vacancy)| load(i, vacancy)).collect();
+        world.store.load(loads, &bad);
+        let (woken, wait) = std::sync::mpsc::channel();
+        let good: Wake = Arc::new(move || woken.send(()).unwrap());
+        world.store.load(vacancies.map(|(i, vacancy)| load(i, vacancy)).collect(), &good);
+        wait.recv_timeout(Duration::from_secs(30)).expect("the streams go on");
+        assert!(activation.lease.tensors()[4].is_ready());
     }
 
     #[test]
