@@ -240,7 +240,8 @@ impl Worker {
                 self.retire_if_over(model);
             }
             Command::Wake => {
-                self.wake_pending.store(false, Ordering::Release);
+                // A swap and no store: whoever found the flag set before this has its arrival seen after it.
+                self.wake_pending.swap(false, Ordering::AcqRel);
             }
             Command::Stop => self.stopping = true,
         }
