@@ -258,13 +258,22 @@ impl Pool {
             let Some(paged) = self.paged() else { return Err(Shortage::NOTHING) };
             match paged.take_blocks(key, count) {
                 Ok(blocks) => return Ok(blocks),
-                Err(DeviceError::OutOfPages { needed, .. }) => {
-                    paged.check_pages(needed)?;
-                    self.free_pages(|| needed)?;
-                }
+                Err(DeviceError::OutOfPages { needed, .. }) => match paged.check_pages(needed) {
+                    Ok(()) => self.free_pages(|| needed)?,
+                    Err(shortage) if !self.evict_cached(key) => return Err(shortage),
+                    Err(_) => {}
+                },
                 Err(_) => return Err(Shortage::NOTHING),
             }
         }
+    }
+
+    /// Evicts the cached block of this model that is worth least; `false` if there is none. Where blocks are smaller than a
+    /// page, cached ones share pages with blocks in use: evicting them frees no page, but each is room for one.
+    fn evict_cached(&mut self, key: KvKey) -> bool {
+        let own = |block: &TensorKey| self.published.get(block).is_some_and(|block| block.kv == key);
+        let victim = self.retention.idle().find(own);
+        victim.is_some_and(|victim| self.evict_all(vec![victim]))
     }
 
     pub(crate) fn can_reserve_paged(&mut self, reserve: &[KvReserve]) -> bool {

@@ -314,7 +314,7 @@ mod tests {
     #[test]
     fn a_panic_on_the_way_loses_no_stream() {
         let mut world = world(&[1000, 1000, 1000, 1000, 1000]);
-        let activation = world.pool.activate(&world.keys, 0, 0.0).unwrap();
+        let activation = world.pool.activate(&world.keys, &[], 0.0).unwrap();
         let mut vacancies = activation.missing.into_iter().enumerate();
         let load = |i: usize, vacancy: Vacancy| TensorLoad {
             file: world.path.clone(),

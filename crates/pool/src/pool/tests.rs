@@ -217,6 +217,34 @@ fn forgetting_a_model_frees_what_only_it_had() {
     assert!(matches!(&world.pool.room, Room::Paged(paged) if paged.is_empty()));
 }
 
+/// Blocks smaller than a page: every page holds one in use, so no page can be had, but a cached one makes room.
+#[test]
+fn a_cached_block_makes_room_for_one_of_its_model_even_where_it_frees_no_page() {
+    let mut world = World::new(2);
+    let kv = world.pool.add_kv(Hash([1; 32]), PAGE / 2).unwrap();
+    let mut blocks: Vec<Extent> = world.pool.take_kv(kv, 4).unwrap();
+    for (hash, index) in [(1, 2), (2, 0)] {
+        let mut block = blocks.remove(index);
+        block.host_bytes_mut().unwrap().fill(0x5e);
+        let mut prefix = crate::Prefix::default();
+        world.pool.publish(kv, &mut prefix, [hash; 32], block, 0.01 * f64::from(hash), 0.0);
+        world.pool.release_prefix(prefix);
+    }
+    assert!(!world.pool.has_room(&[KvReserve { kv, blocks: 1 }]));
+    for left in [1, 0] {
+        let block = world.pool.take_kv(kv, 1).unwrap().pop().unwrap();
+        assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == 0), "leftovers in a block");
+        blocks.push(block);
+        assert_eq!(world.pool.stats().kv_cached_bytes, left * PAGE as u64 / 2);
+        let prefix = world.pool.lease_prefix(kv, &[[2; 32]], 0.01, 1.0);
+        assert_eq!(prefix.len(), left as usize, "the one that is worth less goes first");
+        world.pool.release_prefix(prefix);
+    }
+    assert!(world.pool.take_kv(kv, 1).is_err());
+    world.pool.give_kv(kv, blocks);
+    assert_eq!(world.pool.memory().free_pages(), 2);
+}
+
 /// The one page of the idle tensor is shared with the tensor that is asked for, so evicting it would gain nothing.
 #[test]
 fn a_page_that_is_shared_with_an_idle_neighbour_is_not_counted_as_room() {
