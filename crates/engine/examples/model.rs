@@ -1,6 +1,8 @@
-//! Speed of whole forward passes with random weights in the shape of Qwen2.5-0.5B: `model [threads] [type]`.
+//! Speed of whole forward passes with random weights in the shape of Qwen2.5-0.5B, and what the measured rates of the
+//! kernels predict: `model [threads] [type]`.
 
 use std::error::Error;
+use std::ops::Range;
 use std::time::Instant;
 
 use tangram_checkpoint::{
@@ -8,7 +10,7 @@ use tangram_checkpoint::{
 };
 use tangram_device::cpu::CpuDevice;
 use tangram_device::{Arena, Extent};
-use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, TensorDesc, Weights};
+use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, Rates, TensorDesc, Weights};
 
 struct Bytes(Vec<Vec<u8>>);
 
@@ -68,6 +70,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = Model::new(spec, &descs)?;
     let weights = Bytes(bytes);
     let executor = Executor::new(threads);
+    let start = Instant::now();
+    let mut rates = Rates::measure(&executor);
+    rates.measure_weights(&executor, &[dtype, DType::F32]);
+    println!("rates measured in {:.0} ms", start.elapsed().as_secs_f64() * 1e3);
+    let predicted = |chunks: &[Range<usize>]| -> Option<f64> {
+        model.work(chunks, chunks.len()).iter().map(|stage| rates.seconds(stage)).sum()
+    };
     let block_bytes = model.kv().ok_or("no KV layout")?.block_bytes;
     let memory = CpuDevice::open(1 << 30, 2 << 20)?;
     let arena = Arena::reserve(memory, 1 << 30)?;
@@ -93,7 +102,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             executor.recycle(pass);
             best = best.min(start.elapsed().as_secs_f64());
         }
-        println!("prefill {count:4}: {:8.1} tokens/s", count as f64 / best);
+        let predicted = predicted(&[0..count]).ok_or("a type without a rate")?;
+        println!(
+            "prefill {count:4}: {:8.1} tokens/s ({:.1} predicted)",
+            count as f64 / best,
+            count as f64 / predicted
+        );
     }
     for batch in [1, 4, 8] {
         let mut blocks = (0..batch).map(|_| sequence(256)).collect::<Result<Vec<_>, _>>()?;
@@ -110,10 +124,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         times.sort_by(f64::total_cmp);
         let (best, median) = (times[0], times[times.len() / 2]);
+        let predicted = predicted(&vec![116..117; batch]).ok_or("a type without a rate")?;
         println!(
-            "decode of {batch}: {:8.1} tokens/s (best {:.1}, {:.1} GB/s)",
+            "decode of {batch}: {:8.1} tokens/s (best {:.1}, {:.1} predicted, {:.1} GB/s)",
             batch as f64 / median,
             batch as f64 / best,
+            batch as f64 / predicted,
             weight_bytes as f64 / best / 1e9
         );
     }

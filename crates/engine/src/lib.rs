@@ -4,13 +4,17 @@
 //! here keeps: **a sequence's results are bit-identical whatever else is in the batch, however its prompt was cut
 //! into chunks, and however many threads there are.**
 
+mod cost;
 mod executor;
 mod forward;
 pub mod kernels;
 mod model;
 pub mod pool;
+mod rates;
 pub mod sampling;
 
+pub use cost::{PassShape, StageWork, WeightWork};
 pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights};
 pub use kernels::kv::KvBlocks;
 pub use model::{KvLayout, Model, ModelError, TensorDesc};
+pub use rates::Rates;

@@ -237,45 +237,6 @@ impl Model {
         self.kv
     }
 
-    /// Bytes of activations and outputs that a pass over `tokens` tokens with `logit_rows` rows of logits (for
-    /// embedding models: sequences) holds. The executor's own per-thread memory, below 1 MiB per thread for contexts
-    /// up to some 10,000 tokens, is not included.
-    pub fn scratch_bytes(&self, tokens: usize, logit_rows: usize) -> usize {
-        self.activation_elements(tokens, logit_rows).iter().sum::<usize>() * size_of::<f32>()
-    }
-
-    /// Elements of what a pass holds.
-    pub(crate) fn activation_elements(&self, tokens: usize, output_rows: usize) -> [usize; 15] {
-        let spec = &self.spec;
-        let queries = spec.heads * spec.head_dim;
-        let keys = spec.kv_heads * spec.head_dim;
-        let inner = spec.experts.as_ref().map_or(0, |experts| experts.intermediate);
-        let dense = self.layers.iter().any(|layer| matches!(layer.mlp, MlpTensors::Dense(_)));
-        let inner = if dense { inner.max(spec.intermediate) } else { inner };
-        let widest = spec.hidden.max(queries).max(inner).next_multiple_of(32);
-        let rows = tokens.max(output_rows);
-        let apart = spec.norm_placement == NormPlacement::Sandwich || spec.parallel_residual;
-        let (routed, experts) = spec.experts.as_ref().map_or((0, 0), |experts| (tokens, experts.count));
-        let local_pairs = self.local_rotation.as_ref().map_or(0, |rotation| rotation.frequencies.len());
-        [
-            tokens * spec.hidden,
-            rows * spec.hidden.max(queries),
-            tokens * queries,
-            tokens * keys,
-            tokens * keys,
-            tokens * inner,
-            if spec.mlp.gated() { tokens * inner } else { 0 },
-            rows * widest,
-            tokens * self.rotation.frequencies.len() * 2,
-            tokens * local_pairs * 2,
-            if apart || routed > 0 { tokens * spec.hidden } else { 0 },
-            tokens * experts,
-            routed * spec.hidden,
-            routed * spec.hidden,
-            output_rows * self.output_width(),
-        ]
-    }
-
     /// Elements of an output row.
     pub(crate) fn output_width(&self) -> usize {
         match self.spec.output {

@@ -107,6 +107,14 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Bytes of scratch memory that the threads hold.
+    pub fn scratch_bytes(&self) -> usize {
+        let _running = lock(&self.running);
+        // SAFETY: `running` is held, so no job is open, and `run` returned only after all workers had left the last
+        // one: nobody touches the buffers. What the workers did to them happened before they left.
+        self.shared.scratch.iter().map(|buffer| unsafe { &*buffer.get() }.bytes()).sum()
+    }
+
     /// Runs `body(task, scratch)` for every task in `0..tasks`, in any order, each on one thread with at least
     /// `scratch` elements of that thread's scratch memory, and returns when all are done. `work` is roughly the number
     /// of vector operations of all tasks together; little work is done by the caller alone. A panic of a task is

@@ -217,6 +217,19 @@ pub fn attend(
     });
 }
 
+/// The pieces that take most scratch memory among those of sequences of up to `longest` tokens: how many tokens they
+/// have and how many positions the last of them looks at.
+pub(crate) fn pieces(group: usize, longest: usize) -> impl Iterator<Item = (usize, usize)> {
+    // A piece has one token whatever the length; more than that as long as their scores are not too many.
+    let ends = (2..=MAX_TOKENS).map(move |tokens| (tokens, longest.min(SCORE_BYTES / (4 * group * tokens))));
+    std::iter::once((1, longest)).chain(ends)
+}
+
+/// Elements of scratch memory for a task of `rows` query rows (tokens × heads of a group) that look at `positions`.
+pub(crate) fn piece_scratch(rows: usize, head_dim: usize, positions: usize) -> usize {
+    Memory::new(rows, head_dim.next_multiple_of(LANES), positions).total()
+}
+
 /// How a task divides its scratch memory.
 #[derive(Clone, Copy)]
 struct Memory {

@@ -45,6 +45,11 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
     }
 
+    /// Bytes that a buffer for `len` elements holds.
+    pub const fn bytes_for(len: usize) -> usize {
+        len.div_ceil(LINE) * size_of::<Line>()
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.lines.capacity() * size_of::<Line>()

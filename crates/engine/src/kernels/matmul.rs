@@ -117,28 +117,34 @@ pub fn matmul<const N: usize>(
         return;
     }
 
-    let padded = columns.next_multiple_of(GROUP);
     let groups = Groups { tokens, count: tokens.div_ceil(PANEL_TOKENS) };
-    let packed = packed.get_mut(tokens * padded);
+    let packed = packed.get_mut(tokens * padded_columns(columns));
     pack(isa, pool, x, columns, &groups, packed);
     let packed = &*packed;
-    let block_tokens = (TOKEN_BLOCK_BYTES / (padded * 4)).max(MIN_TOKEN_BLOCK);
-    let blocks = groups.count.div_ceil(block_tokens / PANEL_TOKENS);
-    pool.run(blocks * row_tasks, PANEL_ROWS * padded, work, &|task, panel| {
+    let (blocks, panel_elements) = (token_blocks(columns, tokens), panel_elements(columns));
+    pool.run(blocks * row_tasks, panel_elements, work, &|task, panel| {
         if let Some((product, rows)) = find(task % row_tasks) {
             let block = task / row_tasks;
             let range = block * groups.count / blocks..(block + 1) * groups.count / blocks;
-            product.many_tokens(
-                isa,
-                packed,
-                columns,
-                &groups,
-                range,
-                rows,
-                &mut panel[..PANEL_ROWS * padded],
-            );
+            product.many_tokens(isa, packed, columns, &groups, range, rows, &mut panel[..panel_elements]);
         }
     });
+}
+
+/// Elements of a row padded to whole groups.
+pub(crate) fn padded_columns(columns: usize) -> usize {
+    columns.next_multiple_of(GROUP)
+}
+
+/// Elements of a panel, which each thread has.
+pub(crate) fn panel_elements(columns: usize) -> usize {
+    PANEL_ROWS * padded_columns(columns)
+}
+
+/// Blocks into which several tokens are divided; every weight is widened once for each.
+pub(crate) fn token_blocks(columns: usize, tokens: usize) -> usize {
+    let block_tokens = (TOKEN_BLOCK_BYTES / (padded_columns(columns) * 4)).max(MIN_TOKEN_BLOCK);
+    tokens.div_ceil(PANEL_TOKENS).div_ceil(block_tokens / PANEL_TOKENS)
 }
 
 /// Rows of a task: whole panels, enough work to be worth it, and some tasks per thread to level out.

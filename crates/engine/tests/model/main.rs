@@ -10,7 +10,9 @@ use support::{Blocks, Sample, reference_embedding, reference_logits, sample, spe
 use tangram_checkpoint::{DType, LayerRole, Output, Pooling, Role};
 use tangram_device::Extent;
 use tangram_engine::kernels::Isa;
-use tangram_engine::{Chunk, Executor, KvBlocks, LogitRows, Model, ModelError, PassError, TensorDesc};
+use tangram_engine::{
+    Chunk, Executor, KvBlocks, LogitRows, Model, ModelError, PassError, PassShape, TensorDesc,
+};
 
 const DECODERS: [&str; 11] = [
     "llama",
@@ -301,7 +303,32 @@ fn logit_rows_are_what_was_asked_for() {
     assert!(
         step(&executor, &sample, &silent, &mut [a.as_mut_slice().into()]).expect("success")[0].is_empty()
     );
-    assert!(sample.model.scratch_bytes(9, 9) > sample.model.scratch_bytes(9, 1));
+}
+
+#[test]
+fn every_family_holds_the_memory_that_was_foretold() {
+    for family in DECODERS.into_iter().chain(["bert"]) {
+        for (tokens, output_rows) in [(48, 1), (1, 1)] {
+            let sample = sample(spec(family), DType::BF16, 3);
+            let executor = Executor::new(1);
+            let text = self::tokens(tokens, 3);
+            let mut blocks = match sample.model.kv() {
+                Some(_) => Blocks::new(&sample.model).take(tokens),
+                None => Vec::new(),
+            };
+            let chunk = Chunk { tokens: &text, position: 0, logits: LogitRows::Last };
+            step(&executor, &sample, &[chunk], &mut [blocks.as_mut_slice().into()]).expect("logits");
+            let shape = PassShape { tokens, output_rows, longest: tokens };
+            let (held, foretold) = (executor.scratch_bytes(), sample.model.scratch_bytes(shape, 1));
+            match sample.model.spec().experts {
+                // How many rows each expert gets is not known before.
+                Some(_) => {
+                    assert!(held <= foretold && foretold <= held * 3 / 2, "{family}: {held} {foretold}")
+                }
+                None => assert_eq!(held, foretold, "{family}, {tokens} tokens"),
+            }
+        }
+    }
 }
 
 #[test]
