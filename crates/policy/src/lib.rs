@@ -7,6 +7,7 @@ pub mod admission;
 pub mod batch;
 pub mod eviction;
 pub mod expectation;
+pub mod forecast;
 pub mod packing;
 pub mod placement;
 pub mod prefetch;

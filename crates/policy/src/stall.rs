@@ -66,6 +66,32 @@ pub fn predict(stages: impl IntoIterator<Item = Stage>, link_busy: f64) -> Predi
     Prediction { load, compute, stall: (done - compute).max(0.0) }
 }
 
+/// [`predict`] where a running load takes a `share` (0 to 1) of the arithmetic that the pass needs, as on a processor
+/// that copies and verifies with the cores that compute: the pass computes at `1 - share` of its speed until the last
+/// byte is there. (Where both really share the cores, the load takes longer and the pass less; its end is the same.)
+pub fn predict_beside(stages: impl IntoIterator<Item = Stage>, link_busy: f64, share: f64) -> Prediction {
+    let stages: Vec<Stage> = stages.into_iter().collect();
+    let all: f64 = stages.iter().map(|stage| stage.load_seconds).sum();
+    let last_byte = if all > 0.0 { link_busy + all } else { 0.0 };
+    let speed = (1.0 - share).clamp(0.0, 1.0);
+    let (mut load, mut compute, mut done) = (0.0, 0.0, 0.0_f64);
+    for stage in stages {
+        if stage.load_seconds > 0.0 {
+            load += stage.load_seconds;
+            done = done.max(link_busy + load);
+        }
+        let beside = (last_byte - done).max(0.0) * speed;
+        done = if stage.compute_seconds <= beside {
+            // `speed` is above 0 here unless there is nothing to compute.
+            done + if stage.compute_seconds > 0.0 { stage.compute_seconds / speed } else { 0.0 }
+        } else {
+            done.max(last_byte) + stage.compute_seconds - beside
+        };
+        compute += stage.compute_seconds;
+    }
+    Prediction { load, compute, stall: (done - compute).max(0.0) }
+}
+
 /// The exposed stall, in seconds, of a pass that has only its first `n` stages, for every `n` from 0 to all of them, on
 /// an idle link. Entry `n` of the result is for `n`, so it never rises and ends with 0.
 pub fn suffix_stalls(stages: &[Stage]) -> Vec<f64> {
@@ -172,6 +198,21 @@ mod tests {
                 let sum: f64 = (first..loads.len()).map(|s| exposure[s] * loads[s]).sum();
                 prop_assert!(sum >= stall - 1e-9, "{sum} < {stall}");
             }
+        }
+
+        /// On shared cores a pass never ends before both the load and the computing are done, one after the other.
+        #[test]
+        fn a_shared_processor_does_both(
+            pairs in proptest::collection::vec((0.0f64..2.0, 0.0f64..2.0), 1..12), share in 0.0f64..=1.0
+        ) {
+            let stages: Vec<Stage> = pairs.iter().map(|&(load, compute)| stage(load, compute)).collect();
+            let apart = predict(stages.clone(), 0.0);
+            let shared = predict_beside(stages.clone(), 0.0, share);
+            let together = predict_beside(stages.clone(), 0.0, 1.0);
+            prop_assert!(close(predict_beside(stages, 0.0, 0.0).first_token(), apart.first_token()));
+            prop_assert!(apart.first_token() <= shared.first_token() + 1e-9);
+            prop_assert!(shared.first_token() <= together.first_token() + 1e-9);
+            prop_assert!(close(together.first_token(), together.load + together.compute));
         }
 
         #[test]
