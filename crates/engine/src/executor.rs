@@ -206,6 +206,11 @@ impl Pass {
         self.stage
     }
 
+    /// Rows of its output.
+    pub fn output_rows(&self) -> usize {
+        self.output_rows
+    }
+
     /// The logits of a chunk, `[rows, vocab]`, once the pass is done: no row, one, or one per token, as its
     /// [`LogitRows`] said. Empty before that, and for embedding models. Panics if there is no such chunk, as the
     /// next two do.

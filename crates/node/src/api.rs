@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{GenerationDefaults, ModelSpec};
+
+use crate::forecast::Forecast;
 pub use tangram_engine::sampling::{SamplingParams, TokenLogprob};
 
 /// A deployed model as the layers above see it. Immutable; a re-deployment under the same name makes a new one.
@@ -35,6 +37,14 @@ pub struct DeployedModel {
     pub created: u64,
     /// Key of the model inside the node.
     pub(crate) index: usize,
+    pub(crate) forecast: std::sync::Arc<Forecast>,
+}
+
+impl DeployedModel {
+    /// What the model takes of this node's memory and time.
+    pub fn forecast(&self) -> &Forecast {
+        &self.forecast
+    }
 }
 
 /// A request for tokens.
@@ -195,6 +205,25 @@ pub enum DeployError {
     Catalogue(String),
 }
 
+/// What a model takes of a node's device, known before it is loaded. Times are those of a device that does nothing
+/// else, from submission to the first token (or the embedding); absent until the node has measured its machine.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelForecast {
+    /// Tokens whose KV fits into the pool beside all weights; absent for models that cache nothing.
+    pub tokens_beside_weights: Option<u64>,
+    /// Most bytes of host memory for activations, outside the pool: those of the largest batch and the longest
+    /// sequence.
+    pub scratch_bytes: u64,
+    /// Length of the prompt that the times are for, tokens.
+    pub prompt_tokens: usize,
+    /// When none of the weights is resident, seconds.
+    pub cold_first_token_seconds: Option<f64>,
+    /// When all weights are resident, seconds.
+    pub resident_first_token_seconds: Option<f64>,
+    /// Rate at which missing weights arrive.
+    pub load_bytes_per_second: Option<f64>,
+}
+
 /// A model in a listing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ModelStatus {
@@ -216,6 +245,8 @@ pub struct ModelStatus {
     pub kv_bytes_per_token: u64,
     /// Longest sequence in tokens on this node.
     pub context: usize,
+    /// What it takes of this node's device.
+    pub forecast: ModelForecast,
     /// `idle` (no request), `loading` or `active`.
     pub state: String,
     /// Sequences running now.
@@ -271,4 +302,6 @@ pub struct NodeStatus {
     pub host_kv_bytes: u64,
     /// Models activated since the start.
     pub activations_total: u64,
+    /// Bytes of host memory that the executor holds for activations, outside the pool.
+    pub scratch_bytes: u64,
 }

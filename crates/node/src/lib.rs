@@ -5,6 +5,8 @@
 
 mod api;
 mod catalog;
+mod forecast;
+mod machine;
 mod model;
 mod sequence;
 mod swap;
@@ -19,9 +21,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tangram_checkpoint::{Manifest, TOKENIZER_FILE};
+use tangram_checkpoint::{DType, Manifest, Source, TOKENIZER_FILE};
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
+use tangram_engine::{Model, TensorDesc};
 pub use tangram_pool::Backend;
 use tangram_pool::Pool;
 use tokio::sync::{mpsc, oneshot};
@@ -29,9 +32,13 @@ use tokio::sync::{mpsc, oneshot};
 pub use api::*;
 pub use catalog::CatalogError;
 use catalog::{Catalog, Deployment};
+pub use forecast::{Forecast, SHOWN_PROMPT_TOKENS};
+use forecast::{footprint, weight_types};
+use machine::Machine;
 use model::ModelPlan;
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
 use swap::HostMemory;
+pub use tangram_engine::PassShape;
 use worker::{Command, Shared, Worker};
 
 /// How a node is set up.
@@ -51,6 +58,21 @@ pub struct NodeConfig {
     pub threads: Option<usize>,
     /// Requests that may wait before further ones are refused.
     pub max_waiting: usize,
+}
+
+impl NodeConfig {
+    /// A paged pool with pages by its size, no host memory beside it, all threads, and a long queue.
+    pub fn new(data: PathBuf, device_memory: u64) -> NodeConfig {
+        NodeConfig {
+            data,
+            device_memory,
+            backend: Backend::Paged,
+            page_bytes: None,
+            host_memory: 0,
+            threads: None,
+            max_waiting: 1024,
+        }
+    }
 }
 
 /// Smallest pool that makes sense, bytes.
@@ -85,6 +107,9 @@ pub struct Node {
     retired: Option<Sender<Arc<Manifest>>>,
     worker: Option<JoinHandle<()>>,
     janitor: Option<JoinHandle<()>>,
+    machine: Arc<Machine>,
+    /// Measures the machine where a start found deployments of which it knows nothing.
+    measuring: Mutex<Option<JoinHandle<()>>>,
     page_bytes: u64,
     page_count: u64,
     max_waiting: usize,
@@ -124,6 +149,7 @@ impl Node {
         let threads = config
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
+        let machine = Arc::new(Machine::open(&config.data, threads, memory.streams().len()));
         let (commands, receiver) = channel();
         let shared = Arc::new(Shared::default());
         let host = HostMemory::new(config.host_memory);
@@ -145,6 +171,8 @@ impl Node {
             retired: Some(retired),
             worker: Some(worker),
             janitor: Some(janitor),
+            machine,
+            measuring: Mutex::new(None),
             page_bytes,
             page_count,
             max_waiting: config.max_waiting,
@@ -159,7 +187,20 @@ impl Node {
             }
         }
         drop(catalog);
+        node.measure_in_background();
         Ok(node)
+    }
+
+    /// Measures what forecasts for the deployed models need and no earlier run has left.
+    fn measure_in_background(&self) {
+        let dtypes: Vec<_> = self.models().iter().flat_map(|model| model.forecast.dtypes()).collect();
+        if dtypes.is_empty() || self.machine.knows(&dtypes) {
+            return;
+        }
+        let machine = self.machine.clone();
+        let thread = std::thread::Builder::new().name("measure".to_owned());
+        // Without it there are no times in the forecasts before the next deployment.
+        *lock(&self.measuring) = thread.spawn(move || machine.measure(&dtypes)).ok();
     }
 
     /// Makes a catalogued deployment available to requests.
@@ -169,7 +210,8 @@ impl Node {
         name: &str,
         deployment: &Deployment,
     ) -> Result<Arc<DeployedModel>, String> {
-        let plan = ModelPlan::new(catalog, deployment, self.page_bytes)?;
+        let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes)?;
+        let footprint = plan.forecast.footprint();
         let manifest = &deployment.manifest;
         let directory = catalog.checkpoint_dir(&manifest.checkpoint);
         let tokenizer = match manifest.has_tokenizer {
@@ -188,11 +230,12 @@ impl Node {
             chat_template: manifest.chat_template.clone(),
             special_tokens: manifest.special_tokens.clone(),
             generation: manifest.generation.clone(),
-            context: plan.context_on(self.page_count, self.page_bytes),
+            context: footprint.context(manifest.spec.context as u64, self.page_count) as usize,
             weight_bytes: plan.unique_bytes(),
-            kv_bytes_per_token: plan.kv_bytes_per_token(),
+            kv_bytes_per_token: footprint.kv_bytes_per_token(),
             created: deployment.created,
             index: self.next_index.fetch_add(1, Ordering::Relaxed),
+            forecast: plan.forecast.clone(),
         });
         let (answer, answered) = channel();
         let command = Command::Register { deployed: deployed.clone(), plan: Box::new(plan), answer };
@@ -234,12 +277,11 @@ impl Node {
             return Err(DeployError::Cancelled);
         }
         let pool_bytes = self.page_count * self.page_bytes;
-        if source.weight_bytes() > pool_bytes {
-            return Err(does_not_fit(name, source.weight_bytes(), 0, pool_bytes));
-        }
+        let weight_types = self.check_fits(name, &source)?;
         let old = catalog.models().get(name).cloned();
         let old_index = self.model(name).map(|model| model.index);
         let deployment = catalog.deploy(name, &source, progress)?;
+        self.machine.measure(&weight_types);
         let announced = self.announce(&catalog, name, &deployment);
         let problem = match announced {
             Ok(deployed) if deployed.context > 0 => {
@@ -253,7 +295,7 @@ impl Node {
             Ok(deployed) => {
                 does_not_fit(name, deployed.weight_bytes, deployed.kv_bytes_per_token, pool_bytes)
             }
-            Err(reason) => DeployError::DoesNotFit(format!("model '{name}' cannot be run: {reason}")),
+            Err(reason) => cannot_run(name, &reason),
         };
         drop(catalog);
         // An older deployment was replaced by one that cannot run; both are gone, which the user is told.
@@ -262,6 +304,23 @@ impl Node {
             self.retire(index, &old);
         }
         Err(problem)
+    }
+
+    /// Refuses what can never run here before its bytes are read. Gives the types of its weights.
+    fn check_fits(&self, name: &str, source: &Source) -> Result<Vec<DType>, DeployError> {
+        let tensors = source.tensors().iter();
+        let tensors: Vec<TensorDesc> = tensors
+            .map(|tensor| TensorDesc { role: tensor.role, dtype: tensor.dtype, shape: tensor.shape.clone() })
+            .collect();
+        let engine =
+            Model::new(source.spec().clone(), &tensors).map_err(|reason| cannot_run(name, &reason))?;
+        let weight_pages = source.weight_bytes().div_ceil(self.page_bytes);
+        let footprint = footprint(&engine, weight_pages, self.page_bytes);
+        if footprint.context(source.spec().context as u64, self.page_count) == 0 {
+            let (weights, kv) = (source.weight_bytes(), footprint.kv_bytes_per_token());
+            return Err(does_not_fit(name, weights, kv, self.page_count * self.page_bytes));
+        }
+        Ok(weight_types(&engine))
     }
 
     /// Takes a model out of service: new requests are refused, accepted ones finish, then its files go unless other
@@ -425,6 +484,10 @@ impl Drop for Node {
         }
         // The loop is gone and with it every other sender, so the janitor ends when it has done its work.
         self.retired = None;
+        if let Some(measuring) = lock(&self.measuring).take() {
+            let _ = measuring.join();
+        }
+        self.machine.keep();
         if let Some(janitor) = self.janitor.take() {
             let _ = janitor.join();
         }
@@ -534,6 +597,10 @@ fn too_long(model: &DeployedModel, prompt: usize, max_tokens: Option<usize>) -> 
     RequestError::Invalid(format!(
         "This model's maximum context length is {limit}, but you asked for {asked}."
     ))
+}
+
+fn cannot_run(name: &str, reason: &dyn std::fmt::Display) -> DeployError {
+    DeployError::DoesNotFit(format!("model '{name}' cannot be run: {reason}"))
 }
 
 fn does_not_fit(name: &str, weights: u64, kv_per_token: u64, pool: u64) -> DeployError {

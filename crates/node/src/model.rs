@@ -7,10 +7,12 @@ use std::sync::Arc;
 
 use tangram_checkpoint::{Hash, Manifest, Role};
 use tangram_engine::{Model, TensorDesc, Weights};
-use tangram_pool::{ALIGNMENT, CatalogueEntry, Tensor, Vacancy, pages_alone};
+use tangram_pool::{CatalogueEntry, Tensor, Vacancy, pages_alone};
 use tangram_store::TensorLoad;
 
 use crate::catalog::{Catalog, Deployment};
+use crate::forecast::{Forecast, footprint};
+use crate::machine::Machine;
 
 /// Where a tensor's bytes are on disk.
 #[derive(Clone, Debug)]
@@ -37,7 +39,7 @@ impl Location {
 /// Everything about a deployed model that does not change while it runs. "Unique" tensors are those of the manifest
 /// without the ones whose content came earlier in it; residency and leases speak of unique tensors.
 pub(crate) struct ModelPlan {
-    pub(crate) engine: Model,
+    pub(crate) engine: Arc<Model>,
     pub(crate) manifest: Arc<Manifest>,
     /// Catalogue entries of the unique tensors, in execution order.
     pub(crate) entries: Vec<CatalogueEntry>,
@@ -49,8 +51,8 @@ pub(crate) struct ModelPlan {
     pub(crate) needed_by_stage: Vec<usize>,
     /// Sizes of the data files that the entries refer to, bytes.
     pub(crate) data_bytes: Vec<(String, u64)>,
-    /// Pages that the weights take alone on the device.
-    pub(crate) weight_pages: u64,
+    /// What it takes of the pool, and how long it takes.
+    pub(crate) forecast: Arc<Forecast>,
     /// Equal for models that compute the same function from the same tensors, whatever they are called.
     pub(crate) identity: Hash,
 }
@@ -60,6 +62,7 @@ impl ModelPlan {
     pub(crate) fn new(
         catalog: &Catalog,
         deployment: &Deployment,
+        machine: &Arc<Machine>,
         page_bytes: u64,
     ) -> Result<ModelPlan, String> {
         let manifest = deployment.manifest.clone();
@@ -68,15 +71,19 @@ impl ModelPlan {
             .iter()
             .map(|tensor| TensorDesc { role: tensor.role, dtype: tensor.dtype, shape: tensor.shape.clone() })
             .collect();
-        let engine = Model::new(manifest.spec.clone(), &descs).map_err(|error| error.to_string())?;
+        let engine = Arc::new(Model::new(manifest.spec.clone(), &descs).map_err(|error| error.to_string())?);
         let stages = manifest.spec.stages();
         let (mut entries, mut locations, mut unique_of) =
             (Vec::<CatalogueEntry>::new(), Vec::new(), Vec::new());
         let mut needed_by_stage = vec![0; stages];
+        let mut bytes_by_stage = vec![0; stages];
         let mut seen = std::collections::HashMap::new();
         for tensor in &manifest.tensors {
             let stage = tensor.stage as usize;
             let unique = *seen.entry(tensor.id).or_insert_with(|| {
+                if let Some(bytes) = bytes_by_stage.get_mut(stage) {
+                    *bytes += tensor.bytes;
+                }
                 entries.push(CatalogueEntry {
                     id: tensor.id,
                     checkpoint: tensor.checkpoint.clone(),
@@ -115,6 +122,8 @@ impl ModelPlan {
         }
         let places = entries.iter().map(|entry| (entry.checkpoint.as_str(), entry.offset, entry.bytes));
         let weight_pages = pages_alone(places, page_bytes);
+        let footprint = footprint(&engine, weight_pages, page_bytes);
+        let forecast = Arc::new(Forecast::new(engine.clone(), machine.clone(), footprint, bytes_by_stage));
         let tensors: Vec<_> = manifest.tensors.iter().map(|tensor| (tensor.role, tensor.id)).collect();
         let identity = serde_json::to_vec(&(&manifest.spec, tensors)).map_err(|error| error.to_string())?;
         Ok(ModelPlan {
@@ -126,7 +135,7 @@ impl ModelPlan {
             unique_of,
             needed_by_stage,
             data_bytes,
-            weight_pages,
+            forecast,
         })
     }
 
@@ -137,26 +146,7 @@ impl ModelPlan {
 
     /// KV blocks for a sequence of this many tokens (0 for models without a KV cache).
     pub(crate) fn kv_blocks(&self, tokens: usize) -> usize {
-        self.engine.kv().map_or(0, |kv| tokens.div_ceil(kv.block_tokens))
-    }
-
-    /// KV bytes per token.
-    pub(crate) fn kv_bytes_per_token(&self) -> u64 {
-        self.engine.kv().map_or(0, |kv| (kv.block_bytes / kv.block_tokens) as u64)
-    }
-
-    /// Longest sequence that fits beside the weights on a device of `pages` pages, up to the model's own limit; 0 if
-    /// the weights alone do not fit.
-    pub(crate) fn context_on(&self, pages: u64, page_bytes: u64) -> usize {
-        let limit = self.manifest.spec.context;
-        let Some(left) = pages.checked_sub(self.weight_pages) else { return 0 };
-        match self.engine.kv() {
-            None => limit,
-            Some(kv) => {
-                let blocks = (left * page_bytes) as usize / kv.block_bytes.next_multiple_of(ALIGNMENT);
-                limit.min(blocks.saturating_mul(kv.block_tokens))
-            }
-        }
+        self.forecast.footprint().kv_blocks(tokens as u64) as usize
     }
 }
 

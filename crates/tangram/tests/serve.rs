@@ -27,6 +27,9 @@ async fn models_are_managed_with_and_without_a_server() {
     let data = data.path();
     let said = cli(data, &["deploy", "org/first", text(&first)]);
     assert!(said.starts_with("org/first is deployed: qwen3"), "{said}");
+    for part in ["tokens of KV fit", "predicted first token for 128 prompt tokens"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
     let names = |listing: Value| {
         let models = listing["models"].as_array().unwrap().iter();
         models.map(|model| model["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
@@ -51,6 +54,12 @@ async fn models_are_managed_with_and_without_a_server() {
         status["models"][0]["resident_bytes"] == listing["models"][0]["weight_bytes"]
     })
     .await;
+    let forecast = &listing["models"][0]["forecast"];
+    let figure = |key: &str| forecast[key].as_f64().unwrap_or_else(|| panic!("{key}: {forecast}"));
+    assert!(figure("cold_first_token_seconds") > figure("resident_first_token_seconds"));
+    assert!(figure("tokens_beside_weights") > 0.0 && figure("scratch_bytes") > 0.0);
+    assert_eq!(listing["models"][1]["forecast"]["tokens_beside_weights"], Value::Null, "BERT caches nothing");
+    assert!(cli(data, &["ls"]).contains("TOKENS FIT"));
     for args in [&["ls"][..], &["ps"]] {
         assert!(cli(data, args).contains("org/first"), "{args:?}");
     }

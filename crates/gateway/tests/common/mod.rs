@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use reqwest::{Client, Response, StatusCode};
 use serde_json::{Value, json};
 use tangram_gateway::{GatewayConfig, serve};
-use tangram_node::{Backend, Node, NodeConfig};
+use tangram_node::{Node, NodeConfig};
 use tangram_testkit::{Family, RandomModel, write_hf_model};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -47,16 +47,8 @@ pub async fn start() -> Server {
 pub async fn start_with(config: GatewayConfig, max_waiting: usize) -> Server {
     let directory = TempDir::new().unwrap();
     let data = directory.path().join("data");
-    let node = Node::open(NodeConfig {
-        data,
-        device_memory: 96 << 20,
-        backend: Backend::Paged,
-        page_bytes: None,
-        host_memory: 0,
-        threads: Some(1),
-        max_waiting,
-    })
-    .unwrap();
+    let node =
+        Node::open(NodeConfig { threads: Some(1), max_waiting, ..NodeConfig::new(data, 96 << 20) }).unwrap();
     let models = [
         (CHAT, RandomModel { context: CONTEXT, ..RandomModel::tiny(Family::Llama) }),
         (EMBED, RandomModel::tiny(Family::Bert)),

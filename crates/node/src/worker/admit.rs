@@ -10,10 +10,11 @@ use tangram_pool::KvReserve;
 
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
+use crate::forecast::LoadMeter;
 use crate::sequence::Sequence;
 
 /// Sequences of one model that run at once. Bounds the scratch memory of a step.
-const MAX_BATCH: usize = 64;
+pub(crate) const MAX_BATCH: usize = 64;
 
 impl Worker {
     pub(super) fn admit(&mut self) {
@@ -109,6 +110,12 @@ impl Worker {
                 let missing = !activation.missing.is_empty();
                 let locations: HashMap<TensorKey, usize> =
                     if missing { entry.keys.iter().copied().zip(0..).collect() } else { HashMap::new() };
+                let meter = if missing {
+                    let tensors = activation.lease.tensors().iter();
+                    LoadMeter::new(tensors.map(|tensor| (tensor.len() as u64, !tensor.is_ready())))
+                } else {
+                    LoadMeter::default()
+                };
                 let loads = activation.missing.into_iter().filter_map(|vacancy| {
                     let location = entry.plan.locations.get(*locations.get(&vacancy.tensor().key())?)?;
                     Some(location.load(vacancy))
@@ -120,6 +127,7 @@ impl Worker {
                     complete: None,
                     sequences: Vec::new(),
                     step: None,
+                    meter,
                 });
             }
         }
@@ -165,7 +173,7 @@ impl Worker {
         active.sequences.insert(at, *sequence);
         // Noted at once, so that a resident model's activation is measured as what it is. A failed tensor is found
         // again, and reported, by the next step.
-        let _ = note_arrivals(active);
+        let _ = note_arrivals(active, &entry.plan.forecast);
         Ok(Attempt::Started)
     }
 }

@@ -10,6 +10,9 @@ mod prefetch;
 mod status;
 mod step;
 
+pub(crate) use admit::MAX_BATCH;
+pub(crate) use step::STEP_TOKENS;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -23,6 +26,7 @@ use tangram_store::{Store, Wake};
 
 use self::step::Progress;
 use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
+use crate::forecast::LoadMeter;
 use crate::model::ModelPlan;
 use crate::sequence::Sequence;
 use crate::swap::HostMemory;
@@ -78,6 +82,7 @@ struct Active {
     complete: Option<Instant>,
     sequences: Vec<Sequence>,
     step: Option<Step>,
+    meter: LoadMeter,
 }
 
 /// A forward pass under way and whose tokens it computes; `shares[i].sequence` indexes `Active::sequences`.
@@ -86,6 +91,8 @@ struct Step {
     shares: Vec<Share>,
     /// Time computed so far.
     spent: Duration,
+    /// Whether all weights were there from its beginning, so that its time is that of computing alone.
+    undisturbed: bool,
 }
 
 /// The loop's state.

@@ -47,6 +47,7 @@ impl Worker {
             swaps_total: self.swaps,
             host_kv_bytes: self.host.used(),
             activations_total: self.activations,
+            scratch_bytes: self.executor.scratch_bytes() as u64,
         };
         let mut models: Vec<ModelStatus> = Vec::new();
         for entry in self.models.iter().flatten().filter(|entry| entry.retire.is_none()) {
@@ -68,6 +69,7 @@ impl Worker {
                 resident_bytes: self.pool.resident_bytes(&entry.keys),
                 kv_bytes_per_token: deployed.kv_bytes_per_token,
                 context: deployed.context,
+                forecast: plan.forecast.listed(memory.page_count() as u64),
                 state: state.to_owned(),
                 running,
                 waiting: entry.waiting,

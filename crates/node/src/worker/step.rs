@@ -8,11 +8,12 @@ use tangram_pool::LoadFailure;
 
 use super::{Active, Step, Worker};
 use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
+use crate::forecast::Forecast;
 use crate::model::LeasedWeights;
 use crate::sequence::{Sequence, Sink};
 
 /// Tokens per step. Bounds how long a long prompt holds up everybody else.
-const STEP_TOKENS: usize = 256;
+pub(crate) const STEP_TOKENS: usize = 256;
 
 /// What came of composing a step.
 enum Begun {
@@ -39,7 +40,7 @@ impl Worker {
         let Some(entry) = self.models[model].as_mut() else { return Progress::Stalled };
         let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
         if active.arrived < entry.keys.len()
-            && let Err(reason) = note_arrivals(active)
+            && let Err(reason) = note_arrivals(active, &entry.plan.forecast)
         {
             let error = RequestError::LoadFailed { model: entry.deployed.name.clone(), reason };
             self.fail_model(model, &error);
@@ -114,7 +115,8 @@ impl Worker {
             .collect();
         match self.executor.begin(&entry.plan.engine, &chunks) {
             Ok(pass) => {
-                active.step = Some(Step { pass, shares, spent: Duration::ZERO });
+                let undisturbed = active.complete.is_some();
+                active.step = Some(Step { pass, shares, spent: Duration::ZERO, undisturbed });
                 Begun::Ready
             }
             Err(error) => {
@@ -145,6 +147,7 @@ impl Worker {
             self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
         let spent = started.elapsed();
         step.spent += spent;
+        active.meter.computed();
         for share in &step.shares {
             let sequence = &mut active.sequences[share.sequence];
             if sequence.first_token.is_none() {
@@ -174,12 +177,20 @@ impl Worker {
     fn complete_step(&mut self, model: usize) {
         let Some(entry) = self.models[model].as_mut() else { return };
         let Some(active) = entry.active.as_mut() else { return };
-        let Some(Step { mut pass, shares, spent }) = active.step.take() else { return };
+        let Some(Step { mut pass, shares, spent, undisturbed }) = active.step.take() else { return };
         let complete = active.complete;
         let now = Instant::now();
         let seconds = now.duration_since(self.epoch).as_secs_f64();
         let tokens = shares.iter().map(|share| share.tokens).sum();
         entry.prefixes.measured(tokens, spent.as_secs_f64());
+        if undisturbed {
+            let computed = |share: &Share| {
+                let start = active.sequences[share.sequence].computed;
+                start..start + share.tokens
+            };
+            let chunks: Vec<_> = shares.iter().map(computed).collect();
+            entry.plan.forecast.computed(&chunks, pass.output_rows(), spent.as_secs_f64());
+        }
         let mut over: Vec<(usize, Outcome)> = Vec::new();
         for (chunk, share) in shares.iter().enumerate() {
             let sequence = &mut active.sequences[share.sequence];
@@ -234,7 +245,13 @@ enum Outcome {
 }
 
 /// Moves `arrived` on; notes when the last tensor was there. The error is the failed tensor's, for the user.
-pub(super) fn note_arrivals(active: &mut Active) -> Result<(), String> {
+pub(super) fn note_arrivals(active: &mut Active, forecast: &Forecast) -> Result<(), String> {
+    let result = count_arrivals(active);
+    active.meter.arrived(active.arrived, forecast);
+    result
+}
+
+fn count_arrivals(active: &mut Active) -> Result<(), String> {
     while let Some(tensor) = active.lease.tensors().get(active.arrived) {
         if !tensor.is_ready() {
             // A failure further back is reported at once, not when the forward pass gets there.

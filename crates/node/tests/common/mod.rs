@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tangram_node::{
-    Backend, DeployedModel, FinishReason, GenerateEvent, GenerateRequest, Generation, Node, NodeConfig,
-    RequestError, SamplingParams, Timing,
+    DeployedModel, FinishReason, GenerateEvent, GenerateRequest, Generation, Node, NodeConfig, RequestError,
+    SamplingParams, Timing,
 };
 
 /// The folder beside the repository with reference models, or a printed word that a test skips.
@@ -27,13 +27,9 @@ pub fn open(data: &Path, device_memory: u64) -> Arc<Node> {
 
 pub fn config(data: &Path, device_memory: u64) -> NodeConfig {
     NodeConfig {
-        data: data.to_path_buf(),
-        device_memory,
-        backend: Backend::Paged,
-        page_bytes: None,
-        host_memory: 0,
         threads: Some(2),
         max_waiting: 100_000,
+        ..NodeConfig::new(data.to_path_buf(), device_memory)
     }
 }
 

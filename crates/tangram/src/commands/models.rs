@@ -11,7 +11,7 @@ use tangram_node::{ModelStatus, NodeStatus};
 
 use crate::Target;
 use crate::client::Client;
-use crate::output::{bytes, table};
+use crate::output::{bytes, milliseconds, table};
 
 #[derive(Serialize, Deserialize)]
 struct Models {
@@ -34,7 +34,36 @@ pub(crate) async fn deploy(name: &str, source: &Path, target: Target) -> anyhow:
         bytes(model.kv_bytes_per_token),
         model.context
     );
+    for line in forecast_lines(&model) {
+        println!("  {line}");
+    }
     Ok(())
+}
+
+/// What a model will take, for people.
+fn forecast_lines(model: &ModelStatus) -> Vec<String> {
+    let forecast = &model.forecast;
+    let here = match model.resident_bytes {
+        0 => "none of its weights are in device memory yet".to_owned(),
+        resident => format!("{} of its weights are in device memory already", bytes(resident)),
+    };
+    let room = forecast
+        .tokens_beside_weights
+        .map_or(String::new(), |tokens| format!("{tokens} tokens of KV fit beside the weights; "));
+    let mut lines =
+        vec![format!("{here}; {room}up to {} of host memory for activations", bytes(forecast.scratch_bytes))];
+    if let (Some(cold), Some(resident)) =
+        (forecast.cold_first_token_seconds, forecast.resident_first_token_seconds)
+    {
+        let what = if model.task == "embed" { "result" } else { "first token" };
+        lines.push(format!(
+            "predicted {what} for {} prompt tokens: {} when nothing is in device memory, {} when all is",
+            forecast.prompt_tokens,
+            milliseconds(cold * 1e3),
+            milliseconds(resident * 1e3)
+        ));
+    }
+    lines
 }
 
 /// Imports a model through a server, showing bytes, rate and time left.
@@ -90,16 +119,43 @@ pub(crate) async fn ls(target: Target, as_json: bool) -> anyhow::Result<()> {
                 bytes(model.shared_bytes),
                 bytes(model.resident_bytes),
                 bytes(model.kv_bytes_per_token),
+                model.forecast.tokens_beside_weights.map_or("-".to_owned(), |tokens| tokens.to_string()),
                 model.context.to_string(),
+                seconds(model.forecast.cold_first_token_seconds),
+                seconds(model.forecast.resident_first_token_seconds),
                 age(model.created),
             ]
         })
         .collect();
     let header = [
-        "NAME", "FAMILY", "DTYPE", "TASK", "WEIGHTS", "SHARED", "RESIDENT", "KV/TOKEN", "CONTEXT", "DEPLOYED",
+        "NAME",
+        "FAMILY",
+        "DTYPE",
+        "TASK",
+        "WEIGHTS",
+        "SHARED",
+        "RESIDENT",
+        "KV/TOKEN",
+        "TOKENS FIT",
+        "CONTEXT",
+        "COLD",
+        "WARM",
+        "DEPLOYED",
     ];
     table(&header, &rows);
+    if let Some(model) = models.models.first() {
+        println!(
+            "COLD and WARM: predicted time to the first token of a prompt of {} tokens, with none and with all of the \
+             weights in device memory",
+            model.forecast.prompt_tokens
+        );
+    }
     Ok(())
+}
+
+/// A predicted time, `-` before the server has measured its machine.
+fn seconds(seconds: Option<f64>) -> String {
+    seconds.map_or("-".to_owned(), |seconds| milliseconds(seconds * 1e3))
 }
 
 #[derive(Serialize, Deserialize)]

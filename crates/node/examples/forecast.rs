@@ -1,0 +1,156 @@
+//! Forecasts against what happened: `forecast [rounds] [model ...]` deploys random models of several sizes and those
+//! named, predicts first-token times before anything runs, runs cold and resident prompts, and prints both with the
+//! relative error. The second part predicts again after the node has learned from the first.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tangram_node::{
+    DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, PassShape, SamplingParams, Timing,
+};
+use tangram_testkit::{Family, Float, RandomModel, write_hf_model};
+
+/// Prompt lengths, tokens.
+const PROMPTS: [usize; 3] = [32, 128, 512];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = std::env::args().skip(1);
+    let rounds = args.next().and_then(|arg| arg.parse().ok()).unwrap_or(5);
+    let (sources, data) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let mut models: Vec<(String, std::path::PathBuf)> =
+        args.map(|path| (path.rsplit('/').next().unwrap_or(&path).to_owned(), path.into())).collect();
+    let random = |hidden: usize, layers: usize, dtype, seed| RandomModel {
+        hidden,
+        intermediate: hidden * 3,
+        layers,
+        heads: hidden / 64,
+        kv_heads: 2,
+        head_dim: 64,
+        vocab: 4096,
+        context: 2048,
+        dtype,
+        seed,
+        ..RandomModel::tiny(Family::Llama)
+    };
+    // The last one pushes everything else out.
+    for (name, model) in [
+        ("llama-256x6-bf16", random(256, 6, Float::BF16, 1)),
+        ("llama-512x8-f16", random(512, 8, Float::F16, 2)),
+        ("llama-768x10-f32", random(768, 10, Float::F32, 3)),
+        ("other-768x10-f32", random(768, 10, Float::F32, 4)),
+    ] {
+        let directory = sources.path().join(name);
+        write_hf_model(&directory, &model);
+        models.push((name.to_owned(), directory));
+    }
+    let largest = models.iter().map(|(_, path)| size(path)).max().unwrap_or(0);
+    let device_memory = largest + (6 << 20);
+    let config = NodeConfig::new(data.path().to_owned(), device_memory);
+    let node = Node::open(config)?;
+    let mut deployed = Vec::new();
+    for (name, source) in &models {
+        let started = Instant::now();
+        deployed.push(node.deploy(name, source, &mut |_| ControlFlow::Continue(()))?);
+        println!("{name}: deployed in {:.0} ms", started.elapsed().as_secs_f64() * 1e3);
+    }
+    let other = deployed.pop().ok_or("no model")?;
+    let mut salt = 1;
+    for part in ["before anything ran", "after that"] {
+        println!("\nfirst tokens predicted {part}, ms; error against the median of {rounds}");
+        println!(
+            "{:36} {:>6} {:8} {:>9} {:>9} {:>9} {:>7}",
+            "model", "prompt", "weights", "predicted", "best", "median", "error"
+        );
+        let mut predicted = BTreeMap::new();
+        for (index, model) in deployed.iter().enumerate() {
+            for prompt in PROMPTS {
+                let forecast = model.forecast();
+                let seconds = |missing: &[u64]| Some(forecast.first_token(prompt, missing)?.first_token());
+                let cold = seconds(forecast.bytes_by_stage()).ok_or("not measured")?;
+                predicted.insert((index, prompt), (cold, seconds(&[]).ok_or("not measured")?));
+            }
+        }
+        for (index, model) in deployed.iter().enumerate() {
+            for prompt in PROMPTS {
+                let (mut cold, mut resident, mut missing) = (Vec::new(), Vec::new(), 1.0);
+                for _ in 0..rounds {
+                    run(&node, &other, 16, &mut salt)?;
+                    let timing = run(&node, model, prompt, &mut salt)?;
+                    // A few tensors may have stayed; then the forecast is for what was missing.
+                    let share = timing.bytes_loaded as f64 / model.weight_bytes as f64;
+                    if share > 0.8 {
+                        missing = share;
+                        cold.push(timing.first_token);
+                    }
+                    let timing = run(&node, model, prompt, &mut salt)?;
+                    if timing.bytes_loaded == 0 {
+                        resident.push(timing.first_token);
+                    }
+                }
+                let (cold_seconds, resident_seconds) = predicted[&(index, prompt)];
+                let cold_seconds = resident_seconds + (cold_seconds - resident_seconds) * missing;
+                for (what, seconds, mut times) in
+                    [("absent", cold_seconds, cold), ("resident", resident_seconds, resident)]
+                {
+                    times.sort();
+                    let Some(&best) = times.first() else { continue };
+                    let median = times[times.len() / 2];
+                    println!(
+                        "{:36} {prompt:6} {what:8} {:9.2} {:9.2} {:9.2} {:+6.1}%",
+                        model.name,
+                        seconds * 1e3,
+                        best.as_secs_f64() * 1e3,
+                        median.as_secs_f64() * 1e3,
+                        (seconds / median.as_secs_f64() - 1.0) * 100.0
+                    );
+                }
+            }
+        }
+    }
+    // The node publishes its status twice a second when idle.
+    std::thread::sleep(Duration::from_millis(600));
+    let shape = PassShape { tokens: 256, output_rows: 1, longest: 512 };
+    let most = deployed.iter().map(|model| model.forecast().scratch_bytes(shape)).max().unwrap_or(0);
+    println!("\nscratch: {most} bytes predicted for the largest, {} held", node.status().scratch_bytes);
+    Ok(())
+}
+
+/// Bytes of a file, or of the files in a directory.
+fn size(path: &Path) -> u64 {
+    match std::fs::read_dir(path) {
+        Ok(entries) => entries.flatten().map(|entry| size(&entry.path())).sum(),
+        Err(_) => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+    }
+}
+
+/// Runs a prompt that no earlier one begins like.
+fn run(
+    node: &Node,
+    model: &Arc<DeployedModel>,
+    tokens: usize,
+    salt: &mut u32,
+) -> Result<Timing, Box<dyn Error>> {
+    *salt += 1;
+    let vocab = model.spec.vocab as u32;
+    let prompt = (0..tokens as u32).map(|i| (i * 31 + *salt * 97) % vocab).collect();
+    let mut generation = node.generate(GenerateRequest {
+        model: model.clone(),
+        prompt,
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        max_tokens: Some(1),
+        ignore_eos: true,
+        stop_token_ids: Vec::new(),
+    })?;
+    while let Some(event) = generation.next_blocking() {
+        match event {
+            GenerateEvent::Finished { timing, .. } => return Ok(timing),
+            GenerateEvent::Failed(error) => return Err(error.into()),
+            _ => {}
+        }
+    }
+    Err("the generation ended without an end".into())
+}

@@ -1,0 +1,276 @@
+//! What this machine was measured to do: seconds per unit of work, bytes per second of a load, and by how much both
+//! missed lately. Kept in the data directory, so that a start finds it.
+//!
+//! Measuring takes cores for some tens of milliseconds and is done when a type of weights is deployed for the first time,
+//! never on the path of a request and never before a server is ready.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tangram_checkpoint::{CHUNK_BYTES, DType, Hash};
+use tangram_device::cpu::CpuDevice;
+use tangram_engine::{Executor, Rates, StageWork};
+use tangram_policy::forecast::{Correction, Loading};
+use tangram_policy::stall::Link;
+use tangram_pool::{Backend, CatalogueEntry, Pool};
+use tangram_store::{Store, TensorLoad};
+
+/// In the data directory.
+const FILE: &str = "rates.json";
+/// Tensors of a measured load, each of [`CHUNK_BYTES`].
+const LOAD_TENSORS: u64 = 16;
+/// A load that takes longer is not measured.
+const LOAD_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What was measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Measured {
+    /// Processor, threads and build; the figures of another are worth nothing.
+    machine: String,
+    rates: Option<Rates>,
+    /// Of a load through the store that finds its file in the page cache.
+    load_bytes_per_second: Option<f64>,
+    corrections: Corrections,
+}
+
+/// By how much forecasts missed.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Corrections {
+    /// Passes over many tokens.
+    pub(crate) prompts: Correction,
+    /// Passes over few.
+    pub(crate) decoding: Correction,
+    /// Loads.
+    pub(crate) loads: Correction,
+}
+
+impl Corrections {
+    /// Corrections that start from these.
+    fn seed(&self) -> Corrections {
+        let Corrections { prompts, decoding, loads } = self;
+        Corrections { prompts: prompts.seed(), decoding: decoding.seed(), loads: loads.seed() }
+    }
+}
+
+/// The machine as it was measured.
+pub(crate) struct Machine {
+    data: PathBuf,
+    threads: usize,
+    /// The share of the cores that a running load takes.
+    load_share: f64,
+    measured: Mutex<Measured>,
+    /// Held while measuring: two measurements at once would disturb each other.
+    measuring: Mutex<()>,
+}
+
+impl Machine {
+    /// Reads what was measured before, if it was this machine with as many threads. `streams` is the number of copy
+    /// threads of the device.
+    pub(crate) fn open(data: &Path, threads: usize, streams: usize) -> Machine {
+        let machine = describe(threads);
+        let kept = std::fs::read(data.join(FILE)).ok();
+        let kept = kept.and_then(|bytes| serde_json::from_slice::<Measured>(&bytes).ok());
+        let kept = kept.filter(|kept| kept.machine == machine);
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        // Cores that the executor leaves idle are there for the copies.
+        let taken = (threads + streams).saturating_sub(cores);
+        Machine {
+            data: data.to_owned(),
+            threads,
+            load_share: (taken as f64 / threads as f64).min(1.0),
+            measured: Mutex::new(kept.unwrap_or(Measured { machine, ..Measured::default() })),
+            measuring: Mutex::new(()),
+        }
+    }
+
+    /// Threads of the executor.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Measured> {
+        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether forecasts for models with weights of these types can be made.
+    pub(crate) fn knows(&self, dtypes: &[DType]) -> bool {
+        let measured = self.lock();
+        let rates = measured.rates.as_ref();
+        measured.load_bytes_per_second.is_some()
+            && rates.is_some_and(|rates| dtypes.iter().all(|&dtype| rates.knows(dtype)))
+    }
+
+    /// Measures what is not known yet of these types of weights and of loads, and keeps it.
+    pub(crate) fn measure(&self, dtypes: &[DType]) {
+        let _measuring = self.measuring.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.knows(dtypes) {
+            return;
+        }
+        let started = Instant::now();
+        let (known, load) = {
+            let measured = self.lock();
+            (measured.rates.clone(), measured.load_bytes_per_second)
+        };
+        let executor = Executor::new(self.threads);
+        let mut rates = known.unwrap_or_else(|| Rates::measure(&executor));
+        let new: Vec<DType> = dtypes.iter().copied().filter(|&dtype| !rates.knows(dtype)).collect();
+        rates.measure_weights(&executor, &new);
+        drop(executor);
+        let load = load.or_else(|| match measure_load(&self.data) {
+            Ok(rate) => Some(rate),
+            Err(problem) => {
+                tracing::warn!("the speed of loads was not measured: {problem}");
+                None
+            }
+        });
+        let mut measured = self.lock();
+        measured.rates = Some(rates);
+        measured.load_bytes_per_second = load;
+        drop(measured);
+        tracing::debug!(milliseconds = started.elapsed().as_millis() as u64, "measured this machine");
+        self.keep();
+    }
+
+    /// Writes what was measured, and the corrections so far, to the data directory.
+    pub(crate) fn keep(&self) {
+        let measured = self.lock().clone();
+        if measured.rates.is_none() {
+            return;
+        }
+        let (path, part) = (self.data.join(FILE), self.data.join("rates.json.part"));
+        let written = serde_json::to_vec(&measured)
+            .map_err(std::io::Error::from)
+            .and_then(|bytes| std::fs::write(&part, bytes))
+            .and_then(|()| std::fs::rename(&part, &path));
+        if let Err(error) = written {
+            tracing::warn!("the measured rates were not kept in {}: {error}", path.display());
+        }
+    }
+
+    /// Seconds of each stage, uncorrected; `None` before everything that they need was measured.
+    pub(crate) fn seconds(&self, stages: &[StageWork]) -> Option<Vec<f64>> {
+        let measured = self.lock();
+        let rates = measured.rates.as_ref()?;
+        stages.iter().map(|stage| rates.seconds(stage)).collect()
+    }
+
+    /// How weights arrive, uncorrected; `None` before it was measured.
+    pub(crate) fn loading(&self) -> Option<Loading> {
+        let bytes_per_second = self.lock().load_bytes_per_second?;
+        Some(Loading { link: Link { bytes_per_second, transfer_seconds: 0.0 }, share: self.load_share })
+    }
+
+    /// Corrections for a model of which nothing is known: by how much others missed.
+    pub(crate) fn corrections(&self) -> Corrections {
+        self.lock().corrections.seed()
+    }
+
+    /// Learns from a forecast that was made without any correction.
+    pub(crate) fn learn(&self, learn: impl Fn(&mut Corrections)) {
+        learn(&mut self.lock().corrections);
+    }
+}
+
+/// What the figures hold for.
+fn describe(threads: usize) -> String {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = cpu.lines().find(|line| line.starts_with("model name"));
+    let name = name.and_then(|line| line.split(':').nth(1)).unwrap_or(std::env::consts::ARCH).trim();
+    let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+    format!("{name}, {threads} threads, tangram {} {profile}", env!("CARGO_PKG_VERSION"))
+}
+
+/// Bytes per second of a load from a file in `data` that was just written, through a store of its own.
+fn measure_load(data: &Path) -> Result<f64, String> {
+    let path = data.join("rates.load");
+    let result = measure_load_of(&path);
+    let _ = std::fs::remove_file(&path);
+    result
+}
+
+fn measure_load_of(path: &Path) -> Result<f64, String> {
+    let fault = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let chunk: Vec<u8> = (0..CHUNK_BYTES).map(|i| (i * 7 + i / 251) as u8).collect();
+    let mut file = File::create(path).map_err(|error| fault(&error))?;
+    (0..LOAD_TENSORS).try_for_each(|_| file.write_all(&chunk)).map_err(|error| fault(&error))?;
+    drop(file);
+    let bytes = LOAD_TENSORS * CHUNK_BYTES;
+    let pool_bytes = bytes as usize;
+    let memory = CpuDevice::open(pool_bytes, CpuDevice::default_page_bytes(pool_bytes));
+    let memory = memory.map_err(|error| fault(&error))?;
+    let store = Store::new(memory.clone());
+    let mut pool = Pool::new(memory, Backend::Paged).map_err(|error| fault(&error))?;
+    // Two sets of tensors with the same bytes, which push each other out.
+    let entries = |set: u64| -> Vec<CatalogueEntry> {
+        let entry = |tensor: u64| CatalogueEntry {
+            id: Hash::of(&[set, tensor].map(u64::to_le_bytes).concat()),
+            checkpoint: set.to_string(),
+            offset: tensor * CHUNK_BYTES,
+            bytes: CHUNK_BYTES,
+            depth: 0.0,
+        };
+        (0..LOAD_TENSORS).map(entry).collect()
+    };
+    let sets = [0, 1].map(|set| pool.catalogue(&entries(set), |_| bytes));
+    let chunks: Arc<[Hash]> = [Hash::of(&chunk)].into();
+    let mut best = f64::INFINITY;
+    // Pages are new the first time and used from then on, as in a server that has run for a while.
+    for keys in [&sets[0], &sets[1], &sets[0]] {
+        let keys = keys.as_ref().map_err(|error| fault(error))?;
+        let (sender, woken) = mpsc::channel();
+        let sender = Mutex::new(sender);
+        let wake: tangram_store::Wake = Arc::new(move || {
+            let _ = sender.lock().unwrap_or_else(PoisonError::into_inner).send(());
+        });
+        let started = Instant::now();
+        let activation = pool.activate(keys, &[], 0.0).map_err(|_| fault(&"no room"))?;
+        let loads = activation.missing.into_iter().zip(0..).map(|(vacancy, tensor)| TensorLoad {
+            vacancy,
+            file: path.to_owned(),
+            offset: tensor * CHUNK_BYTES,
+            chunks: chunks.clone(),
+            name: "measurement".to_owned(),
+        });
+        store.load(loads.collect(), &wake);
+        for _ in 0..LOAD_TENSORS {
+            woken.recv_timeout(LOAD_PATIENCE).map_err(|error| fault(&error))?;
+        }
+        best = best.min(started.elapsed().as_secs_f64());
+        if !activation.lease.tensors().iter().all(|tensor| tensor.is_ready()) {
+            return Err(fault(&"the load failed"));
+        }
+        pool.release(activation.lease);
+    }
+    Ok(bytes as f64 / best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_measured_is_kept_for_the_same_machine() {
+        let data = tempfile::tempdir().unwrap();
+        let machine = Machine::open(data.path(), 2, 2);
+        assert!(!machine.knows(&[]) && machine.loading().is_none());
+        machine.measure(&[DType::F32]);
+        assert!(machine.knows(&[DType::F32]) && !machine.knows(&[DType::Q8_0]));
+        let rate = machine.loading().unwrap().link.bytes_per_second;
+        assert!(rate.is_finite() && rate > 0.0);
+        machine.learn(|corrections| corrections.loads.observe(1.0, 2.0));
+        machine.keep();
+        let again = Machine::open(data.path(), 2, 2);
+        assert!(again.knows(&[DType::F32]));
+        assert!((again.corrections().loads.factor() - 2.0).abs() < 1e-9);
+        assert!(!Machine::open(data.path(), 1, 2).knows(&[]), "other threads, other figures");
+        std::fs::write(data.path().join(FILE), "{").unwrap();
+        assert!(!Machine::open(data.path(), 2, 2).knows(&[]), "a damaged file is as none");
+        let left: Vec<_> =
+            std::fs::read_dir(data.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, [FILE], "nothing else is left behind");
+    }
+}
