@@ -4,13 +4,10 @@ use std::rc::Rc;
 
 use tangram_policy::stall::{Stage, suffix_stalls};
 
-use super::World;
+use super::{HALF_LIFE_SECONDS, World};
 use crate::mckp::{Choice, cover};
 use crate::system::{Keep, System};
 use crate::trace::seconds;
-
-/// LayerWeave's half-life of demand is not known; ours is taken.
-const HALF_LIFE_SECONDS: f64 = 600.0;
 
 impl System {
     /// Order of last uses within one forward pass.

@@ -14,6 +14,8 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::fmt::Write;
 use std::rc::Rc;
 
+use tangram_policy::placement::Popularity;
+
 use crate::device::Device;
 use crate::economy::Economy;
 use crate::layout::Layout;
@@ -22,6 +24,9 @@ use crate::profile::Profile;
 use crate::report::{Record, Recorded, Residency};
 use crate::system::{Keep, System};
 use crate::trace::{Nanos, Request, nanos, seconds};
+
+/// In what time the demand for a model halves. LayerWeave's is not known; ours is taken.
+const HALF_LIFE_SECONDS: f64 = 600.0;
 
 /// Lengths of prompts remembered per model.
 const LENGTHS: usize = 32;
@@ -72,6 +77,8 @@ struct Known {
     max_prompt: u64,
     /// The last prompt lengths.
     lengths: VecDeque<u64>,
+    /// What its median prompt of late computes in prefill.
+    compute_seconds: f64,
     /// Requests so far, decayed, at `demand_at` seconds, for the baselines.
     demand: f64,
     demand_at: f64,
@@ -106,6 +113,8 @@ struct World<'a> {
     idle: BTreeSet<u32>,
     /// Devices that know of requests which wait for them.
     told: Vec<u32>,
+    /// Over all devices.
+    popularity: Popularity,
     pending: VecDeque<Pending>,
     events: BinaryHeap<Reverse<(Nanos, u64, Event)>>,
     /// When the next `Retry` comes.
@@ -178,6 +187,7 @@ impl<'a> World<'a> {
                     weight_bytes,
                     kv_bytes_per_token: model.kv_bytes_per_token,
                     max_prompt: model.max_prompt.min(beside.saturating_sub(scenario.max_output + 1)).max(1),
+                    compute_seconds: 0.0,
                     lengths: VecDeque::new(),
                     demand: 0.0,
                     demand_at: 0.0,
@@ -205,6 +215,7 @@ impl<'a> World<'a> {
             hosts: (0..nodes).map(|_| Host::default()).collect(),
             idle: (0..scenario.devices as u32).collect(),
             told: Vec::new(),
+            popularity: Popularity::new(HALF_LIFE_SECONDS),
             pending: VecDeque::new(),
             events: BinaryHeap::new(),
             retry: None,

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use tangram_policy::placement::{AFFINITY_WAIT, Candidate, Placement, Startable, next_to_start, place};
+use tangram_policy::placement::{
+    AFFINITY_WAIT, Candidate, Placement, Startable, Tenant, crowding, next_to_start, place,
+};
 use tangram_policy::stall::{Stage, predict};
 
 use super::{Event, World};
@@ -166,6 +168,27 @@ impl World<'_> {
         }
     }
 
+    fn tenant(&self, model: u32) -> Tenant {
+        let known = &self.models[model as usize];
+        Tenant {
+            share: self.popularity.share(model, seconds(self.now)),
+            felt_bytes: known.weight_bytes as f64
+                - known.compute_seconds * self.scenario.profile.link.bytes_per_second,
+        }
+    }
+
+    /// What the model's living on the device costs per use.
+    fn crowding(&self, model: u32, device_index: u32) -> f64 {
+        let device = &self.devices[device_index as usize];
+        let lives_here = |&other: &u32| {
+            other != model && self.models[other as usize].devices.first() == Some(&device_index)
+        };
+        let mut others: Vec<Tenant> =
+            device.models().filter(lives_here).map(|other| self.tenant(other)).collect();
+        others.sort_by(|a, b| b.share.total_cmp(&a.share));
+        crowding(self.tenant(model), &others, device.pool_bytes, self.scenario.profile.link.bytes_per_second)
+    }
+
     fn placement(&self, request: u32) -> Placement {
         let model = self.request(request).model;
         let now = seconds(self.now);
@@ -181,8 +204,9 @@ impl World<'_> {
             }
             let damage = self.economies[device as usize].damage(shortage, now);
             // Prompts are cut so that weights and KV fit on an empty device; nothing else stays while one runs.
-            let candidate = Candidate { device, wait, stall, damage, fits: true };
-            *best = best.min(candidate.cost());
+            let crowding = self.crowding(model, device);
+            let candidate = Candidate { device, wait, stall, damage, crowding, fits: true };
+            *best = best.min(candidate.cost_of_living());
             candidates.push(candidate);
         }
         place(&candidates, self.waited(request))

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Instant;
 
-use super::{Event, Host, LENGTHS, World};
+use super::{Event, HALF_LIFE_SECONDS, Host, LENGTHS, World};
 use crate::device::Running;
 use crate::report::Record;
 use crate::system::Keep;
@@ -145,8 +145,9 @@ impl World<'_> {
     /// Statistics that policies may use.
     fn learn(&mut self, model: u32, prompt: u64, device: u32) {
         let now = seconds(self.now);
+        self.popularity.observe(model, now);
         let known = &mut self.models[model as usize];
-        known.demand = known.demand * ((known.demand_at - now) / 600.0).exp2() + 1.0;
+        known.demand = known.demand * ((known.demand_at - now) / HALF_LIFE_SECONDS).exp2() + 1.0;
         known.demand_at = now;
         known.uses += 1;
         if known.lengths.len() == LENGTHS {
@@ -169,7 +170,7 @@ impl World<'_> {
         let model = self.request(index).model;
         let next_use = self.next_use(model, index);
         let now = seconds(self.now);
-        let known = &self.models[model as usize];
+        let known = &mut self.models[model as usize];
         // Prompts are looked at again when there are four times as many.
         let appraise =
             new_here || known.uses.is_power_of_two() && known.uses.trailing_zeros().is_multiple_of(2);
@@ -184,6 +185,8 @@ impl World<'_> {
             let load: Vec<f64> = known.groups.iter().map(seconds).collect();
             let mut lengths: Vec<u64> = known.lengths.iter().copied().collect();
             lengths.sort_unstable();
+            let median = lengths.get(lengths.len() / 2).copied().unwrap_or(1);
+            known.compute_seconds = profile.prefill_seconds(known.weight_bytes, median);
             let step = lengths.len().div_ceil(4);
             let prompt = |&tokens: &u64| {
                 let compute = profile.prefill_seconds(known.weight_bytes, tokens);
