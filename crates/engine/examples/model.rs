@@ -102,7 +102,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             executor.recycle(pass);
             best = best.min(start.elapsed().as_secs_f64());
         }
-        let predicted = predicted(&[0..count]).ok_or("a type without a rate")?;
+        let predicted = predicted(std::slice::from_ref(&(0..count))).ok_or("a type without a rate")?;
         println!(
             "prefill {count:4}: {:8.1} tokens/s ({:.1} predicted)",
             count as f64 / best,
