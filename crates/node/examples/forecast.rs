@@ -1,6 +1,7 @@
 //! Forecasts against what happened: `forecast [rounds] [model ...]` deploys random models of several sizes and those
 //! named, predicts first-token times before anything runs, runs cold and resident prompts, and prints both with the
-//! relative error. The second part predicts again after the node has learned from the first.
+//! relative error. The second part predicts again after the node has learned from the first. On a machine that does
+//! other things too, the processor time of all threads divided by their number says what would have been without them.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -9,13 +10,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tangram_device::cpu::processor_time;
 use tangram_node::{
     DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, PassShape, SamplingParams, Timing,
 };
 use tangram_testkit::{Family, Float, RandomModel, write_hf_model};
 
 /// Prompt lengths, tokens.
-const PROMPTS: [usize; 3] = [32, 128, 512];
+const PROMPTS: [usize; 3] = [32, 128, 300];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -58,12 +60,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{name}: deployed in {:.0} ms", started.elapsed().as_secs_f64() * 1e3);
     }
     let other = deployed.pop().ok_or("no model")?;
-    let mut salt = 1;
+    let (mut salt, mut other_salt) = (1, 1);
+    let threads = std::thread::available_parallelism()?.get();
     for part in ["before anything ran", "after that"] {
-        println!("\nfirst tokens predicted {part}, ms; error against the median of {rounds}");
+        println!("\nfirst tokens predicted {part}, ms; medians of {rounds}");
         println!(
-            "{:36} {:>6} {:8} {:>9} {:>9} {:>9} {:>7}",
-            "model", "prompt", "weights", "predicted", "best", "median", "error"
+            "{:36} {:>6} {:8} {:>9} {:>9} {:>7} {:>9} {:>7}",
+            "model", "prompt", "weights", "predicted", "measured", "error", "processor", "error"
         );
         let mut predicted = BTreeMap::new();
         for (index, model) in deployed.iter().enumerate() {
@@ -77,35 +80,42 @@ fn main() -> Result<(), Box<dyn Error>> {
         for (index, model) in deployed.iter().enumerate() {
             for prompt in PROMPTS {
                 let (mut cold, mut resident, mut missing) = (Vec::new(), Vec::new(), 1.0);
+                let mut timed = |tokens| -> Result<_, Box<dyn Error>> {
+                    let before = processor_time();
+                    let timing = run(&node, model, tokens, &mut salt)?;
+                    let seconds = (processor_time() - before).as_secs_f64() / threads as f64;
+                    Ok((timing, (timing.first_token.as_secs_f64(), seconds)))
+                };
                 for _ in 0..rounds {
-                    run(&node, &other, 16, &mut salt)?;
-                    let timing = run(&node, model, prompt, &mut salt)?;
+                    run(&node, &other, 16, &mut other_salt)?;
+                    let (timing, times) = timed(prompt)?;
                     // A few tensors may have stayed; then the forecast is for what was missing.
                     let share = timing.bytes_loaded as f64 / model.weight_bytes as f64;
                     if share > 0.8 {
                         missing = share;
-                        cold.push(timing.first_token);
+                        cold.push(times);
                     }
-                    let timing = run(&node, model, prompt, &mut salt)?;
+                    let (timing, times) = timed(prompt)?;
                     if timing.bytes_loaded == 0 {
-                        resident.push(timing.first_token);
+                        resident.push(times);
                     }
                 }
                 let (cold_seconds, resident_seconds) = predicted[&(index, prompt)];
                 let cold_seconds = resident_seconds + (cold_seconds - resident_seconds) * missing;
-                for (what, seconds, mut times) in
+                for (what, seconds, times) in
                     [("absent", cold_seconds, cold), ("resident", resident_seconds, resident)]
                 {
-                    times.sort();
-                    let Some(&best) = times.first() else { continue };
-                    let median = times[times.len() / 2];
+                    let Some(wall) = median(times.iter().map(|times| times.0)) else { continue };
+                    let Some(processor) = median(times.iter().map(|times| times.1)) else { continue };
+                    let error = |measured: f64| (seconds / measured - 1.0) * 100.0;
                     println!(
-                        "{:36} {prompt:6} {what:8} {:9.2} {:9.2} {:9.2} {:+6.1}%",
+                        "{:36} {prompt:6} {what:8} {:9.2} {:9.2} {:+6.1}% {:9.2} {:+6.1}%",
                         model.name,
                         seconds * 1e3,
-                        best.as_secs_f64() * 1e3,
-                        median.as_secs_f64() * 1e3,
-                        (seconds / median.as_secs_f64() - 1.0) * 100.0
+                        wall * 1e3,
+                        error(wall),
+                        processor * 1e3,
+                        error(processor)
                     );
                 }
             }
@@ -117,6 +127,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let most = deployed.iter().map(|model| model.forecast().scratch_bytes(shape)).max().unwrap_or(0);
     println!("\nscratch: {most} bytes predicted for the largest, {} held", node.status().scratch_bytes);
     Ok(())
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
 }
 
 /// Bytes of a file, or of the files in a directory.
