@@ -31,15 +31,17 @@ impl Whole {
     /// The tensors with roles of their own that a tensor of this name holds; none for a name that means nothing.
     pub(crate) fn take_apart(self, spec: &ModelSpec, name: Name) -> Result<Vec<Found>, String> {
         match name {
-            Name::Role(role) => {
-                let Whole { name, dtype, shape, bytes, file, offset } = self;
-                let location = Location { file, offset, rows: RowOrder::Plain };
-                Ok(vec![Found { name, tensor: SourceTensor { role, dtype, shape, bytes, location } }])
-            }
+            Name::Role(role) => Ok(vec![Found { tensor: self.plain(role), name: self.name }]),
             Name::Transposed(role) => Ok(vec![self.transposed(role)?]),
             Name::Fused(layer, fused) => self.split(spec, layer, fused),
             Name::Ignored | Name::Unknown => Ok(Vec::new()),
         }
+    }
+
+    /// All of it for one purpose.
+    pub(crate) fn plain(&self, role: Role) -> SourceTensor {
+        let location = Location { file: self.file, offset: self.offset, rows: RowOrder::Plain };
+        SourceTensor { role, dtype: self.dtype, shape: self.shape.clone(), bytes: self.bytes, location }
     }
 
     /// A matrix stored as `[in_features, out_features]`.

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Largest JSON file other than the tokenizer, in bytes.
-const MAX_JSON_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_JSON_BYTES: u64 = 64 << 20;
 /// Largest chat template in bytes.
 const MAX_TEMPLATE_BYTES: u64 = 4 << 20;
 /// More shards than any model has; each one stays open.
@@ -146,12 +146,12 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
     Source::assemble(described_by, spec, found, &biases, files, text)
 }
 
-fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, CheckpointError> {
+pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, CheckpointError> {
     serde_json::from_slice(bytes)
         .map_err(|error| CheckpointError::invalid(path, format!("is not valid JSON: {error}")))
 }
 
-fn read_json(path: &Path) -> Result<Option<Value>, CheckpointError> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, CheckpointError> {
     read_optional(path, MAX_JSON_BYTES)?.map(|bytes| parse_json(path, &bytes)).transpose()
 }
 
@@ -284,7 +284,10 @@ fn read_text_assets(
 }
 
 /// `chat_template.jinja`, else the template in `tokenizer_config.json` (of several the one called "default").
-fn read_chat_template(directory: &Path, settings: &Value) -> Result<Option<String>, CheckpointError> {
+pub(crate) fn read_chat_template(
+    directory: &Path,
+    settings: &Value,
+) -> Result<Option<String>, CheckpointError> {
     let path = directory.join("chat_template.jinja");
     if let Some(bytes) = read_optional(&path, MAX_TEMPLATE_BYTES)? {
         return String::from_utf8(bytes)

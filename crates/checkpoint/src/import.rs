@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::file::read_limited;
 use crate::manifest::{CHUNK_BYTES, ContentId, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry};
-use crate::{CheckpointError, Source, SourceTensor, layout};
+use crate::{AdapterSource, CheckpointError, DType, Role, Source, layout};
 
 /// Name of the file that holds the tensors' bytes.
 pub const DATA_FILE: &str = "data.bin";
@@ -63,70 +63,104 @@ pub fn import(
     known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
     progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
 ) -> Result<Manifest, CheckpointError> {
-    if !is_plain_name(checkpoint_id) {
-        return Err(CheckpointError::invalid(
-            dir,
-            format!("{checkpoint_id:?} cannot be the name of a checkpoint"),
-        ));
-    }
-    let mut writer = DataWriter::create(&dir.join(DATA_FILE))?;
-    let mut written: HashMap<ContentId, KnownTensor> = HashMap::new();
-    let mut state = ImportProgress { bytes_total: source.weight_bytes(), ..Default::default() };
-    let mut report = |state: ImportProgress| match progress(state) {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(CheckpointError::Cancelled),
-    };
-    report(state)?;
-    let mut buffer = Vec::new();
+    let mut import = Import::begin(dir, checkpoint_id, source.weight_bytes(), known, progress)?;
     let mut tensors = Vec::with_capacity(source.tensors().len());
     for tensor in source.tensors() {
-        let offset = writer.next_offset(tensor.bytes);
-        let (id, chunks) = copy_tensor(source, tensor, &writer, offset, &mut buffer, &mut |bytes| {
-            state.bytes_done += bytes;
-            report(state)
-        })?;
-        let place = match written.get(&id).cloned().or_else(|| known(&id)) {
-            Some(place) => {
-                state.bytes_reused += tensor.bytes;
-                report(state)?;
-                place
-            }
-            None => {
-                writer.keep(offset, tensor.bytes)?;
-                KnownTensor { checkpoint: checkpoint_id.to_owned(), offset, chunks }
-            }
-        };
-        written.entry(id).or_insert_with(|| place.clone());
-        tensors.push(TensorEntry {
+        let described = Described {
             role: tensor.role,
             dtype: tensor.dtype,
-            shape: tensor.shape.clone(),
-            id,
+            shape: &tensor.shape,
             bytes: tensor.bytes,
-            stage: source.spec().stage(tensor.role) as u32,
-            checkpoint: place.checkpoint,
-            offset: place.offset,
-            chunks: place.chunks,
-        });
+            stage: source.spec().stage(tensor.role),
+        };
+        tensors.push(import.add(described, &|at, buffer| source.read_at(tensor, at, buffer))?);
     }
-    let data_bytes = writer.finish()?;
     let manifest = Manifest {
         version: Manifest::VERSION,
         checkpoint: checkpoint_id.to_owned(),
         spec: source.spec().clone(),
         tensors,
-        data_bytes,
+        data_bytes: import.writer.finish()?,
         generation: source.generation().clone(),
         chat_template: source.chat_template().map(str::to_owned),
         special_tokens: source.special_tokens().clone(),
         has_tokenizer: source.tokenizer_json().is_some(),
+        base: None,
     };
-    let manifest_path = dir.join(MANIFEST_FILE);
-    // What `known` gave is checked by the same rules as a manifest read back.
-    check_manifest(&manifest).map_err(|message| CheckpointError::invalid(&manifest_path, message))?;
     if let Some(json) = source.tokenizer_json() {
         write_synced(&dir.join(TOKENIZER_FILE), json)?;
     }
+    finish(dir, manifest)
+}
+
+/// The model that an adapter is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct Base<'a> {
+    /// Its deployed name.
+    pub name: &'a str,
+    /// Its manifest.
+    pub manifest: &'a Manifest,
+    /// The directory of its checkpoint.
+    pub dir: &'a Path,
+}
+
+/// Imports an adapter as a model of its own, as [`import`] does. The base's tensors are referenced where they lie, its
+/// tokenizer is linked; only the adapter's tensors are read and written, one at a time in memory.
+pub fn import_adapter(
+    adapter: &AdapterSource,
+    base: Base<'_>,
+    dir: &Path,
+    checkpoint_id: &str,
+    known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
+    progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+) -> Result<Manifest, CheckpointError> {
+    let mut import = Import::begin(dir, checkpoint_id, adapter.weight_bytes(), known, progress)?;
+    let mut tensors = base.manifest.tensors.clone();
+    for tensor in adapter.tensors() {
+        let values = adapter.read(tensor)?;
+        let described = Described {
+            role: tensor.role,
+            dtype: tensor.dtype,
+            shape: &tensor.shape,
+            bytes: tensor.bytes,
+            stage: adapter.spec().stage(tensor.role),
+        };
+        tensors.push(import.add(described, &|at, buffer| {
+            if let Some(part) = values.get(at as usize..at as usize + buffer.len()) {
+                buffer.copy_from_slice(part);
+            }
+            Ok(())
+        })?);
+    }
+    // Stable: within a stage the base's come first, as in a batch without adapters.
+    tensors.sort_by_key(|tensor| tensor.stage);
+    let template = adapter.chat_template().map(str::to_owned);
+    let manifest = Manifest {
+        version: Manifest::VERSION,
+        checkpoint: checkpoint_id.to_owned(),
+        spec: adapter.spec().clone(),
+        tensors,
+        data_bytes: import.writer.finish()?,
+        chat_template: template.or_else(|| base.manifest.chat_template.clone()),
+        base: Some(base.name.to_owned()),
+        ..base.manifest.clone()
+    };
+    if manifest.has_tokenizer {
+        let (from, to) = (base.dir.join(TOKENIZER_FILE), dir.join(TOKENIZER_FILE));
+        // Neither file is ever changed, so both names can be of one; file systems without links get a copy.
+        if std::fs::hard_link(&from, &to).is_err() {
+            let json = read_limited(&from, crate::tokenizer::MAX_TOKENIZER_BYTES)?;
+            write_synced(&to, &json)?;
+        }
+    }
+    finish(dir, manifest)
+}
+
+/// Checks and writes the manifest, the last file of an import.
+fn finish(dir: &Path, manifest: Manifest) -> Result<Manifest, CheckpointError> {
+    let manifest_path = dir.join(MANIFEST_FILE);
+    // What `known` gave is checked by the same rules as a manifest read back.
+    check_manifest(&manifest).map_err(|message| CheckpointError::invalid(&manifest_path, message))?;
     let json = serde_json::to_vec(&manifest)
         .map_err(|error| CheckpointError::invalid(&manifest_path, format!("cannot be written: {error}")))?;
     write_synced(&manifest_path, &json)?;
@@ -134,28 +168,111 @@ pub fn import(
     Ok(manifest)
 }
 
-/// Copies a tensor to `offset` of the data file and hashes it on the way.
-fn copy_tensor(
-    source: &Source,
-    tensor: &SourceTensor,
-    writer: &DataWriter,
-    offset: u64,
-    buffer: &mut Vec<u8>,
-    done: &mut dyn FnMut(u64) -> Result<(), CheckpointError>,
-) -> Result<(ContentId, Vec<Hash>), CheckpointError> {
-    let mut id = ContentId::hasher(tensor.dtype, &tensor.shape);
-    let mut chunks = Vec::with_capacity(tensor.bytes.div_ceil(CHUNK_BYTES) as usize);
-    let mut at = 0;
-    while at < tensor.bytes {
-        buffer.resize((tensor.bytes - at).min(CHUNK_BYTES) as usize, 0);
-        source.read_at(tensor, at, buffer)?;
-        id.update(buffer);
-        chunks.push(Hash::of(buffer));
-        writer.write(offset + at, buffer)?;
-        at += buffer.len() as u64;
-        done(buffer.len() as u64)?;
+/// A tensor that is to be imported.
+struct Described<'a> {
+    role: Role,
+    dtype: DType,
+    shape: &'a [u64],
+    bytes: u64,
+    stage: usize,
+}
+
+/// An import under way.
+struct Import<'a> {
+    checkpoint_id: &'a str,
+    writer: DataWriter,
+    /// Tensors that this import has met.
+    written: HashMap<ContentId, KnownTensor>,
+    known: &'a dyn Fn(&ContentId) -> Option<KnownTensor>,
+    state: ImportProgress,
+    progress: &'a mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Import<'a> {
+    fn begin(
+        dir: &Path,
+        checkpoint_id: &'a str,
+        bytes_total: u64,
+        known: &'a dyn Fn(&ContentId) -> Option<KnownTensor>,
+        progress: &'a mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+    ) -> Result<Import<'a>, CheckpointError> {
+        if !is_plain_name(checkpoint_id) {
+            return Err(CheckpointError::invalid(
+                dir,
+                format!("{checkpoint_id:?} cannot be the name of a checkpoint"),
+            ));
+        }
+        let writer = DataWriter::create(&dir.join(DATA_FILE))?;
+        let state = ImportProgress { bytes_total, ..Default::default() };
+        let (written, buffer) = (HashMap::new(), Vec::new());
+        let mut import = Import { checkpoint_id, writer, written, known, state, progress, buffer };
+        import.report()?;
+        Ok(import)
     }
-    Ok((Hash(*id.finalize().as_bytes()), chunks))
+
+    fn report(&mut self) -> Result<(), CheckpointError> {
+        match (self.progress)(self.state) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(CheckpointError::Cancelled),
+        }
+    }
+
+    /// Takes up a tensor whose bytes `read` gives, and writes it if it is new.
+    fn add(
+        &mut self,
+        tensor: Described<'_>,
+        read: &dyn Fn(u64, &mut [u8]) -> Result<(), CheckpointError>,
+    ) -> Result<TensorEntry, CheckpointError> {
+        let offset = self.writer.next_offset(tensor.bytes);
+        let (id, chunks) = self.copy(&tensor, offset, read)?;
+        let place = match self.written.get(&id).cloned().or_else(|| (self.known)(&id)) {
+            Some(place) => {
+                self.state.bytes_reused += tensor.bytes;
+                self.report()?;
+                place
+            }
+            None => {
+                self.writer.keep(offset, tensor.bytes)?;
+                KnownTensor { checkpoint: self.checkpoint_id.to_owned(), offset, chunks }
+            }
+        };
+        self.written.entry(id).or_insert_with(|| place.clone());
+        Ok(TensorEntry {
+            role: tensor.role,
+            dtype: tensor.dtype,
+            shape: tensor.shape.to_vec(),
+            id,
+            bytes: tensor.bytes,
+            stage: tensor.stage as u32,
+            checkpoint: place.checkpoint,
+            offset: place.offset,
+            chunks: place.chunks,
+        })
+    }
+
+    /// Copies a tensor to `offset` of the data file and hashes it on the way.
+    fn copy(
+        &mut self,
+        tensor: &Described<'_>,
+        offset: u64,
+        read: &dyn Fn(u64, &mut [u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(ContentId, Vec<Hash>), CheckpointError> {
+        let mut id = ContentId::hasher(tensor.dtype, tensor.shape);
+        let mut chunks = Vec::with_capacity(tensor.bytes.div_ceil(CHUNK_BYTES) as usize);
+        let mut at = 0;
+        while at < tensor.bytes {
+            self.buffer.resize((tensor.bytes - at).min(CHUNK_BYTES) as usize, 0);
+            read(at, &mut self.buffer)?;
+            id.update(&self.buffer);
+            chunks.push(Hash::of(&self.buffer));
+            self.writer.write(offset + at, &self.buffer)?;
+            at += self.buffer.len() as u64;
+            self.state.bytes_done += self.buffer.len() as u64;
+            self.report()?;
+        }
+        Ok((Hash(*id.finalize().as_bytes()), chunks))
+    }
 }
 
 /// The data file while it is written. A tensor is written first and kept only if its identity, known afterwards, is

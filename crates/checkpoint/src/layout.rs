@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{DType, LayerRole, ModelSpec, Norm, Output, Role, Rope, RopeScaling};
+use crate::{DType, LayerRole, LowRank, ModelSpec, Norm, Output, Role, Rope, RopeScaling};
 
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_WIDTH: usize = 1 << 20;
@@ -13,6 +13,8 @@ const MAX_EXPERTS: usize = 1 << 12;
 const MAX_ALL_EXPERTS: usize = 1 << 16;
 const MAX_HEADS: usize = 1 << 14;
 const MAX_HEAD_DIM: usize = 1 << 12;
+/// Of a low-rank update.
+const MAX_RANK: usize = 1 << 12;
 const MAX_CONTEXT: usize = 1 << 28;
 
 /// Refuses a spec whose numbers are zero, absurd or contradict each other, so that arithmetic on it cannot overflow.
@@ -81,6 +83,34 @@ pub(crate) fn check_spec(spec: &ModelSpec) -> Result<(), String> {
         check_layers("dense", &experts.dense_layers, spec.layers)?;
         if !spec.mlp.gated() {
             return Err("experts without a gate are not known".into());
+        }
+    }
+    check_updates(spec)
+}
+
+fn check_updates(spec: &ModelSpec) -> Result<(), String> {
+    if !spec.updates.is_sorted_by(|a, b| (a.layer, a.matrix) < (b.layer, b.matrix)) {
+        return Err("the low-rank updates are not in ascending order".into());
+    }
+    for &LowRank { layer, matrix, rank, scale } in &spec.updates {
+        let dense = spec.layer_experts(layer as usize).is_none();
+        let there = match matrix {
+            LayerRole::Query | LayerRole::Key | LayerRole::Value | LayerRole::AttnOut => true,
+            LayerRole::Gate => dense && spec.mlp.gated(),
+            LayerRole::Up | LayerRole::Down => dense,
+            _ => false,
+        };
+        if layer as usize >= spec.layers || !there {
+            return Err(format!(
+                "a low-rank update is for {matrix:?} of layer {layer}, which a {} model of {} layers does not have",
+                spec.family, spec.layers
+            ));
+        }
+        if rank == 0 || rank > MAX_RANK {
+            return Err(format!("the rank of an update is {rank}, which is not between 1 and {MAX_RANK}"));
+        }
+        if !scale.is_finite() {
+            return Err(format!("the scale of an update is {scale}, which is no number"));
         }
     }
     Ok(())
@@ -223,6 +253,9 @@ pub(crate) fn check_tensors<'a>(
             return Err(format!(
                 "tensor {name} is a vector stored as {dtype}; vectors must be f32, f16 or bf16"
             ));
+        }
+        if dtype.is_quantised() && matches!(role, Role::LowRank(..)) {
+            return Err(format!("tensor {name} is stored as {dtype}; adapters must be f32, f16 or bf16"));
         }
         match dtype.tensor_bytes(shape) {
             Some(size) if size == bytes => {}

@@ -3,6 +3,8 @@
 //! Depends on no runtime. Everything read from outside is untrusted: every function here returns an error that
 //! names the file, the tensor and what to do, and never panics.
 
+mod adapter;
+mod adapter_config;
 mod config;
 pub mod dtype;
 mod error;
@@ -22,16 +24,18 @@ pub mod source;
 pub mod spec;
 mod tokenizer;
 
+pub use adapter::AdapterSource;
 pub use dtype::DType;
 pub use error::CheckpointError;
 pub use import::{
-    DATA_FILE, ImportProgress, KnownTensor, MANIFEST_FILE, TOKENIZER_FILE, import, read_manifest,
+    Base, DATA_FILE, ImportProgress, KnownTensor, MANIFEST_FILE, TOKENIZER_FILE, import, import_adapter,
+    read_manifest,
 };
 pub use manifest::{
     CHUNK_BYTES, ContentId, GenerationDefaults, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry,
 };
 pub use source::{Source, SourceTensor, open};
 pub use spec::{
-    Attention, ExpertRole, Experts, LayerRole, LocalLayers, Mlp, ModelSpec, Norm, NormPlacement, Output,
-    Pooling, Role, Rope, RopeScaling,
+    Attention, ExpertRole, Experts, Factor, LayerRole, LocalLayers, LowRank, Mlp, ModelSpec, Norm,
+    NormPlacement, Output, Pooling, Role, Rope, RopeScaling,
 };

@@ -132,6 +132,9 @@ pub struct Manifest {
     pub special_tokens: std::collections::BTreeMap<String, String>,
     /// Whether `tokenizer.json` lies beside the manifest.
     pub has_tokenizer: bool,
+    /// Of an adapter: what its base was deployed as then. For people; what is computed with is in `tensors`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
 }
 
 impl Manifest {
@@ -141,5 +144,13 @@ impl Manifest {
     /// Bytes of all tensors, wherever they lie.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    /// The manifest of the model that an adapter is made for; of another model, the model itself.
+    pub fn without_adapter(&self) -> Manifest {
+        let mut base = self.clone();
+        base.spec.updates.clear();
+        base.tensors.retain(|tensor| !matches!(tensor.role, Role::LowRank(..)));
+        base
     }
 }

@@ -208,9 +208,21 @@ impl Source {
     ///
     /// The bytes are in the order that the spec asks for, whatever the order in the file.
     pub fn read_at(&self, tensor: &SourceTensor, at: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
-        let Location { file, offset, rows } = tensor.location;
-        let in_range = at.checked_add(buffer.len() as u64).is_some_and(|end| end <= tensor.bytes);
-        let Some(file) = self.files.get(file).filter(|_| in_range) else {
+        tensor.read_at(&self.files, at, buffer)
+    }
+}
+
+impl SourceTensor {
+    /// [`Source::read_at`] for a tensor in `files`.
+    pub(crate) fn read_at(
+        &self,
+        files: &[SourceFile],
+        at: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let Location { file, offset, rows } = self.location;
+        let in_range = at.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.bytes);
+        let Some(file) = files.get(file).filter(|_| in_range) else {
             let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
             return Err(CheckpointError::io(
                 Path::new("tensor of another source, or bytes beyond its end"),
@@ -218,11 +230,11 @@ impl Source {
             ));
         };
         // A checked shape has rows; an element of a bias counts as a row.
-        let row_bytes = tensor.bytes / tensor.shape.first().copied().unwrap_or(1).max(1);
+        let row_bytes = self.bytes / self.shape.first().copied().unwrap_or(1).max(1);
         let source_row: &dyn Fn(u64) -> u64 = match rows {
             RowOrder::Plain => return file.read_exact_at(buffer, offset + at),
             RowOrder::Columns { stride } => {
-                let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
+                let columns = self.shape.last().copied().unwrap_or(1).max(1);
                 let element = row_bytes / columns;
                 let strip = Strip { file, offset, stride, columns, element: element as usize };
                 return strip.read(at, buffer);

@@ -72,6 +72,10 @@ pub struct ModelSpec {
     pub attention: Attention,
     /// What the model gives.
     pub output: Output,
+    /// Low-rank updates of matrices (an adapter on a base model), ascending by layer and role. Empty for a model of its
+    /// own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub updates: Vec<LowRank>,
 }
 
 impl Default for ModelSpec {
@@ -105,8 +109,46 @@ impl Default for ModelSpec {
             experts: None,
             attention: Attention::Causal,
             output: Output::Logits { tied: false },
+            updates: Vec::new(),
         }
     }
+}
+
+/// A low-rank update of a layer's matrix (LoRA, arXiv 2106.09685): where the base computes `W x`, this model computes
+/// `W x + scale · B (A x)`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LowRank {
+    /// Which layer.
+    pub layer: u32,
+    /// Which of its matrices: one of [`LowRank::MATRICES`].
+    pub matrix: LayerRole,
+    /// Rows of `A` and columns of `B`.
+    pub rank: usize,
+    /// What the product is multiplied with.
+    pub scale: f32,
+}
+
+impl LowRank {
+    /// The matrices that can have an update.
+    pub const MATRICES: [LayerRole; 7] = [
+        LayerRole::Query,
+        LayerRole::Key,
+        LayerRole::Value,
+        LayerRole::AttnOut,
+        LayerRole::Gate,
+        LayerRole::Up,
+        LayerRole::Down,
+    ];
+}
+
+/// Which of the two matrices of a [`LowRank`] update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Factor {
+    /// `A`, `[rank, in_features]`.
+    A,
+    /// `B` transposed, `[rank, out_features]`: so both are read row by row.
+    B,
 }
 
 /// Normalisation with its epsilon.
@@ -323,6 +365,8 @@ pub enum Role {
     FinalNormBias,
     /// `[vocab, hidden]`; absent when tied.
     Output,
+    /// A factor of the update of matrix `.1` of layer `.0`, never quantised.
+    LowRank(u32, LayerRole, Factor),
 }
 
 /// What a tensor inside a layer is for, in the order in which the forward pass asks for it (pre-norm families).
@@ -406,9 +450,21 @@ impl ModelSpec {
             | Role::TypeEmbedding
             | Role::EmbeddingNorm
             | Role::EmbeddingNormBias => 0,
-            Role::Layer(layer, _) => 1 + layer as usize,
+            Role::Layer(layer, _) | Role::LowRank(layer, ..) => 1 + layer as usize,
             Role::FinalNorm | Role::FinalNormBias | Role::Output => self.layers + 1,
         }
+    }
+
+    /// The model without its updates.
+    pub fn base(&self) -> ModelSpec {
+        ModelSpec { updates: Vec::new(), ..self.clone() }
+    }
+
+    /// The update of a matrix, if it has one.
+    pub fn update(&self, layer: u32, matrix: LayerRole) -> Option<&LowRank> {
+        let place = |update: &LowRank| (update.layer, update.matrix);
+        let index = self.updates.binary_search_by_key(&(layer, matrix), place).ok()?;
+        self.updates.get(index)
     }
 
     /// Whether the model generates text (as opposed to giving embeddings).
@@ -468,6 +524,14 @@ impl ModelSpec {
                 LayerRole::GateBias | LayerRole::UpBias => vec![intermediate],
                 LayerRole::Down => vec![hidden, intermediate],
             },
+            Role::LowRank(layer, matrix, factor) => {
+                let rank = self.update(layer, matrix).map_or(0, |update| update.rank as u64);
+                let (outputs, inputs) = match self.shape(Role::Layer(layer, matrix))[..] {
+                    [outputs, inputs] => (outputs, inputs),
+                    _ => (0, 0),
+                };
+                vec![rank, if factor == Factor::A { inputs } else { outputs }]
+            }
         }
     }
 
@@ -536,6 +600,10 @@ impl ModelSpec {
         if self.output == (Output::Logits { tied: false }) {
             roles.push(Role::Output);
         }
+        for update in &self.updates {
+            roles.extend([Factor::A, Factor::B].map(|f| Role::LowRank(update.layer, update.matrix, f)));
+        }
+        roles.sort_by_key(|&role| self.stage(role));
         roles
     }
 }
