@@ -5,10 +5,11 @@
 //! cut into chunks, and whenever the pass was interrupted.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tangram_checkpoint::Attention;
 
+use crate::adapter::{Adapted, Adapter};
 use crate::forward;
 use crate::kernels::attention::Spans;
 use crate::kernels::kv::{KvBlocks, KvProblem, KvTable};
@@ -25,6 +26,14 @@ pub trait Weights: Sync {
     /// The bytes of a tensor, by its index in the slice given to [`Model::new`]. Called only for tensors of stages
     /// that the caller declared ready.
     fn tensor(&self, index: usize) -> &[u8];
+
+    /// The bytes of a tensor of adapter `adapter` of the pass (its index in what [`Executor::begin_adapted`] was
+    /// given), by its index in the slice given to [`Adapter::new`]. Called for any stage: an adapter must be there as
+    /// a whole.
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> &[u8] {
+        let _ = (adapter, index);
+        &[]
+    }
 }
 
 /// One sequence's part of a step.
@@ -103,6 +112,9 @@ pub enum PassError {
     /// The KV blocks of a chunk cannot be used.
     #[error("KV blocks: {0}")]
     Kv(String),
+    /// The adapters do not fit the batch or the model.
+    #[error("adapters: {0}")]
+    Adapter(&'static str),
     /// A tensor has not as many bytes as its type and shape demand.
     #[error("tensor {index} has {found} bytes, expected are {expected}")]
     TensorBytes {
@@ -198,6 +210,7 @@ pub struct Pass {
     pub(crate) output_width: usize,
     pub(crate) generates: bool,
     pub(crate) memory: Memory,
+    pub(crate) adapted: Option<Adapted>,
 }
 
 impl Pass {
@@ -310,7 +323,25 @@ impl Executor {
             output_width: model.output_width(),
             generates: spec.generates(),
             memory,
+            adapted: None,
         })
+    }
+
+    /// [`Executor::begin`] where chunk `i` is computed with adapter `adapters[of_chunk[i]]`, or by the model alone.
+    ///
+    /// # Errors
+    /// As [`Executor::begin`], and [`PassError::Adapter`] if an adapter is for another base or the choice of adapters
+    /// does not fit the batch.
+    pub fn begin_adapted(
+        &self,
+        model: &Model,
+        batch: &[Chunk<'_>],
+        adapters: Vec<Arc<Adapter>>,
+        of_chunk: &[Option<usize>],
+    ) -> Result<Pass, PassError> {
+        let mut pass = self.begin(model, batch)?;
+        pass.adapted = Some(Adapted::new(model.spec(), &pass.memory.places, adapters, of_chunk)?);
+        Ok(pass)
     }
 
     /// Runs stages while `pass.stage() < ready_stages` and says whether the pass is done. `kv[i]` are the blocks of

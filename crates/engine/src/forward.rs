@@ -2,14 +2,16 @@
 //!
 //! This file only puts kernels in order. It must not compute anything itself whose result could depend on the batch.
 
-use tangram_checkpoint::{Norm, NormPlacement, Output, Pooling};
+use tangram_checkpoint::{LayerRole, Norm, NormPlacement, Output, Pooling};
 
+use crate::adapter::Adapted;
 use crate::executor::{Executor, Memory, Pass, PassError, Weights};
 use crate::kernels::attention::{Heads, Keys, Preparation, Scoring, attend, prepare};
 use crate::kernels::elementwise::{
     NormWeights, activate, activate_gate, add, add_scaled, cap, length, normalise, normalise_in_place,
 };
 use crate::kernels::kv::{KvBlocks, KvView};
+use crate::kernels::low_rank::add_low_rank;
 use crate::kernels::matmul::{Linear, matmul};
 use crate::kernels::routing::route;
 use crate::kernels::{Buffer, dequantise_row};
@@ -24,7 +26,8 @@ pub(crate) fn run(
     kv: &mut [KvBlocks<'_>],
     ready_stages: usize,
 ) -> Result<(), PassError> {
-    let step = Step { executor, model, weights, rows: pass.rows, output_rows: pass.output_rows };
+    let adapted = pass.adapted.as_ref();
+    let step = Step { executor, model, weights, adapted, rows: pass.rows, output_rows: pass.output_rows };
     let mut table = std::mem::take(&mut pass.memory.kv);
     let result = (|| {
         let places = &pass.memory.places;
@@ -60,6 +63,7 @@ struct Step<'a> {
     executor: &'a Executor,
     model: &'a Model,
     weights: &'a dyn Weights,
+    adapted: Option<&'a Adapted>,
     rows: usize,
     output_rows: usize,
 }
@@ -178,13 +182,36 @@ impl<'a> Step<'a> {
     /// One transformer layer.
     fn layer(&self, memory: &mut Memory, index: usize, kv: Option<&mut KvView<'_>>) -> Result<(), PassError> {
         let layer = &self.model.layers[index];
+        if let Some(adapted) = self.adapted {
+            adapted.check(self.weights, index)?;
+        }
         self.attention(memory, layer, index, kv)?;
-        self.mlp(memory, layer)?;
+        self.mlp(memory, layer, index)?;
         if self.model.spec.parallel_residual {
             // Attention's part; the feed-forward block has added its own.
             self.add_block(memory);
         }
         Ok(())
+    }
+
+    /// Adds what the adapters of the rows make of `input` (`[rows, columns]`) to the products of the base's matrices,
+    /// `[rows, features]` each.
+    fn update<const N: usize>(
+        &self,
+        layer: usize,
+        input: &[f32],
+        columns: usize,
+        products: [(LayerRole, &mut [f32]); N],
+    ) {
+        let Some(adapted) = self.adapted else { return };
+        let Executor { isa, pool, .. } = self.executor;
+        let matrices = products.each_ref().map(|(matrix, _)| *matrix);
+        let outs = products.map(|(_, out)| {
+            let width = out.len() / self.rows;
+            (out, width)
+        });
+        let factors = |slot, matrix: usize| adapted.factors(self.weights, slot, layer, matrices[matrix]);
+        add_low_rank(*isa, pool, &adapted.grouping, input, columns, outs, &factors);
     }
 
     /// Whether results of blocks are kept apart before they are added to the residual stream.
@@ -249,6 +276,9 @@ impl<'a> Step<'a> {
             self.linear(&layer.value, value_bias, value, false)?,
         ];
         matmul(isa, pool, packed, input, spec.hidden, rows, linears);
+        let products =
+            [(LayerRole::Query, &mut *query), (LayerRole::Key, &mut *key), (LayerRole::Value, &mut *value)];
+        self.update(index, input, spec.hidden, products);
 
         let (Norm::Rms { epsilon } | Norm::Layer { epsilon }) = spec.norm;
         let head_norm = |weight| NormWeights { norm: Norm::Rms { epsilon }, weight, bias: None };
@@ -286,10 +316,11 @@ impl<'a> Step<'a> {
         let [bias] = self.biases(vectors, [layer.attn_out.bias.as_ref()])?;
         let linears = [self.linear(&layer.attn_out, bias, out, !apart)?];
         matmul(isa, pool, packed, attended, query_width, rows, linears);
+        self.update(index, attended, query_width, [(LayerRole::AttnOut, out)]);
         self.after_block(memory, &layer.attn_norm, layer.attn_post_norm.as_ref())
     }
 
-    fn mlp(&self, memory: &mut Memory, layer: &Layer) -> Result<(), PassError> {
+    fn mlp(&self, memory: &mut Memory, layer: &Layer, index: usize) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
         let (isa, rows, spec) = (*isa, self.rows, &self.model.spec);
         let len = rows * spec.hidden;
@@ -303,22 +334,24 @@ impl<'a> Step<'a> {
                 let Memory { x, h, gate, up, packed, vectors, block, .. } = memory;
                 let mut inner = Inner { gate, up, packed, vectors };
                 let input = if spec.norm_placement.before() { h.get(len) } else { x.get(len) };
-                self.widen(&mut inner, tensors, input, rows)?;
+                self.widen(&mut inner, tensors, input, rows, Some(index))?;
                 let out = if apart { block } else { x };
-                self.narrow(&mut inner, tensors, rows, out.get_mut(len), !apart)?;
+                self.narrow(&mut inner, tensors, rows, out.get_mut(len), !apart, Some(index))?;
             }
             MlpTensors::Sparse { router, experts } => self.sparse(memory, router, experts)?,
         }
         self.after_block(memory, &layer.mlp_norm, layer.mlp_post_norm.as_ref())
     }
 
-    /// The first half of a feed-forward block: its inner activations for `rows` rows of `input`.
+    /// The first half of a feed-forward block: its inner activations for `rows` rows of `input`. `layer` is not given
+    /// for an expert, which adapters do not change.
     fn widen(
         &self,
         inner: &mut Inner<'_>,
         tensors: &FeedForward,
         input: &[f32],
         rows: usize,
+        layer: Option<usize>,
     ) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
         let (isa, spec) = (*isa, &self.model.spec);
@@ -334,11 +367,18 @@ impl<'a> Step<'a> {
                     self.linear(&tensors.up, up_bias, up, false)?,
                 ];
                 matmul(isa, pool, inner.packed, input, spec.hidden, rows, linears);
+                if let Some(layer) = layer {
+                    let products = [(LayerRole::Gate, &mut *gate), (LayerRole::Up, &mut *up)];
+                    self.update(layer, input, spec.hidden, products);
+                }
                 activate_gate(isa, pool, spec.mlp, gate, up);
             }
             None => {
                 let linears = [self.linear(&tensors.up, up_bias, up, false)?];
                 matmul(isa, pool, inner.packed, input, spec.hidden, rows, linears);
+                if let Some(layer) = layer {
+                    self.update(layer, input, spec.hidden, [(LayerRole::Up, &mut *up)]);
+                }
                 activate(isa, pool, spec.mlp, up);
             }
         }
@@ -353,13 +393,18 @@ impl<'a> Step<'a> {
         rows: usize,
         out: &mut [f32],
         accumulate: bool,
+        layer: Option<usize>,
     ) -> Result<(), PassError> {
         let Executor { isa, pool, .. } = self.executor;
         let width = tensors.up.weight.rows;
         let activated = if tensors.gate.is_some() { &*inner.gate } else { &*inner.up };
         let [bias] = self.biases(inner.vectors, [tensors.down.bias.as_ref()])?;
         let linears = [self.linear(&tensors.down, bias, out, accumulate)?];
-        matmul(*isa, pool, inner.packed, activated.get(rows * width), width, rows, linears);
+        let activated = activated.get(rows * width);
+        matmul(*isa, pool, inner.packed, activated, width, rows, linears);
+        if let Some(layer) = layer {
+            self.update(layer, activated, width, [(LayerRole::Down, out)]);
+        }
         Ok(())
     }
 
@@ -389,9 +434,9 @@ impl<'a> Step<'a> {
             for (route, to) in routes.iter().zip(input_rows.chunks_exact_mut(hidden)) {
                 to.copy_from_slice(&input[route.row * hidden..(route.row + 1) * hidden]);
             }
-            self.widen(&mut inner, tensors, input_rows, routes.len())?;
+            self.widen(&mut inner, tensors, input_rows, routes.len(), None)?;
             let out = memory.expert_output.get_mut(routes.len() * hidden);
-            self.narrow(&mut inner, tensors, routes.len(), out, false)?;
+            self.narrow(&mut inner, tensors, routes.len(), out, false, None)?;
             for (route, out) in routes.iter().zip(out.chunks_exact(hidden)) {
                 let to = &mut block[route.row * hidden..(route.row + 1) * hidden];
                 add_scaled(isa, to, out, route.weight);

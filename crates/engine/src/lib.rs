@@ -4,6 +4,7 @@
 //! here keeps: **a sequence's results are bit-identical whatever else is in the batch, however its prompt was cut
 //! into chunks, and however many threads there are.**
 
+mod adapter;
 mod cost;
 mod executor;
 mod forward;
@@ -13,6 +14,7 @@ pub mod pool;
 mod rates;
 pub mod sampling;
 
+pub use adapter::Adapter;
 pub use cost::{PassShape, StageWork, WeightWork};
 pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights};
 pub use kernels::kv::KvBlocks;

@@ -167,7 +167,7 @@ impl Model {
     /// [`ModelError`] for a contradictory spec, missing, doubled or superfluous tensors, wrong shapes or types.
     pub fn new(spec: ModelSpec, tensors: &[TensorDesc]) -> Result<Model, ModelError> {
         check_spec(&spec)?;
-        let mut roles = Roles { spec: &spec, tensors: HashMap::new() };
+        let mut roles = Roles::new(&spec);
         for (index, desc) in tensors.iter().enumerate() {
             roles.add(index, desc)?;
         }
@@ -188,7 +188,7 @@ impl Model {
             Output::Logits { tied: false } => Some(roles.take(Role::Output)?),
             Output::Embedding { .. } => None,
         };
-        if let Some(&role) = roles.tensors.keys().min() {
+        if let Some(role) = roles.left() {
             return Err(ModelError::Unexpected(role));
         }
         let kv_shape = (spec.attention == Attention::Causal).then_some(KvShape {
@@ -247,13 +247,22 @@ impl Model {
 }
 
 /// Tensors that have not found their place yet.
-struct Roles<'a> {
+pub(crate) struct Roles<'a> {
     spec: &'a ModelSpec,
     tensors: HashMap<Role, Tensor>,
 }
 
-impl Roles<'_> {
-    fn add(&mut self, index: usize, desc: &TensorDesc) -> Result<(), ModelError> {
+impl<'a> Roles<'a> {
+    pub(crate) fn new(spec: &'a ModelSpec) -> Roles<'a> {
+        Roles { spec, tensors: HashMap::new() }
+    }
+
+    /// A tensor that has not found its place.
+    pub(crate) fn left(&self) -> Option<Role> {
+        self.tensors.keys().min().copied()
+    }
+
+    pub(crate) fn add(&mut self, index: usize, desc: &TensorDesc) -> Result<(), ModelError> {
         let role = desc.role;
         let expected = self.spec.shape(role);
         if desc.shape != expected {
@@ -272,7 +281,7 @@ impl Roles<'_> {
         }
     }
 
-    fn take(&mut self, role: Role) -> Result<Tensor, ModelError> {
+    pub(crate) fn take(&mut self, role: Role) -> Result<Tensor, ModelError> {
         self.tensors.remove(&role).ok_or(ModelError::Missing(role))
     }
 
@@ -346,6 +355,9 @@ impl Roles<'_> {
 
 fn check_spec(spec: &ModelSpec) -> Result<(), ModelError> {
     let fail = |message: String| Err(ModelError::Spec(message));
+    if !spec.updates.is_empty() {
+        return fail("low-rank updates are an adapter's, not a model's".into());
+    }
     let within = |name: &str, value: usize, most: usize| {
         if value == 0 || value > most {
             fail(format!("{name} is {value}, allowed is 1 to {most}"))

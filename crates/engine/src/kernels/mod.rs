@@ -14,6 +14,7 @@ mod buffer;
 pub mod elementwise;
 mod format;
 pub mod kv;
+pub mod low_rank;
 pub mod matmul;
 pub mod routing;
 mod simd;

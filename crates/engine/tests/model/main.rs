@@ -2,6 +2,7 @@
 //! count and order of arrival of the weights.
 #![expect(clippy::expect_used, reason = "helpers of tests, not tests themselves")]
 
+mod adapter;
 mod parity;
 mod support;
 

@@ -17,6 +17,7 @@ use tangram_engine::{Model, TensorDesc, Weights};
 /// A model with its weights as stored and as numbers.
 pub(crate) struct Sample {
     pub(crate) model: Model,
+    pub(crate) descs: Vec<TensorDesc>,
     pub(crate) bytes: Vec<Vec<u8>>,
     pub(crate) values: HashMap<Role, Vec<f64>>,
 }
@@ -217,7 +218,7 @@ pub(crate) fn sample(spec: ModelSpec, dtype: DType, seed: u64) -> Sample {
         values.insert(role, numbers);
     }
     let model = Model::new(spec, &descs).expect("a model");
-    Sample { model, bytes: all_bytes, values }
+    Sample { model, descs, bytes: all_bytes, values }
 }
 
 /// KV blocks out of a pool.
