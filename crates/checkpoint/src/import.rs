@@ -168,6 +168,9 @@ fn finish(dir: &Path, manifest: Manifest) -> Result<Manifest, CheckpointError> {
     Ok(manifest)
 }
 
+/// Fills a buffer with a tensor's bytes from an offset in it.
+type ReadAt<'a> = &'a dyn Fn(u64, &mut [u8]) -> Result<(), CheckpointError>;
+
 /// A tensor that is to be imported.
 struct Described<'a> {
     role: Role,
@@ -219,11 +222,7 @@ impl<'a> Import<'a> {
     }
 
     /// Takes up a tensor whose bytes `read` gives, and writes it if it is new.
-    fn add(
-        &mut self,
-        tensor: Described<'_>,
-        read: &dyn Fn(u64, &mut [u8]) -> Result<(), CheckpointError>,
-    ) -> Result<TensorEntry, CheckpointError> {
+    fn add(&mut self, tensor: Described<'_>, read: ReadAt<'_>) -> Result<TensorEntry, CheckpointError> {
         let offset = self.writer.next_offset(tensor.bytes);
         let (id, chunks) = self.copy(&tensor, offset, read)?;
         let place = match self.written.get(&id).cloned().or_else(|| (self.known)(&id)) {
@@ -256,7 +255,7 @@ impl<'a> Import<'a> {
         &mut self,
         tensor: &Described<'_>,
         offset: u64,
-        read: &dyn Fn(u64, &mut [u8]) -> Result<(), CheckpointError>,
+        read: ReadAt<'_>,
     ) -> Result<(ContentId, Vec<Hash>), CheckpointError> {
         let mut id = ContentId::hasher(tensor.dtype, tensor.shape);
         let mut chunks = Vec::with_capacity(tensor.bytes.div_ceil(CHUNK_BYTES) as usize);

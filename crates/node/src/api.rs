@@ -16,6 +16,8 @@ pub struct DeployedModel {
     pub name: String,
     /// What the model is.
     pub spec: ModelSpec,
+    /// Of an adapter: what its base was deployed as when it was deployed.
+    pub base: Option<String>,
     /// Directory of the imported checkpoint; `tokenizer.json` lies in it if `tokenizer` is set.
     pub directory: PathBuf,
     /// BLAKE3 of `tokenizer.json` in hexadecimal, if the model has one; equal for models that share it.
@@ -229,6 +231,9 @@ pub struct ModelForecast {
 pub struct ModelStatus {
     /// Deployed name.
     pub name: String,
+    /// Of an adapter: what its base was deployed as when it was deployed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Family as its config names it.
     pub family: String,
     /// `generate` or `embed`.

@@ -20,7 +20,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
-use tangram_checkpoint::{self as checkpoint, ContentId, DATA_FILE, KnownTensor, Manifest, Source};
+use tangram_checkpoint::{
+    self as checkpoint, AdapterSource, ContentId, DATA_FILE, KnownTensor, Manifest, Source,
+};
 
 use crate::api::{DeployError, DeployProgress};
 
@@ -38,6 +40,15 @@ struct Record {
 pub(crate) struct Deployment {
     pub(crate) created: u64,
     pub(crate) manifest: Arc<Manifest>,
+}
+
+/// What is deployed.
+#[derive(Clone, Copy)]
+pub(crate) enum Import<'a> {
+    /// A model of its own.
+    Model(&'a Source),
+    /// An adapter on the model deployed under this name.
+    Adapter(&'a AdapterSource, &'a str),
 }
 
 /// Why the data directory cannot be used.
@@ -224,7 +235,7 @@ impl Catalog {
     pub(crate) fn deploy(
         &mut self,
         name: &str,
-        source: &Source,
+        source: Import<'_>,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Deployment, DeployError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -251,7 +262,7 @@ impl Catalog {
         name: &str,
         id: &str,
         created: u64,
-        source: &Source,
+        source: Import<'_>,
         staging: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Deployment, DeployError> {
@@ -259,11 +270,22 @@ impl Catalog {
             let (known, bytes) = self.contents.get(content)?;
             self.is_intact(known, *bytes).then(|| known.clone())
         };
-        let manifest = checkpoint::import(source, staging, id, &known, &mut |import| {
+        let progress = &mut |import| {
             let checkpoint::ImportProgress { bytes_done, bytes_total, bytes_reused } = import;
             progress(DeployProgress { bytes_done, bytes_total, bytes_reused })
-        })
-        .map_err(|error| match error {
+        };
+        let imported = match source {
+            Import::Model(source) => checkpoint::import(source, staging, id, &known, progress),
+            Import::Adapter(adapter, base) => {
+                let deployment = self.models.get(base);
+                let manifest =
+                    &*deployment.ok_or_else(|| DeployError::UnknownModel(base.to_owned()))?.manifest;
+                let dir = &self.checkpoint_dir(&manifest.checkpoint);
+                let base = checkpoint::Base { name: base, manifest, dir };
+                checkpoint::import_adapter(adapter, base, staging, id, &known, progress)
+            }
+        };
+        let manifest = imported.map_err(|error| match error {
             checkpoint::CheckpointError::Cancelled => DeployError::Cancelled,
             // Writing failed, not reading: not the checkpoint's fault but the data directory's.
             checkpoint::CheckpointError::Io { path, source } if path.starts_with(staging) => {

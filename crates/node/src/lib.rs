@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tangram_checkpoint::{DType, Manifest, Source, TOKENIZER_FILE};
+use tangram_checkpoint::{AdapterSource, DType, Manifest, Source, TOKENIZER_FILE};
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
 use tangram_engine::{Model, TensorDesc};
@@ -31,7 +31,7 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use api::*;
 pub use catalog::CatalogError;
-use catalog::{Catalog, Deployment};
+use catalog::{Catalog, Deployment, Import};
 pub use forecast::{Forecast, SHOWN_PROMPT_TOKENS};
 use forecast::{footprint, weight_types};
 use machine::Machine;
@@ -39,7 +39,7 @@ use model::ModelPlan;
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
 use swap::HostMemory;
 pub use tangram_engine::PassShape;
-use worker::{Command, Shared, Worker};
+use worker::{Command, Registration, Shared, Worker};
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
@@ -181,7 +181,10 @@ impl Node {
             closing: AtomicBool::new(false),
         });
         let catalog = lock(&node.catalog);
-        for (name, deployment) in catalog.models() {
+        // Bases first: an adapter then finds its own already there.
+        let (adapters, others): (Vec<_>, Vec<_>) =
+            catalog.models().iter().partition(|(_, deployment)| deployment.manifest.base.is_some());
+        for (name, deployment) in others.into_iter().chain(adapters) {
             if let Err(reason) = node.announce(&catalog, name, deployment) {
                 tracing::error!("model '{name}' cannot be used: {reason}");
             }
@@ -211,8 +214,38 @@ impl Node {
         deployment: &Deployment,
     ) -> Result<Arc<DeployedModel>, String> {
         let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes)?;
-        let footprint = plan.forecast.footprint();
         let manifest = &deployment.manifest;
+        let base = match &manifest.base {
+            None => None,
+            Some(base) => {
+                let manifest = Arc::new(manifest.without_adapter());
+                let deployment = Deployment { created: deployment.created, manifest };
+                let plan = ModelPlan::new(catalog, &deployment, &self.machine, self.page_bytes)?;
+                Some((self.describe(catalog, base, &deployment, &plan)?, plan))
+            }
+        };
+        let deployed = self.describe(catalog, name, deployment, &plan)?;
+        let (answer, answered) = channel();
+        let model = Box::new(Registration { deployed: deployed.clone(), plan, base });
+        self.commands
+            .send(Command::Register { model, answer })
+            .map_err(|_| "the engine loop has ended".to_owned())?;
+        answered.recv().map_err(|_| "the engine loop has ended".to_owned())??;
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        models.insert(name.to_owned(), deployed.clone());
+        Ok(deployed)
+    }
+
+    /// What the layers above see of a model. Gives it a key.
+    fn describe(
+        &self,
+        catalog: &Catalog,
+        name: &str,
+        deployment: &Deployment,
+        plan: &ModelPlan,
+    ) -> Result<Arc<DeployedModel>, String> {
+        let manifest = &deployment.manifest;
+        let footprint = plan.forecast.footprint();
         let directory = catalog.checkpoint_dir(&manifest.checkpoint);
         let tokenizer = match manifest.has_tokenizer {
             true => {
@@ -222,9 +255,10 @@ impl Node {
             }
             false => None,
         };
-        let deployed = Arc::new(DeployedModel {
+        Ok(Arc::new(DeployedModel {
             name: name.to_owned(),
             spec: manifest.spec.clone(),
+            base: manifest.base.clone(),
             directory,
             tokenizer,
             chat_template: manifest.chat_template.clone(),
@@ -236,14 +270,7 @@ impl Node {
             created: deployment.created,
             index: self.next_index.fetch_add(1, Ordering::Relaxed),
             forecast: plan.forecast.clone(),
-        });
-        let (answer, answered) = channel();
-        let command = Command::Register { deployed: deployed.clone(), plan: Box::new(plan), answer };
-        self.commands.send(command).map_err(|_| "the engine loop has ended".to_owned())?;
-        answered.recv().map_err(|_| "the engine loop has ended".to_owned())??;
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        models.insert(name.to_owned(), deployed.clone());
-        Ok(deployed)
+        }))
     }
 
     /// Deployed models by name.
@@ -272,16 +299,59 @@ impl Node {
         for warning in source.warnings() {
             tracing::warn!(model = name, "{warning}");
         }
-        let mut catalog = lock(&self.catalog);
+        let weight_types = self.check_fits(name, &source)?;
+        let catalog = lock(&self.catalog);
+        self.put_into_service(catalog, name, Import::Model(&source), &weight_types, progress)
+    }
+
+    /// Deploys the LoRA adapter in the PEFT directory `adapter`, made for the model that is deployed as `base`, as a
+    /// model `name`. It stays what it is when `base` is removed or deployed anew: its base is the weights, not the
+    /// name. Only the adapter's tensors take room on disk.
+    ///
+    /// # Errors
+    /// As [`Node::deploy`], and when there is no model `base` or the adapter is not one for it.
+    pub fn deploy_adapter(
+        &self,
+        name: &str,
+        adapter: &Path,
+        base: &str,
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Arc<DeployedModel>, DeployError> {
+        check_name(name)?;
+        if name == base {
+            let message = format!("an adapter needs a name of its own; '{name}' is its base's");
+            return Err(DeployError::BadName(message));
+        }
+        let catalog = lock(&self.catalog);
+        let deployment = catalog.models().get(base);
+        let manifest = &deployment.ok_or_else(|| DeployError::UnknownModel(base.to_owned()))?.manifest;
+        let source = AdapterSource::open(adapter, manifest)?;
+        let (bytes, pool) =
+            (manifest.weight_bytes() + source.weight_bytes(), self.page_count * self.page_bytes);
+        if bytes > pool {
+            return Err(does_not_fit(name, bytes, 0, pool));
+        }
+        // The times of its base's types are known since that was deployed.
+        self.put_into_service(catalog, name, Import::Adapter(&source, base), &[], progress)
+    }
+
+    /// Imports and announces; undoes the first if the second fails. Measures what forecasts need of `weight_types`.
+    fn put_into_service(
+        &self,
+        mut catalog: MutexGuard<'_, Catalog>,
+        name: &str,
+        source: Import<'_>,
+        weight_types: &[DType],
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Arc<DeployedModel>, DeployError> {
         if self.closing.load(Ordering::Acquire) {
             return Err(DeployError::Cancelled);
         }
         let pool_bytes = self.page_count * self.page_bytes;
-        let weight_types = self.check_fits(name, &source)?;
         let old = catalog.models().get(name).cloned();
         let old_index = self.model(name).map(|model| model.index);
-        let deployment = catalog.deploy(name, &source, progress)?;
-        self.machine.measure(&weight_types);
+        let deployment = catalog.deploy(name, source, progress)?;
+        self.machine.measure(weight_types);
         let announced = self.announce(&catalog, name, &deployment);
         let problem = match announced {
             Ok(deployed) if deployed.context > 0 => {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tangram_checkpoint::{Hash, Manifest, Role};
-use tangram_engine::{Model, TensorDesc, Weights};
+use tangram_engine::{Adapter, Model, TensorDesc, Weights};
 use tangram_pool::{CatalogueEntry, Tensor, Vacancy, pages_alone};
 use tangram_store::TensorLoad;
 
@@ -39,7 +39,10 @@ impl Location {
 /// Everything about a deployed model that does not change while it runs. "Unique" tensors are those of the manifest
 /// without the ones whose content came earlier in it; residency and leases speak of unique tensors.
 pub(crate) struct ModelPlan {
+    /// The model; of an adapter, its base.
     pub(crate) engine: Arc<Model>,
+    /// What an adapter adds to it.
+    pub(crate) adapter: Option<AdapterPlan>,
     pub(crate) manifest: Arc<Manifest>,
     /// Catalogue entries of the unique tensors, in execution order.
     pub(crate) entries: Vec<CatalogueEntry>,
@@ -57,6 +60,26 @@ pub(crate) struct ModelPlan {
     pub(crate) identity: Hash,
 }
 
+/// What an adapter adds to its base.
+pub(crate) struct AdapterPlan {
+    pub(crate) engine: Arc<Adapter>,
+    /// Identity of the base: sequences run in batches of any model that has it.
+    pub(crate) base: Hash,
+    /// Unique tensors that the base does not have, in execution order.
+    pub(crate) own: Vec<usize>,
+    /// Where each of the adapter's tensors is.
+    pub(crate) places: Arc<[AdapterPlace]>,
+}
+
+/// Where a tensor of an adapter is: its content may happen to be one of the base's.
+#[derive(Clone, Copy)]
+pub(crate) enum AdapterPlace {
+    /// Index in the lease of the adapter's own tensors.
+    Own(usize),
+    /// Index in the lease of the base's unique tensors.
+    Base(usize),
+}
+
 impl ModelPlan {
     /// Builds the plan; the error is for the user.
     pub(crate) fn new(
@@ -66,12 +89,14 @@ impl ModelPlan {
         page_bytes: u64,
     ) -> Result<ModelPlan, String> {
         let manifest = deployment.manifest.clone();
-        let descs: Vec<TensorDesc> = manifest
-            .tensors
-            .iter()
-            .map(|tensor| TensorDesc { role: tensor.role, dtype: tensor.dtype, shape: tensor.shape.clone() })
-            .collect();
-        let engine = Arc::new(Model::new(manifest.spec.clone(), &descs).map_err(|error| error.to_string())?);
+        let descs = manifest.tensors.iter().map(|tensor| TensorDesc {
+            role: tensor.role,
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+        });
+        let (of_adapter, of_base): (Vec<_>, Vec<_>) = descs.partition(|desc| is_adapters(desc.role));
+        let engine = Model::new(manifest.spec.base(), &of_base).map_err(|error| error.to_string())?;
+        let engine = Arc::new(engine);
         let stages = manifest.spec.stages();
         let (mut entries, mut locations, mut unique_of) =
             (Vec::<CatalogueEntry>::new(), Vec::new(), Vec::new());
@@ -124,11 +149,14 @@ impl ModelPlan {
         let weight_pages = pages_alone(places, page_bytes);
         let footprint = footprint(&engine, weight_pages, page_bytes);
         let forecast = Arc::new(Forecast::new(engine.clone(), machine.clone(), footprint, bytes_by_stage));
-        let tensors: Vec<_> = manifest.tensors.iter().map(|tensor| (tensor.role, tensor.id)).collect();
-        let identity = serde_json::to_vec(&(&manifest.spec, tensors)).map_err(|error| error.to_string())?;
+        let adapter = match manifest.spec.updates.is_empty() {
+            true => None,
+            false => Some(AdapterPlan::new(&manifest, &of_adapter, &unique_of)?),
+        };
         Ok(ModelPlan {
-            identity: Hash::of(&identity),
+            identity: identity(&manifest)?,
             engine,
+            adapter,
             manifest,
             entries,
             locations,
@@ -150,6 +178,53 @@ impl ModelPlan {
     }
 }
 
+impl AdapterPlan {
+    fn new(manifest: &Manifest, descs: &[TensorDesc], unique_of: &[usize]) -> Result<AdapterPlan, String> {
+        let engine = Adapter::new(&manifest.spec, descs).map_err(|error| error.to_string())?;
+        // In the order in which the base's own plan numbers them: by first appearance.
+        let mut of_base: Vec<usize> = Vec::new();
+        let mut index_in_base = std::collections::HashMap::new();
+        for unique in of_role(manifest, unique_of, |role| !is_adapters(role)) {
+            index_in_base.entry(unique).or_insert_with(|| {
+                of_base.push(unique);
+                of_base.len() - 1
+            });
+        }
+        let mut own: Vec<usize> = Vec::new();
+        let mut index_in_own = std::collections::HashMap::new();
+        let places = of_role(manifest, unique_of, is_adapters).into_iter().map(|unique| {
+            if let Some(&index) = index_in_base.get(&unique) {
+                return AdapterPlace::Base(index);
+            }
+            AdapterPlace::Own(*index_in_own.entry(unique).or_insert_with(|| {
+                own.push(unique);
+                own.len() - 1
+            }))
+        });
+        let places = places.collect();
+        let base = identity(&manifest.without_adapter())?;
+        Ok(AdapterPlan { engine: Arc::new(engine), base, own, places })
+    }
+}
+
+/// Whether a tensor belongs to an adapter and not to its base.
+fn is_adapters(role: Role) -> bool {
+    matches!(role, Role::LowRank(..))
+}
+
+/// The unique tensors of those tensors of a manifest whose role is wanted.
+fn of_role(manifest: &Manifest, unique_of: &[usize], wanted: impl Fn(Role) -> bool) -> Vec<usize> {
+    let tensors = manifest.tensors.iter().zip(unique_of);
+    tensors.filter(|(tensor, _)| wanted(tensor.role)).map(|(_, &unique)| unique).collect()
+}
+
+/// [`ModelPlan::identity`].
+fn identity(manifest: &Manifest) -> Result<Hash, String> {
+    let tensors: Vec<_> = manifest.tensors.iter().map(|tensor| (tensor.role, tensor.id)).collect();
+    let text = serde_json::to_vec(&(&manifest.spec, tensors)).map_err(|error| error.to_string())?;
+    Ok(Hash::of(&text))
+}
+
 fn role_name(role: Role) -> String {
     match serde_json::to_value(role) {
         Ok(serde_json::Value::String(name)) => name,
@@ -158,10 +233,12 @@ fn role_name(role: Role) -> String {
     }
 }
 
-/// The weights of a leased model, as the executor asks for them.
+/// The weights of a leased model and of the adapters of a pass, as the executor asks for them.
 pub(crate) struct LeasedWeights<'a> {
     pub(crate) tensors: &'a [Arc<Tensor>],
     pub(crate) unique_of: &'a [usize],
+    /// For each adapter of the pass its own tensors and where its tensors are.
+    pub(crate) adapters: Vec<(&'a [Arc<Tensor>], &'a [AdapterPlace])>,
 }
 
 impl Weights for LeasedWeights<'_> {
@@ -172,5 +249,13 @@ impl Weights for LeasedWeights<'_> {
             .and_then(|&unique| self.tensors.get(unique))
             .and_then(|tensor| tensor.bytes())
             .unwrap_or_default()
+    }
+
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> &[u8] {
+        let tensor = self.adapters.get(adapter).and_then(|(own, places)| match *places.get(index)? {
+            AdapterPlace::Own(index) => own.get(index),
+            AdapterPlace::Base(index) => self.tensors.get(index),
+        });
+        tensor.and_then(|tensor| tensor.bytes()).unwrap_or_default()
     }
 }

@@ -58,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) kv: Vec<Extent>,
     /// Hashes of the leading full blocks of `tokens`, as far as they have been needed.
     hashes: Vec<BlockHash>,
+    /// Identity of its adapter: what its keys and values depend on besides the tokens.
+    pub(crate) adapter: Option<Hash>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) sink: Sink,
     pub(crate) submitted: Instant,
@@ -89,6 +91,7 @@ impl Sequence {
             prefix: Prefix::default(),
             kv: Vec::new(),
             hashes: Vec::new(),
+            adapter: None,
             cancelled,
             sink,
             submitted: Instant::now(),
@@ -102,10 +105,11 @@ impl Sequence {
     }
 
     /// Hashes of the first `count` blocks of `block_tokens` tokens, which must all be full. Each covers everything
-    /// before it, so equal hashes mean equal keys and values.
+    /// before it and the adapter, so equal hashes mean equal keys and values.
     pub(crate) fn block_hashes(&mut self, count: usize, block_tokens: usize) -> &[BlockHash] {
         for index in self.hashes.len()..count {
-            let mut bytes = self.hashes.last().map_or(Vec::new(), |hash| hash.to_vec());
+            let before = self.hashes.last().or(self.adapter.as_ref().map(|identity| &identity.0));
+            let mut bytes = before.map_or(Vec::new(), |hash| hash.to_vec());
             let tokens = &self.tokens[index * block_tokens..(index + 1) * block_tokens];
             bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
             self.hashes.push(Hash::of(&bytes).0);

@@ -89,6 +89,12 @@ impl Lease {
     pub fn tensors(&self) -> &[Arc<Tensor>] {
         &self.tensors
     }
+
+    /// Keeps the first `at` tensors (at most all) and gives the right to the others away: what was leased together can
+    /// end apart.
+    pub fn split_off(&mut self, at: usize) -> Lease {
+        Lease { tensors: self.tensors.split_off(at.min(self.tensors.len())) }
+    }
 }
 
 /// What an activation gives.

@@ -166,7 +166,7 @@ fn llama_like(model: &RandomModel) -> Value {
     config
 }
 
-fn write_safetensors(path: &Path, tensors: &[Tensor], dtype: Float) {
+pub(crate) fn write_safetensors(path: &Path, tensors: &[Tensor], dtype: Float) {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut data = Vec::new();

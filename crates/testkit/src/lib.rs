@@ -4,12 +4,14 @@
 //! equal arguments give equal bytes. Everything here panics when it cannot write, which is what a test wants.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod adapter;
 mod gguf;
 mod hugging_face;
 mod model;
 mod quant;
 mod tokenizer;
 
+pub use adapter::{RandomAdapter, write_adapter, write_merged};
 pub use gguf::{GgufOptions, write_gguf};
 pub use hugging_face::{mutate_layer, write_hf_model};
 pub use model::{EXPERTS, Family, Float, RandomModel, Scaling, WINDOW};

@@ -6,11 +6,14 @@ use std::time::Instant;
 
 use tangram_policy::pressure::{self, Growing};
 use tangram_policy::{Attempt, TensorKey};
-use tangram_pool::KvReserve;
+use tangram_pool::{KvReserve, Vacancy};
+use tangram_store::TensorLoad;
 
+use super::adapters::ActiveAdapter;
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
 use crate::forecast::LoadMeter;
+use crate::model::Location;
 use crate::sequence::Sequence;
 
 /// Sequences of one model that run at once. Bounds the scratch memory of a step.
@@ -75,7 +78,9 @@ impl Worker {
         let now = Instant::now();
         let mut reserve = self.promised();
         let seconds = now.duration_since(self.epoch).as_secs_f64();
-        let Some(entry) = self.models[sequence.model].as_mut() else { return Err(sequence) };
+        let model = sequence.model;
+        let Some(runner) = self.runner(model) else { return Err(sequence) };
+        let Some(entry) = self.models[runner].as_ref() else { return Err(sequence) };
         let block_tokens = entry.plan.engine.kv().map_or(usize::MAX, |kv| kv.block_tokens);
         // At least one token has to be computed, or there would be no logits to go on from.
         let full = sequence.pending().saturating_sub(1) / block_tokens;
@@ -85,53 +90,13 @@ impl Worker {
             let blocks = entry.plan.kv_blocks(tokens) - self.pool.blocks_in_use(kv, hashes);
             reserve.push(KvReserve { kv, blocks });
         }
-        let (mut loaded, mut reused) = (0, 0);
-        match &mut entry.active {
-            Some(active) => {
-                if active.sequences.len() >= MAX_BATCH || !self.pool.can_reserve(&reserve) {
-                    return Err(sequence);
-                }
-                self.pool.used_again(&active.lease, seconds);
-                reused = entry.plan.unique_bytes();
-            }
-            None => {
-                let mut activation = self.pool.activate(&entry.keys, &reserve, seconds);
-                if let Some(lease) = self.prefetching.take() {
-                    // What this request does not share of it is given up.
-                    self.pool.release(lease);
-                    if activation.is_err() {
-                        activation = self.pool.activate(&entry.keys, &reserve, seconds);
-                    }
-                }
-                let Ok(activation) = activation else { return Err(sequence) };
-                loaded += activation.bytes_loaded;
-                reused += activation.bytes_reused;
-                self.activations += 1;
-                let missing = !activation.missing.is_empty();
-                let locations: HashMap<TensorKey, usize> =
-                    if missing { entry.keys.iter().copied().zip(0..).collect() } else { HashMap::new() };
-                let meter = if missing {
-                    let tensors = activation.lease.tensors().iter();
-                    LoadMeter::new(tensors.map(|tensor| (tensor.len() as u64, !tensor.is_ready())))
-                } else {
-                    LoadMeter::default()
-                };
-                let loads = activation.missing.into_iter().filter_map(|vacancy| {
-                    let location = entry.plan.locations.get(*locations.get(&vacancy.tensor().key())?)?;
-                    Some(location.load(vacancy))
-                });
-                self.store.load(loads.collect(), &self.wake);
-                entry.active = Some(Active {
-                    lease: activation.lease,
-                    arrived: 0,
-                    complete: None,
-                    sequences: Vec::new(),
-                    step: None,
-                    meter,
-                });
-            }
+        if entry.active.as_ref().is_some_and(|active| active.sequences.len() >= MAX_BATCH) {
+            return Err(sequence);
         }
-        let Some(active) = &mut entry.active else { return Err(sequence) };
+        let Some((loaded, reused)) = self.lease(runner, model, &reserve, seconds) else {
+            return Err(sequence);
+        };
+        let Some(entry) = self.models[runner].as_mut() else { return Err(sequence) };
         if let Some(kv) = entry.kv {
             let saved = entry.prefixes.block_seconds(block_tokens);
             let hashes = sequence.block_hashes(full, block_tokens);
@@ -152,7 +117,10 @@ impl Worker {
                 }
             }
         }
-        entry.waiting -= 1;
+        if let Some(entry) = self.models[model].as_mut() {
+            entry.waiting -= 1;
+            entry.running += 1;
+        }
         self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         if sequence.admitted.is_none() {
             self.expectations.observe(sequence.model as u32);
@@ -163,6 +131,8 @@ impl Worker {
         }
         sequence.timing.bytes_loaded += loaded;
         sequence.timing.bytes_reused = reused;
+        let Some(entry) = self.models[runner].as_mut() else { return Err(sequence) };
+        let Some(active) = entry.active.as_mut() else { return Err(sequence) };
         // Order of arrival, so that the step's budget goes to the oldest prompts first.
         let at = active.sequences.partition_point(|other| other.arrival < sequence.arrival);
         if let Some(step) = &mut active.step {
@@ -174,6 +144,108 @@ impl Worker {
         // Noted at once, so that a resident model's activation is measured as what it is. A failed tensor is found
         // again, and reported, by the next step.
         let _ = note_arrivals(active, &entry.plan.forecast);
+        for adapter in active.adapters.iter_mut().filter(|adapter| adapter.model == model) {
+            let _ = adapter.note_arrivals();
+        }
         Ok(Attempt::Started)
     }
+
+    /// Leases what one more sequence of `model` in the batch of `runner` needs, and starts loading what is missing: the
+    /// model's tensors unless the batch holds them already, and those of its adapter before them. Gives the bytes that
+    /// are loaded and reused; `None`, with nothing changed, if there is no room.
+    fn lease(&mut self, runner: usize, model: usize, reserve: &[KvReserve], now: f64) -> Option<(u64, u64)> {
+        let (base, entry) = (self.models[runner].as_ref()?, self.models[model].as_ref()?);
+        let adapter = entry.plan.adapter.as_ref();
+        let own = adapter.map_or(&[][..], |adapter| &adapter.own);
+        let own_is_held = base.active.as_ref().is_some_and(|active| active.adapter(model).is_some());
+        let own_keys = own.iter().filter_map(|&unique| entry.keys.get(unique).copied());
+        let mut keys: Vec<TensorKey> = own_keys.filter(|_| !own_is_held).collect();
+        let new_own = keys.len();
+        if base.active.is_none() {
+            keys.extend(&base.keys);
+        }
+        let (mut loaded, mut reused, mut meter) = (0, 0, LoadMeter::default());
+        let mut lease = if keys.is_empty() {
+            if !self.pool.can_reserve(reserve) {
+                return None;
+            }
+            None
+        } else {
+            let mut activation = self.pool.activate(&keys, reserve, now);
+            if let Some(prefetching) = self.prefetching.take() {
+                // What this request does not share of it is given up.
+                self.pool.release(prefetching);
+                if activation.is_err() {
+                    activation = self.pool.activate(&keys, reserve, now);
+                }
+            }
+            let activation = activation.ok()?;
+            if !activation.missing.is_empty() {
+                let tensors = activation.lease.tensors().iter();
+                meter = LoadMeter::new(tensors.map(|tensor| (tensor.len() as u64, !tensor.is_ready())));
+            }
+            loaded += activation.bytes_loaded;
+            reused += activation.bytes_reused;
+            self.store.load(loads(activation.missing, [entry, base]), &self.wake);
+            Some(activation.lease)
+        };
+        if let Some(active) = &base.active {
+            self.pool.used_again(&active.lease, now);
+            reused += base.plan.unique_bytes();
+            if let Some(adapter) = active.adapter(model) {
+                self.pool.used_again(&adapter.lease, now);
+                reused += adapter.lease.tensors().iter().map(|tensor| tensor.len() as u64).sum::<u64>();
+            }
+        }
+        let new_adapter =
+            adapter.filter(|_| !own_is_held).map(|plan| (plan.engine.clone(), plan.places.clone()));
+        let base_lease = lease.as_mut().map(|lease| lease.split_off(new_own));
+        let active = &mut self.models[runner].as_mut()?.active;
+        if active.is_none() {
+            self.activations += 1;
+        }
+        let active = match (active, base_lease) {
+            (Some(active), _) => active,
+            (none, base_lease) => none.insert(Active {
+                lease: base_lease?,
+                arrived: 0,
+                complete: None,
+                sequences: Vec::new(),
+                adapters: Vec::new(),
+                step: None,
+                meter,
+            }),
+        };
+        if let Some((engine, places)) = new_adapter {
+            let lease = lease.unwrap_or_default();
+            active.adapters.push(ActiveAdapter {
+                model,
+                engine,
+                places,
+                lease,
+                complete: None,
+                sequences: 0,
+            });
+        }
+        for adapter in active.adapters.iter_mut().filter(|adapter| adapter.model == model) {
+            adapter.sequences += 1;
+        }
+        Some((loaded, reused))
+    }
+}
+
+/// Where the bytes of tensors without any are to come from: for the base's, where the base has them now.
+fn loads(missing: Vec<Vacancy>, adapter_and_base: [&ModelEntry; 2]) -> Vec<TensorLoad> {
+    if missing.is_empty() {
+        return Vec::new();
+    }
+    let mut locations: HashMap<TensorKey, &Location> = HashMap::new();
+    for entry in adapter_and_base {
+        locations.extend(entry.keys.iter().copied().zip(&entry.plan.locations));
+    }
+    let load = |vacancy: Vacancy| {
+        let location = *locations.get(&vacancy.tensor().key())?;
+        Some(location.load(vacancy))
+    };
+    missing.into_iter().filter_map(load).collect()
 }

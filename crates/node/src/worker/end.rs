@@ -27,6 +27,10 @@ impl Worker {
         if let Some(kv) = self.models[model].as_ref().and_then(|entry| entry.kv) {
             self.pool.give_kv(kv, blocks);
         }
+        if let Some(entry) = self.models[sequence.model].as_mut() {
+            entry.running -= 1;
+        }
+        self.leave_adapter(model, sequence.model);
         Some(sequence)
     }
 
@@ -104,7 +108,7 @@ impl Worker {
         self.swaps += u64::from(swapped.is_some());
         sequence.swapped = swapped;
         self.shared.waiting.fetch_add(1, Ordering::AcqRel);
-        if let Some(entry) = self.models[model].as_mut() {
+        if let Some(entry) = self.models[sequence.model].as_mut() {
             entry.waiting += 1;
         }
         self.queue.push_back_in_order(Box::new(sequence), |other| other.arrival > arrival);

@@ -4,6 +4,7 @@
 //! (`Retention`). These files carry them out. It never waits for a load: a forward pass whose next layer has not
 //! arrived is set aside while other models run, and taken up again where it stopped.
 
+mod adapters;
 mod admit;
 mod end;
 mod prefetch;
@@ -24,6 +25,7 @@ use tangram_policy::{Admission, Expectations, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
 use tangram_store::{Store, Wake};
 
+use self::adapters::ActiveAdapter;
 use self::step::Progress;
 use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
 use crate::forecast::LoadMeter;
@@ -43,13 +45,21 @@ pub(crate) enum Command {
     /// A new sequence.
     Submit(Box<Sequence>),
     /// A model is deployed under this key. The answer says why it could not be taken up.
-    Register { deployed: Arc<DeployedModel>, plan: Box<ModelPlan>, answer: Sender<Result<(), String>> },
+    Register { model: Box<Registration>, answer: Sender<Result<(), String>> },
     /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, which must not block.
     Retire { model: usize, done: Box<dyn FnOnce() + Send> },
     /// Something happened elsewhere: a tensor arrived, a client went away.
     Wake,
     /// End the loop; running sequences fail.
     Stop,
+}
+
+/// A model for the loop to take up.
+pub(crate) struct Registration {
+    pub(crate) deployed: Arc<DeployedModel>,
+    pub(crate) plan: ModelPlan,
+    /// The base of an adapter, for the case that no deployed model is it.
+    pub(crate) base: Option<(Arc<DeployedModel>, ModelPlan)>,
 }
 
 /// What the loop publishes for everybody else.
@@ -70,6 +80,13 @@ struct ModelEntry {
     prefixes: PrefixUse,
     active: Option<Active>,
     waiting: usize,
+    /// Its sequences that run, in whichever batch.
+    running: usize,
+    /// Of an adapter: the model in whose batch its sequences start.
+    base: Option<usize>,
+    /// Adapters whose sequences start in this model's batch. While there are any, the model stays although it is no
+    /// longer deployed.
+    adapters: usize,
     retire: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -81,6 +98,8 @@ struct Active {
     /// When the last tensor was there.
     complete: Option<Instant>,
     sequences: Vec<Sequence>,
+    /// Adapters that some of the sequences have.
+    adapters: Vec<ActiveAdapter>,
     step: Option<Step>,
     meter: LoadMeter,
 }
@@ -89,6 +108,8 @@ struct Active {
 struct Step {
     pass: Pass,
     shares: Vec<Share>,
+    /// Keys of the adapters of the pass, in its numbering.
+    adapters: Vec<usize>,
     /// Time computed so far.
     spent: Duration,
     /// Whether all weights were there from its beginning, so that its time is that of computing alone.
@@ -221,9 +242,10 @@ impl Worker {
 
     fn handle(&mut self, command: Command) {
         match command {
-            Command::Submit(sequence) => match self.models.get_mut(sequence.model) {
+            Command::Submit(mut sequence) => match self.models.get_mut(sequence.model) {
                 Some(Some(entry)) => {
                     entry.waiting += 1;
+                    sequence.adapter = entry.plan.adapter.as_ref().map(|_| entry.plan.identity);
                     self.queue.push(sequence);
                 }
                 _ => {
@@ -233,8 +255,8 @@ impl Worker {
                     });
                 }
             },
-            Command::Register { deployed, plan, answer } => {
-                let registered = self.register(deployed, *plan);
+            Command::Register { model, answer } => {
+                let registered = self.register(*model);
                 // Whoever waits for the answer then finds the model in the status.
                 self.publish(true);
                 let _ = answer.send(registered);
@@ -244,6 +266,7 @@ impl Worker {
                     Some(Some(entry)) => entry.retire = Some(done),
                     _ => done(),
                 }
+                self.bind_adapters();
                 self.retire_if_over(model);
             }
             Command::Wake => {
@@ -254,7 +277,29 @@ impl Worker {
         }
     }
 
-    fn register(&mut self, deployed: Arc<DeployedModel>, plan: ModelPlan) -> Result<(), String> {
+    fn register(&mut self, registration: Registration) -> Result<(), String> {
+        let Registration { deployed, plan, base } = registration;
+        let is_there = |base: &ModelPlan| {
+            let entries = &mut self.models.iter().flatten();
+            entries.any(|entry| entry.plan.adapter.is_none() && entry.plan.identity == base.identity)
+        };
+        if let Some((deployed, plan)) = base
+            && !is_there(&plan)
+        {
+            // Not deployed, so it goes with its last adapter.
+            self.enter(deployed, plan, Some(Box::new(|| ())))?;
+        }
+        let entered = self.enter(deployed, plan, None);
+        self.bind_adapters();
+        entered
+    }
+
+    fn enter(
+        &mut self,
+        deployed: Arc<DeployedModel>,
+        plan: ModelPlan,
+        retire: Option<Box<dyn FnOnce() + Send>>,
+    ) -> Result<(), String> {
         let sizes: HashMap<&str, u64> =
             plan.data_bytes.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
         let keys = self
@@ -262,6 +307,8 @@ impl Worker {
             .catalogue(&plan.entries, |checkpoint| sizes.get(checkpoint).copied().unwrap_or(0))
             .map_err(|error| error.to_string())?;
         let kv = match plan.engine.kv() {
+            // An adapter's sequences have their KV among the base's.
+            _ if plan.adapter.is_some() => None,
             None => None,
             Some(layout) => match self.pool.add_kv(plan.identity, layout.block_bytes) {
                 Ok(kv) => Some(kv),
@@ -284,14 +331,19 @@ impl Worker {
             prefixes: PrefixUse::default(),
             active: None,
             waiting: 0,
-            retire: None,
+            running: 0,
+            base: None,
+            adapters: 0,
+            retire,
         });
         Ok(())
     }
 
     fn retire_if_over(&mut self, model: usize) {
-        let over =
-            |entry: &ModelEntry| entry.retire.is_some() && entry.active.is_none() && entry.waiting == 0;
+        let over = |entry: &ModelEntry| {
+            let used = entry.active.is_some() || entry.waiting + entry.running + entry.adapters > 0;
+            entry.retire.is_some() && !used
+        };
         if self.models.get(model).and_then(Option::as_ref).is_some_and(over)
             && let Some(entry) = self.models[model].take()
         {
@@ -311,6 +363,9 @@ impl Worker {
             if let Some(done) = entry.retire {
                 done();
             }
+            if entry.plan.adapter.is_some() {
+                self.bind_adapters();
+            }
         }
     }
 
@@ -318,6 +373,8 @@ impl Worker {
     fn end(&mut self, sequence: Sequence, tell: impl FnOnce(Sequence)) {
         debug_assert!(sequence.blocks() == 0, "KV goes back to the pool before its sequence ends");
         self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        let model = sequence.model;
         tell(sequence);
+        self.retire_if_over(model);
     }
 }

@@ -51,16 +51,18 @@ impl Worker {
         };
         let mut models: Vec<ModelStatus> = Vec::new();
         for entry in self.models.iter().flatten().filter(|entry| entry.retire.is_none()) {
-            let running = entry.active.as_ref().map_or(0, |active| active.sequences.len());
-            node.running += running;
-            let state = match &entry.active {
+            node.running += entry.running;
+            let runner = entry.base.map_or(Some(entry), |base| self.models[base].as_ref());
+            let active = runner.and_then(|entry| entry.active.as_ref()).filter(|_| entry.running > 0);
+            let state = match active {
                 None => "idle",
-                Some(active) if active.arrived < entry.keys.len() => "loading",
+                Some(active) if active.complete(entry.deployed.index).is_none() => "loading",
                 Some(_) => "active",
             };
             let (deployed, plan) = (&entry.deployed, &entry.plan);
             models.push(ModelStatus {
                 name: deployed.name.clone(),
+                base: plan.manifest.base.clone(),
                 family: deployed.spec.family.clone(),
                 task: if deployed.spec.generates() { "generate" } else { "embed" }.to_owned(),
                 dtype: dominant_dtype(plan),
@@ -71,7 +73,7 @@ impl Worker {
                 context: deployed.context,
                 forecast: plan.forecast.listed(memory.page_count() as u64),
                 state: state.to_owned(),
-                running,
+                running: entry.running,
                 waiting: entry.waiting,
                 created: deployed.created,
             });

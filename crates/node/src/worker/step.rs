@@ -1,11 +1,13 @@
 //! Steps: composing a batch, running its forward pass as far as the weights have arrived, taking the results.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tangram_engine::{Chunk, KvBlocks, LogitRows};
 use tangram_policy::{Runnable, Share, compose};
-use tangram_pool::LoadFailure;
+use tangram_pool::{LoadFailure, Tensor};
 
+use super::adapters::ActiveAdapter;
 use super::{Active, Step, Worker};
 use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
 use crate::forecast::Forecast;
@@ -19,7 +21,7 @@ pub(crate) const STEP_TOKENS: usize = 256;
 enum Begun {
     /// It can run.
     Ready,
-    /// There is no page for the KV that it needs, and nobody to take one from.
+    /// There is no page for the KV that it needs, and nobody to take one from; or every sequence waits for its adapter.
     NoRoom,
     /// A sequence gave its KV up; the step has to be composed anew.
     Preempted,
@@ -46,6 +48,11 @@ impl Worker {
             self.fail_model(model, &error);
             return Progress::Advanced;
         }
+        if self.note_adapters(model) {
+            return Progress::Advanced;
+        }
+        let Some(entry) = self.models[model].as_mut() else { return Progress::Stalled };
+        let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
         let ready_stages = if active.arrived == entry.keys.len() {
             usize::MAX
         } else {
@@ -80,9 +87,15 @@ impl Worker {
         let runnable: Vec<Runnable> = active
             .sequences
             .iter()
-            .map(|sequence| Runnable { pending: sequence.pending(), indivisible })
+            .map(|sequence| {
+                let waits = active.adapter(sequence.model).is_some_and(|adapter| adapter.complete.is_none());
+                Runnable { pending: if waits { 0 } else { sequence.pending() }, indivisible }
+            })
             .collect();
         let shares = compose(&runnable, STEP_TOKENS);
+        if shares.is_empty() {
+            return Begun::NoRoom;
+        }
         if let Some(kv) = entry.kv {
             let lacking = |share: &Share| {
                 let sequence = &active.sequences[share.sequence];
@@ -113,10 +126,28 @@ impl Worker {
                 }
             })
             .collect();
-        match self.executor.begin(&entry.plan.engine, &chunks) {
+        let mut adapters: Vec<usize> = Vec::new();
+        let mut engines = Vec::new();
+        let of_chunk: Vec<Option<usize>> = shares
+            .iter()
+            .map(|share| {
+                let adapter = active.adapter(active.sequences[share.sequence].model)?;
+                Some(adapters.iter().position(|&model| model == adapter.model).unwrap_or_else(|| {
+                    adapters.push(adapter.model);
+                    engines.push(adapter.engine.clone());
+                    adapters.len() - 1
+                }))
+            })
+            .collect();
+        let model_plan = &entry.plan.engine;
+        let begun = match adapters.is_empty() {
+            true => self.executor.begin(model_plan, &chunks),
+            false => self.executor.begin_adapted(model_plan, &chunks, engines, &of_chunk),
+        };
+        match begun {
             Ok(pass) => {
-                let undisturbed = active.complete.is_some();
-                active.step = Some(Step { pass, shares, spent: Duration::ZERO, undisturbed });
+                let undisturbed = active.complete.is_some() && adapters.is_empty();
+                active.step = Some(Step { pass, shares, adapters, spent: Duration::ZERO, undisturbed });
                 Begun::Ready
             }
             Err(error) => {
@@ -134,7 +165,12 @@ impl Worker {
         if before >= ready_stages {
             return Progress::Stalled;
         }
-        let weights = LeasedWeights { tensors: active.lease.tensors(), unique_of: &entry.plan.unique_of };
+        let adapter = |model: &usize| active.adapters.iter().find(|adapter| adapter.model == *model);
+        let weights = LeasedWeights {
+            tensors: active.lease.tensors(),
+            unique_of: &entry.plan.unique_of,
+            adapters: step.adapters.iter().filter_map(adapter).map(ActiveAdapter::weights).collect(),
+        };
         let mut shares = step.shares.iter().peekable();
         let mut kv: Vec<KvBlocks<'_>> = Vec::with_capacity(step.shares.len());
         for (index, sequence) in active.sequences.iter_mut().enumerate() {
@@ -177,8 +213,9 @@ impl Worker {
     fn complete_step(&mut self, model: usize) {
         let Some(entry) = self.models[model].as_mut() else { return };
         let Some(active) = entry.active.as_mut() else { return };
-        let Some(Step { mut pass, shares, spent, undisturbed }) = active.step.take() else { return };
-        let complete = active.complete;
+        let Some(Step { mut pass, shares, adapters: _, spent, undisturbed }) = active.step.take() else {
+            return;
+        };
         let now = Instant::now();
         let seconds = now.duration_since(self.epoch).as_secs_f64();
         let tokens = shares.iter().map(|share| share.tokens).sum();
@@ -193,6 +230,7 @@ impl Worker {
         }
         let mut over: Vec<(usize, Outcome)> = Vec::new();
         for (chunk, share) in shares.iter().enumerate() {
+            let complete = active.complete(active.sequences[share.sequence].model);
             let sequence = &mut active.sequences[share.sequence];
             sequence.computed += share.tokens;
             if let Some((kv, layout)) = entry.kv.zip(entry.plan.engine.kv()) {
@@ -255,17 +293,21 @@ fn count_arrivals(active: &mut Active) -> Result<(), String> {
     while let Some(tensor) = active.lease.tensors().get(active.arrived) {
         if !tensor.is_ready() {
             // A failure further back is reported at once, not when the forward pass gets there.
-            let failure = active.lease.tensors()[active.arrived..].iter().find_map(|tensor| tensor.failure());
-            return match failure {
-                None => Ok(()),
-                Some(LoadFailure::Failed(reason)) => Err(reason.clone()),
-                Some(LoadFailure::Abandoned) => Err("its load was given up".to_owned()),
-            };
+            return first_failure(&active.lease.tensors()[active.arrived..]);
         }
         active.arrived += 1;
     }
     active.complete.get_or_insert_with(Instant::now);
     Ok(())
+}
+
+/// The first failure among these tensors, for the user.
+pub(super) fn first_failure(tensors: &[Arc<Tensor>]) -> Result<(), String> {
+    match tensors.iter().find_map(|tensor| tensor.failure()) {
+        None => Ok(()),
+        Some(LoadFailure::Failed(reason)) => Err(reason.clone()),
+        Some(LoadFailure::Abandoned) => Err("its load was given up".to_owned()),
+    }
 }
 
 /// Chooses the next token of a sequence whose tokens are all computed, and tells the client.
