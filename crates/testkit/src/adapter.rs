@@ -72,17 +72,29 @@ impl RandomAdapter {
 /// Writes a random adapter for the Hugging Face model in `base` (one safetensors file) to `dir`, which is created if
 /// needed.
 pub fn write_adapter(base: &Path, dir: &Path, adapter: &RandomAdapter) {
+    let transposed = is_transposed(base);
+    let tensors = read_safetensors(&base.join("model.safetensors"));
+    let modules: Vec<(&str, usize, usize)> = tensors
+        .iter()
+        .filter_map(|(name, tensor)| {
+            let module = name.strip_suffix(".weight").filter(|module| adapter.adapts(module))?;
+            match (tensor.shape.as_slice(), transposed) {
+                (&[outputs, inputs], false) | (&[inputs, outputs], true) => Some((module, outputs, inputs)),
+                _ => None,
+            }
+        })
+        .collect();
+    write_adapter_of(&modules, dir, adapter);
+}
+
+/// Writes a random adapter for these modules (their names in the base, their outputs and inputs) to `dir`, which is
+/// created if needed.
+pub fn write_adapter_of(modules: &[(&str, usize, usize)], dir: &Path, adapter: &RandomAdapter) {
     fs::create_dir_all(dir).unwrap();
     let mut random = Xoshiro256PlusPlus::seed_from_u64(adapter.seed);
-    let transposed = is_transposed(base);
     let mut tensors = Vec::new();
     let mut targets: Vec<String> = Vec::new();
-    for (name, tensor) in read_safetensors(&base.join("model.safetensors")) {
-        let Some(module) = name.strip_suffix(".weight").filter(|module| adapter.adapts(module)) else {
-            continue;
-        };
-        let &[first, second] = tensor.shape.as_slice() else { continue };
-        let (outputs, inputs) = if transposed { (second, first) } else { (first, second) };
+    for &(module, outputs, inputs) in modules {
         let mut factor = |name: &str, shape: [usize; 2], spread: f32| {
             let values = (0..shape[0] * shape[1]).map(|_| random.random_range(-spread..=spread)).collect();
             let name = format!("base_model.model.{module}.{name}.weight");
@@ -95,13 +107,13 @@ pub fn write_adapter(base: &Path, dir: &Path, adapter: &RandomAdapter) {
             targets.push(last);
         }
     }
-    assert!(!tensors.is_empty(), "{} has no module to adapt", base.display());
+    assert!(!tensors.is_empty(), "there is no module to adapt");
     write_safetensors(&dir.join("adapter_model.safetensors"), &tensors, adapter.dtype);
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "bias": "none",
         "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.root_scale, "use_dora": false,
         "target_modules": targets, "modules_to_save": null, "rank_pattern": {}, "alpha_pattern": {},
-        "fan_in_fan_out": transposed, "lora_dropout": 0.05, "inference_mode": true,
+        "fan_in_fan_out": false, "lora_dropout": 0.05, "inference_mode": true,
     });
     fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
 }

@@ -11,7 +11,7 @@ mod model;
 mod quant;
 mod tokenizer;
 
-pub use adapter::{RandomAdapter, write_adapter, write_merged};
+pub use adapter::{RandomAdapter, write_adapter, write_adapter_of, write_merged};
 pub use gguf::{GgufOptions, write_gguf};
 pub use hugging_face::{mutate_layer, write_hf_model};
 pub use model::{EXPERTS, Family, Float, RandomModel, Scaling, WINDOW};
