@@ -53,7 +53,15 @@ enum DeployEvent {
     End(Box<Result<Arc<DeployedModel>, DeployError>>),
 }
 
-/// `POST /admin/models` with `{"name", "source"}`: answers with one JSON object per line, progress first, then the
+/// What to deploy.
+enum Deployable {
+    /// The checkpoint at this path.
+    Source(PathBuf),
+    /// The adapter in this directory on the model of this name.
+    Adapter(PathBuf, String),
+}
+
+/// `POST /admin/models` with `{"name", "source"}` or `{"name", "adapter", "base"}`: answers with one JSON object per line, progress first, then the
 /// model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
 /// cancelled.
 pub(crate) async fn deploy(
@@ -72,12 +80,22 @@ pub(crate) async fn deploy(
         let value = fields.string(name)?.filter(|value| !value.is_empty());
         value.ok_or_else(|| ApiError::param(name, format!("'{name}' is required")))
     };
-    let (name, source) = (required("name")?, required("source")?);
+    let name = required("name")?;
+    let what = match (fields.raw("source"), fields.raw("adapter")) {
+        (Some(_), Some(_)) => {
+            return Err(ApiError::param(
+                "adapter",
+                "an adapter comes without 'source'; 'base' names its model",
+            ));
+        }
+        (None, Some(_)) => Deployable::Adapter(PathBuf::from(required("adapter")?), required("base")?),
+        (_, None) => Deployable::Source(PathBuf::from(required("source")?)),
+    };
     // Room for one progress line that waits to be sent and for the end.
     let (sender, mut events) = mpsc::channel(2);
     let deployer = gateway.clone();
     tokio::task::spawn_blocking(move || {
-        let result = run(&deployer, &name, PathBuf::from(source), &sender);
+        let result = run(&deployer, &name, &what, &sender);
         if let Ok(model) = &result {
             deployer.texts.retain(&deployer.node.models());
             deployer.texts.warm(model);
@@ -117,11 +135,11 @@ pub(crate) async fn deploy(
 fn run(
     gateway: &Gateway,
     name: &str,
-    source: PathBuf,
+    what: &Deployable,
     sender: &mpsc::Sender<DeployEvent>,
 ) -> Result<Arc<DeployedModel>, DeployError> {
     let mut last: Option<Instant> = None;
-    gateway.node.deploy(name, &source, &mut |progress| {
+    let progress = &mut |progress| {
         if sender.is_closed() || gateway.stopping.load(Ordering::Relaxed) {
             return ControlFlow::Break(());
         }
@@ -131,7 +149,11 @@ fn run(
             last = Some(Instant::now());
         }
         ControlFlow::Continue(())
-    })
+    };
+    match what {
+        Deployable::Source(source) => gateway.node.deploy(name, source, progress),
+        Deployable::Adapter(adapter, base) => gateway.node.deploy_adapter(name, adapter, base, progress),
+    }
 }
 
 enum Line {

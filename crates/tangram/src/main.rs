@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::commands::models::Deployable;
 use crate::config::ServerOptions;
 
 /// Serve many models from one bounded memory pool, paying on each switch only for bytes that are not resident.
@@ -35,7 +36,14 @@ enum Command {
         /// Name that requests will use.
         name: String,
         /// Hugging Face directory, .safetensors file with its config.json beside it, or .gguf file.
-        source: PathBuf,
+        #[arg(required_unless_present = "adapter", conflicts_with = "adapter")]
+        source: Option<PathBuf>,
+        /// A LoRA adapter instead: PEFT directory with adapter_config.json and adapter_model.safetensors.
+        #[arg(long, requires = "base")]
+        adapter: Option<PathBuf>,
+        /// Deployed name of the model that the adapter is made for.
+        #[arg(long, requires = "adapter")]
+        base: Option<String>,
         #[command(flatten)]
         target: Target,
     },
@@ -128,7 +136,14 @@ async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve { options } => commands::serve::run(options).await,
         Command::Quickstart(options) => commands::quickstart::run(options).await,
-        Command::Deploy { name, source, target } => commands::models::deploy(&name, &source, target).await,
+        Command::Deploy { name, source, adapter, base, target } => {
+            let what = match (source, adapter, base) {
+                (Some(source), ..) => Deployable::Source(source),
+                (None, Some(adapter), Some(base)) => Deployable::Adapter(adapter, base),
+                _ => anyhow::bail!("give a source, or --adapter with --base"),
+            };
+            commands::models::deploy(&name, &what, target).await
+        }
         Command::Ls { listing } => commands::models::ls(listing.target, listing.json).await,
         Command::Ps { listing } => commands::models::ps(listing.target, listing.json).await,
         Command::Rm { name, target } => commands::models::rm(&name, target).await,

