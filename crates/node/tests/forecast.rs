@@ -31,8 +31,10 @@ fn model(family: Family) -> RandomModel {
 fn weights_kv_and_activations_are_as_foretold() {
     let families =
         [Family::Llama, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::Gpt2, Family::Mixtral];
+    // One data directory, so that the machine is measured once.
+    let data = tempfile::tempdir().unwrap();
     for (seed, family) in families.into_iter().enumerate() {
-        let (source, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let source = tempfile::tempdir().unwrap();
         let dtype = [Float::F32, Float::BF16, Float::F16][seed % 3];
         write_hf_model(source.path(), &RandomModel { seed: seed as u64, dtype, ..model(family) });
         let node = open(data.path(), 32 << 20);
@@ -77,6 +79,7 @@ fn weights_kv_and_activations_are_as_foretold() {
         assert!(listed.scratch_bytes >= held);
         assert!(listed.cold_first_token_seconds > listed.resident_first_token_seconds);
         assert!(listed.resident_first_token_seconds > Some(0.0));
+        node.remove("m").unwrap();
     }
 }
 
