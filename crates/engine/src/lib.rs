@@ -5,6 +5,7 @@
 //! into chunks, and however many threads there are.**
 
 mod adapter;
+pub mod constraint;
 mod cost;
 mod executor;
 mod forward;

@@ -10,6 +10,8 @@ use std::hash::{BuildHasher, RandomState};
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
 
+use crate::constraint::Constraint;
+
 /// Below this temperature sampling is greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
 /// Most alternatives that can be asked for per token.
@@ -116,9 +118,11 @@ pub struct Sampled {
     pub token: u32,
     /// Present if asked for.
     pub logprob: Option<TokenLogprob>,
+    /// The constraint is fulfilled and lets nothing follow: this is the last token.
+    pub complete: bool,
 }
 
-/// Log-probabilities before penalties, bias and temperature.
+/// Log-probabilities before penalties, bias, constraint and temperature.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
     /// Of the chosen token.
@@ -128,7 +132,7 @@ pub struct TokenLogprob {
 }
 
 /// Why no token can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SampleError {
     /// The model gave NaN or infinity, or −infinity only: broken weights.
     #[error("the model's logits are not numbers")]
@@ -141,6 +145,9 @@ pub enum SampleError {
         /// Size of the vocabulary.
         vocab: usize,
     },
+    /// The constraint lets no token follow, or became too complex.
+    #[error("constrained output: {0}")]
+    Constraint(String),
 }
 
 /// Chooses the tokens of one sequence.
@@ -148,6 +155,7 @@ pub struct Sampler {
     params: SamplingParams,
     vocab: usize,
     random: Xoshiro256PlusPlus,
+    constraint: Option<Constraint>,
     /// Tokens of prompt and output; kept only for the repetition penalty.
     seen: HashSet<u32>,
     /// Occurrences in the output; kept only for presence and frequency penalty.
@@ -182,6 +190,7 @@ impl Sampler {
             params,
             vocab,
             random: Xoshiro256PlusPlus::seed_from_u64(seed),
+            constraint: None,
             seen,
             counts: HashMap::new(),
             raw: Vec::new(),
@@ -190,10 +199,15 @@ impl Sampler {
         }
     }
 
+    /// The same with an output as `constraint` says.
+    pub fn constrained(self, constraint: Option<Constraint>) -> Sampler {
+        Sampler { constraint, ..self }
+    }
+
     /// Chooses the next token and remembers it. `logits` (one row over the vocabulary) are changed on the way.
     ///
     /// # Errors
-    /// [`SampleError`] if the logits are of the wrong number or no numbers.
+    /// [`SampleError`] if the logits are of the wrong number or no numbers, or the constraint cannot go on.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled, SampleError> {
         if logits.len() != self.vocab || logits.is_empty() {
             return Err(SampleError::Length { found: logits.len(), vocab: self.vocab });
@@ -204,6 +218,10 @@ impl Sampler {
             self.raw.extend_from_slice(logits);
         }
         self.penalise(logits);
+        // Last, so that nothing makes a token possible again.
+        if let Some(constraint) = &mut self.constraint {
+            constraint.restrict(logits).map_err(SampleError::Constraint)?;
+        }
         let (best, logit) = highest(logits)?;
         let token = if self.params.greedy() { best } else { self.draw(logits, logit) };
         let logprob = self.params.logprobs.map(|count| self.logprobs(token, count as usize));
@@ -213,7 +231,11 @@ impl Sampler {
         if self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0 {
             *self.counts.entry(token).or_default() += 1;
         }
-        Ok(Sampled { token, logprob })
+        let complete = match &mut self.constraint {
+            Some(constraint) => constraint.accept(token).map_err(SampleError::Constraint)?,
+            None => false,
+        };
+        Ok(Sampled { token, logprob, complete })
     }
 
     /// Bias, then penalties.

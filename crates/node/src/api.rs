@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{GenerationDefaults, ModelSpec};
 
 use crate::forecast::Forecast;
+pub use tangram_engine::constraint::{CompiledGrammar, Grammar, TokenText, Vocabulary};
 pub use tangram_engine::sampling::{SamplingParams, TokenLogprob};
 
 /// A deployed model as the layers above see it. Immutable; a re-deployment under the same name makes a new one.
@@ -64,12 +65,14 @@ pub struct GenerateRequest {
     pub ignore_eos: bool,
     /// Further tokens that end the sequence.
     pub stop_token_ids: Vec<u32>,
+    /// What the output must look like, over the model's vocabulary.
+    pub grammar: Option<CompiledGrammar>,
 }
 
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end token; it is reported as the last token event.
+    /// An end token, which is reported as the last token event; or the grammar lets nothing follow.
     Stop,
     /// `max_tokens` or the context limit.
     Length,

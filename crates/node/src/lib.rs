@@ -424,7 +424,8 @@ impl Node {
     /// # Errors
     /// When the request can never be served, too many are waiting, or the node is closing.
     pub fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
-        let GenerateRequest { model, prompt, sampling, max_tokens, ignore_eos, stop_token_ids } = request;
+        let GenerateRequest { model, prompt, sampling, max_tokens, ignore_eos, stop_token_ids, grammar } =
+            request;
         if !model.spec.generates() {
             let name = &model.name;
             return Err(RequestError::Invalid(format!(
@@ -445,7 +446,8 @@ impl Node {
             end_tokens.extend(&model.generation.eos);
         }
         let (events, receiver) = mpsc::unbounded_channel();
-        let sampler = Sampler::new(sampling, &prompt, model.spec.vocab);
+        let constraint = grammar.map(|grammar| grammar.start(&end_tokens));
+        let sampler = Sampler::new(sampling, &prompt, model.spec.vocab).constrained(constraint);
         let sink = Sink::Generate(Box::new(Generate {
             sampler,
             max_tokens: max_tokens.unwrap_or(room),

@@ -318,7 +318,7 @@ fn sample(sequence: &mut Sequence, logits: &mut [f32], now: Instant) -> Option<O
         Err(error) => return Some(Outcome::Failed(error.to_string())),
     };
     generate.generated += 1;
-    let ended = generate.end_tokens.contains(&sampled.token);
+    let ended = sampled.complete || generate.end_tokens.contains(&sampled.token);
     let full = generate.generated >= generate.max_tokens;
     sequence.tokens.push(sampled.token);
     sequence.first_result(now);

@@ -49,6 +49,7 @@ pub fn request(model: &Arc<DeployedModel>, prompt: &[u32], max_tokens: usize) ->
         max_tokens: Some(max_tokens),
         ignore_eos: true,
         stop_token_ids: Vec::new(),
+        grammar: None,
     }
 }
 
