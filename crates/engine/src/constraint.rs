@@ -18,6 +18,10 @@ use serde_json::{Value, json};
 /// because a model that is only allowed white space and punctuation may well go on with white space for ever.
 const JSON_WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
 
+/// Largest magnitude of a number that a schema does not bound itself. Without a bound, and without one for the
+/// exponent, a model in a loop writes numbers that no parser can hold; up to here integers are exact in binary64.
+const LARGEST_NUMBER: i64 = (1 << 53) - 1;
+
 /// What a token stands for in text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenText {
@@ -49,15 +53,64 @@ impl Grammar {
         let quoted: Vec<String> = choices.iter().map(|choice| json!(choice.as_ref()).to_string()).collect();
         Grammar::Lark(format!("start: {}", quoted.join(" | ")))
     }
+
+    /// A document of this schema as a part of a [`Grammar::Lark`]: what stands to the right of a rule's colon.
+    pub fn lark_json(schema: Value) -> String {
+        format!("%json {}", bounded(schema))
+    }
 }
 
-/// Bounds the white space of a schema's documents, which [`Grammar::Lark`] needs to do itself for `%json` parts.
-pub fn bound_white_space(schema: &mut Value) {
-    if *schema == Value::Bool(true) {
-        *schema = json!({});
+/// The schema with bounds for what it leaves without: white space and numbers.
+fn bounded(mut schema: Value) -> Value {
+    if schema == Value::Bool(true) {
+        schema = json!({});
     }
-    if let Value::Object(schema) = schema {
+    bound_numbers(&mut schema);
+    if let Value::Object(schema) = &mut schema {
         schema.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": JSON_WHITE_SPACE}));
+    }
+    schema
+}
+
+fn bound_numbers(schema: &mut Value) {
+    let map = match schema {
+        Value::Object(map) => map,
+        Value::Array(items) => return items.iter_mut().for_each(bound_numbers),
+        _ => return,
+    };
+    let number = |kind: &Value| matches!(kind.as_str(), Some("number" | "integer"));
+    let numeric = match map.get("type") {
+        Some(Value::Array(kinds)) => kinds.iter().any(number),
+        Some(kind) => number(kind),
+        // Anything, numbers too, unless another keyword says what.
+        None => !["$ref", "anyOf", "oneOf", "allOf", "not", "if"].iter().any(|key| map.contains_key(*key)),
+    };
+    let given =
+        ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"].map(|key| map.get(key).cloned());
+    let moderate = |bound: &Value| bound.as_f64().is_none_or(|bound| bound.abs() < LARGEST_NUMBER as f64);
+    // Bounds beyond ours, and values that are listed, stay as they are.
+    if numeric
+        && !map.contains_key("enum")
+        && !map.contains_key("const")
+        && given.iter().flatten().all(moderate)
+    {
+        if given[..2].iter().all(Option::is_none) {
+            map.insert("minimum".to_owned(), json!(-LARGEST_NUMBER));
+        }
+        if given[2..].iter().all(Option::is_none) {
+            map.insert("maximum".to_owned(), json!(LARGEST_NUMBER));
+        }
+    }
+    for (key, part) in map {
+        match (key.as_str(), part) {
+            // Schemas by name.
+            ("properties" | "patternProperties" | "$defs" | "definitions", Value::Object(parts)) => {
+                parts.values_mut().for_each(bound_numbers);
+            }
+            // Documents.
+            ("const" | "enum" | "default" | "example" | "examples", _) => {}
+            (_, part) => bound_numbers(part),
+        }
     }
 }
 
@@ -145,11 +198,7 @@ impl Vocabulary {
     /// What is wrong with the grammar, or which of its features is not supported.
     pub fn compile(self: &Arc<Self>, grammar: &Grammar) -> Result<CompiledGrammar, String> {
         let top = match grammar {
-            Grammar::JsonSchema(schema) => {
-                let mut schema = schema.clone();
-                bound_white_space(&mut schema);
-                TopLevelGrammar::from_json_schema(schema)
-            }
+            Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(bounded(schema.clone())),
             Grammar::Regex(regex) => TopLevelGrammar::from_regex(regex),
             Grammar::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
         };
@@ -452,6 +501,52 @@ mod tests {
         let mut constraint = named.start(&[END]);
         assert!(!constraint.accept(CALL).unwrap());
         assert!(constraint.accept(u32::from(b'x')).unwrap());
+    }
+
+    #[test]
+    fn numbers_without_bounds_get_some() {
+        let bounds = |schema: Value| {
+            let bounded = bounded(schema);
+            (bounded["minimum"].clone(), bounded["maximum"].clone())
+        };
+        let (low, high) = (json!(-LARGEST_NUMBER), json!(LARGEST_NUMBER));
+        assert_eq!(bounds(json!({"type": "number"})), (low.clone(), high.clone()));
+        assert_eq!(bounds(json!({"type": ["null", "integer"], "minimum": 3})), (json!(3), high.clone()));
+        assert_eq!(bounds(json!({"type": "number", "exclusiveMaximum": 1})), (low, Value::Null));
+        for untouched in [
+            json!({"type": "string"}),
+            json!({"type": "integer", "enum": [1]}),
+            json!({"type": "object", "properties": {"type": {"const": {"type": "number"}}}}),
+            json!({"anyOf": [{"$ref": "#/$defs/x"}], "$defs": {"x": {"type": "null"}}}),
+        ] {
+            let mut schema = untouched.clone();
+            bound_numbers(&mut schema);
+            assert_eq!(schema, untouched);
+        }
+        let minimum = json!({"type": "integer", "minimum": 1e300});
+        assert_eq!(bounds(minimum), (json!(1e300), Value::Null));
+        let vocabulary = vocabulary();
+        let kinds: Vec<std::collections::BTreeSet<u8>> =
+            [json!({"type": "number"}), json!(true), json!({"items": true})]
+                .map(|schema| {
+                    let grammar = vocabulary.compile(&Grammar::JsonSchema(schema)).unwrap();
+                    let drawn = (0..60).filter_map(|seed| draw(&grammar, params(seed), &[END]));
+                    drawn
+                        .map(|(tokens, _)| {
+                            let document: Value = serde_json::from_str(&text(&tokens)).unwrap();
+                            assert!(
+                                document.as_f64().is_none_or(|n| n.abs() <= LARGEST_NUMBER as f64),
+                                "{document}"
+                            );
+                            text(&tokens).as_bytes()[0]
+                        })
+                        .collect()
+                })
+                .to_vec();
+        assert!(kinds[0].iter().all(|&first| first == b'-' || first.is_ascii_digit()), "{kinds:?}");
+        for free in &kinds[1..] {
+            assert!(free.contains(&b'"') && free.contains(&b'{'), "all other types stay possible: {kinds:?}");
+        }
     }
 
     #[test]
