@@ -160,6 +160,7 @@ fn run(
         max_tokens: Some(1),
         ignore_eos: true,
         stop_token_ids: Vec::new(),
+        grammar: None,
     })?;
     while let Some(event) = generation.next_blocking() {
         match event {

@@ -232,6 +232,42 @@ impl Worker {
         }
         Some((loaded, reused))
     }
+
+    /// Leases what others have computed of a sequence's prompt since it was admitted, as long as it has computed
+    /// nothing itself: the choices of one prompt arrive together, and only the first needs to compute it.
+    pub(super) fn share_prefixes(&mut self, model: usize) {
+        let Some(entry) = self.models[model].as_mut() else { return };
+        let Some((active, kv, layout)) =
+            entry.active.as_mut().zip(entry.kv).zip(entry.plan.engine.kv()).map(|((a, k), l)| (a, k, l))
+        else {
+            return;
+        };
+        let seconds = self.epoch.elapsed().as_secs_f64();
+        for sequence in &mut active.sequences {
+            let held = sequence.prefix.len();
+            // As when it was admitted: at least one token has to be computed.
+            let full = sequence.tokens.len().saturating_sub(1) / layout.block_tokens;
+            let untouched = sequence.kv.is_empty() && sequence.computed == held * layout.block_tokens;
+            if !untouched || full <= held {
+                continue;
+            }
+            let hashes = sequence.block_hashes(full, layout.block_tokens);
+            if self.pool.blocks_in_use(kv, &hashes[held..=held]) == 0 {
+                continue;
+            }
+            let saved = entry.prefixes.block_seconds(layout.block_tokens);
+            let prefix = self.pool.lease_prefix(kv, hashes, saved, seconds);
+            let more = prefix.len().saturating_sub(held);
+            self.pool.release_prefix(std::mem::replace(&mut sequence.prefix, prefix));
+            sequence.computed = sequence.prefix.len() * layout.block_tokens;
+            entry.prefixes.found(more);
+            if sequence.first_token.is_none() {
+                let tokens = (more * layout.block_tokens) as u64;
+                sequence.timing.cached_tokens += tokens;
+                self.cached_tokens += tokens;
+            }
+        }
+    }
 }
 
 /// Where the bytes of tensors without any are to come from: for the base's, where the base has them now.

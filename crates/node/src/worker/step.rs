@@ -81,6 +81,7 @@ impl Worker {
 
     /// Composes the next step and takes the KV blocks that it needs.
     fn begin_step(&mut self, model: usize) -> Begun {
+        self.share_prefixes(model);
         let Some(entry) = self.models[model].as_mut() else { return Begun::Failed };
         let Some(active) = entry.active.as_mut() else { return Begun::Failed };
         let indivisible = entry.plan.engine.kv().is_none();
