@@ -25,7 +25,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::serve::ListenerExt;
 use serde_json::json;
-use tangram_node::Node;
+use tangram_node::{Generator, Node};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
@@ -68,6 +68,8 @@ impl fmt::Debug for GatewayConfig {
 /// What all handlers share.
 pub(crate) struct Gateway {
     node: Arc<Node>,
+    /// The node, or what generates in its stead.
+    generator: Arc<dyn Generator>,
     config: GatewayConfig,
     texts: Arc<Texts>,
     metrics: Arc<Metrics>,
@@ -115,14 +117,24 @@ impl RequestIds {
 
 /// The routes over a node. Tokenizers are loaded when first needed; [`serve`] loads them beforehand.
 pub fn router(node: Arc<Node>, config: GatewayConfig) -> Router {
-    routes(Arc::new(Gateway::new(node, config)))
+    router_with_generator(node.clone(), node, config)
+}
+
+/// The same with tokens from elsewhere: the node only says which models there are, and how their text is made.
+pub fn router_with_generator(
+    node: Arc<Node>,
+    generator: Arc<dyn Generator>,
+    config: GatewayConfig,
+) -> Router {
+    routes(Arc::new(Gateway::new(node, generator, config)))
 }
 
 impl Gateway {
-    fn new(node: Arc<Node>, config: GatewayConfig) -> Self {
+    fn new(node: Arc<Node>, generator: Arc<dyn Generator>, config: GatewayConfig) -> Self {
         Gateway {
             metrics: Arc::new(Metrics::new(node.clone())),
             node,
+            generator,
             config,
             texts: Arc::default(),
             ids: RequestIds::default(),
@@ -170,7 +182,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let grace = config.shutdown_grace;
-    let gateway = Arc::new(Gateway::new(node.clone(), config));
+    let gateway = Arc::new(Gateway::new(node.clone(), node.clone(), config));
     let warming = gateway.clone();
     tokio::task::spawn_blocking(move || {
         for model in warming.node.models() {

@@ -69,6 +69,15 @@ pub struct GenerateRequest {
     pub grammar: Option<CompiledGrammar>,
 }
 
+/// Where tokens come from. A [`crate::Node`] is such a place; the gateway's bench puts a recording there.
+pub trait Generator: Send + Sync {
+    /// Submits a request for tokens.
+    ///
+    /// # Errors
+    /// When the request can never be served, too many are waiting, or nothing is accepted any more.
+    fn generate(&self, request: GenerateRequest) -> Result<crate::Generation, RequestError>;
+}
+
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {

@@ -422,7 +422,7 @@ impl Node {
     /// Submits a request for tokens.
     ///
     /// # Errors
-    /// When the request can never be served, too many are waiting, or the node is closing.
+    /// As [`Generator::generate`].
     pub fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
         let GenerateRequest { model, prompt, sampling, max_tokens, ignore_eos, stop_token_ids, grammar } =
             request;
@@ -457,7 +457,7 @@ impl Node {
         }));
         let cancel = Cancel::new(&self.commands);
         self.submit(&model, vec![(prompt, sink)], &cancel)?;
-        Ok(Generation { events: receiver, _cancel: cancel })
+        Ok(Generation { events: receiver, _cancel: Some(cancel) })
     }
 
     /// Submits texts for embedding, as token ids with the special tokens already in place.
@@ -548,6 +548,12 @@ impl Node {
     }
 }
 
+impl Generator for Node {
+    fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+        Node::generate(self, request)
+    }
+}
+
 impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::Stop);
@@ -588,7 +594,14 @@ impl Drop for Cancel {
 /// A generation under way. Dropping it cancels the request; its KV is free before the next step.
 pub struct Generation {
     events: mpsc::UnboundedReceiver<GenerateEvent>,
-    _cancel: Cancel,
+    /// `None` if the events come from elsewhere, where a closed channel says the same.
+    _cancel: Option<Cancel>,
+}
+
+impl From<mpsc::UnboundedReceiver<GenerateEvent>> for Generation {
+    fn from(events: mpsc::UnboundedReceiver<GenerateEvent>) -> Generation {
+        Generation { events, _cancel: None }
+    }
 }
 
 impl Generation {
