@@ -46,7 +46,7 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
     }
     let pair = (factors(ROPE_FACTORS_SHORT)?, factors(ROPE_FACTORS_LONG)?);
     let longrope = gguf_spec::apply_longrope(&metadata, &mut spec, pair)?;
-    let mut text = gguf_tokenizer::read(&metadata, &spec)?;
+    let mut text = gguf_tokenizer::read(&metadata, spec.vocab)?;
     text.warnings.extend(longrope);
 
     let mut found = Vec::with_capacity(tensors.len());

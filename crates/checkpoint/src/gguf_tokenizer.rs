@@ -3,13 +3,16 @@
 //! Two models are known: `gpt2`, byte-level BPE with merges, and `llama`, SentencePiece BPE with scores, whose merges
 //! follow from the scores as in transformers' slow-to-fast conversion.
 
+#[cfg(test)]
+mod vocabularies;
+
 use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
 use crate::gguf_model::Metadata;
 use crate::source::TextAssets;
-use crate::{CheckpointError, GenerationDefaults, ModelSpec, tokenizer};
+use crate::{CheckpointError, GenerationDefaults, tokenizer};
 
 /// Token types of the format.
 const UNKNOWN: i64 = 2;
@@ -29,6 +32,8 @@ const END_OF_TURN: [&str; 2] = ["<|im_end|>", "<|eot_id|>"];
 /// Splits by GPT-2's rule come with the byte-level pre-tokenizer; these are the rules of others.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// As Qwen 2, with marks counted among the letters, and without its Unicode normalization.
+const QWEN35_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The token table.
 struct Tokens<'a> {
@@ -37,7 +42,8 @@ struct Tokens<'a> {
 }
 
 /// Reads tokenizer, special tokens, end tokens and chat template.
-pub(crate) fn read(metadata: &Metadata<'_>, spec: &ModelSpec) -> Result<TextAssets, CheckpointError> {
+/// The model has `vocab` token embeddings.
+pub(crate) fn read(metadata: &Metadata<'_>, vocab: usize) -> Result<TextAssets, CheckpointError> {
     let mut text = TextAssets {
         chat_template: metadata.text("tokenizer.chat_template")?.map(str::to_owned),
         ..TextAssets::default()
@@ -47,11 +53,11 @@ pub(crate) fn read(metadata: &Metadata<'_>, spec: &ModelSpec) -> Result<TextAsse
         text.warnings.push(tokenizer::MISSING.into());
         return Ok(text);
     };
-    if texts.len() > spec.vocab {
+    if texts.len() > vocab {
         return Err(metadata.invalid(format!(
             "has {} tokens, but token_embd.weight has {} rows; the file is wrongly converted",
             texts.len(),
-            spec.vocab
+            vocab
         )));
     }
     let types = match metadata.integers("tokenizer.ggml.token_type")? {
@@ -191,9 +197,12 @@ fn byte_level(
     let qwen2 = matches!(pre, "qwen2" | "deepseek-r1-qwen");
     let pre_tokenizer = match pre {
         _ if llama3 => sequence(split(LLAMA3_SPLIT), false),
+        "qwen35" => sequence(split(QWEN35_SPLIT), false),
         _ if qwen2 => sequence(split(QWEN2_SPLIT), false),
-        "smollm" => sequence(json!({"type": "Digits", "individual_digits": true}), true),
-        "default" | "gpt-2" => byte_level(true),
+        "smollm" | "starcoder" | "refact" | "command-r" => {
+            sequence(json!({"type": "Digits", "individual_digits": true}), true)
+        }
+        "default" | "gpt-2" | "mpt" => byte_level(true),
         other => {
             warnings.push(format!(
                 "the pre-tokenizer {other:?} is not known; text is split by GPT-2's rule, \
