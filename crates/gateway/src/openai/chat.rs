@@ -13,6 +13,8 @@ use super::fields::Fields;
 use super::options::{MAX_LOGPROBS, Options, check_length};
 use super::run::{Delta, Prompt, Run};
 use super::stream::{self, Chunks, EventWriter};
+use super::structured::Wanted;
+use super::tools::{ChoiceText, MessagePart, ToolUse};
 use super::types::{ChatChoice, ChatChunkChoice, ChatMessage, Completion, TokenTexts, Usage};
 use crate::body::RequestBody;
 use crate::text::ChatInput;
@@ -35,20 +37,16 @@ async fn answer(
     body: &RequestBody,
     served: &mut Option<Arc<DeployedModel>>,
 ) -> Result<Response, ApiError> {
-    let fields = Fields::parse(&body.0)?;
-    let model = super::find_model(gateway, &fields)?;
-    *served = Some(model.clone());
-    if !model.spec.generates() {
-        return Err(ApiError::wrong_task(&model));
-    }
-    refuse_unsupported(&fields)?;
+    let (fields, model) = super::read_request(gateway, body, served)?;
+    let tools = ToolUse::read(&fields, &model)?;
+    let wanted = Wanted::read(&fields)?;
     let mut options = Options::read(&fields, &model)?;
     options.sampling.logprobs = read_logprobs(&fields)?;
     let requested = match fields.integer("max_completion_tokens", 1..=i64::MAX)? {
         Some(tokens) => Some(tokens),
         None => fields.integer("max_tokens", 1..=i64::MAX)?,
     };
-    let text = render(gateway, &model, &fields)?;
+    let text = render(gateway, &model, &fields, tools.shown())?;
     let Some(tokenizer) = super::tokenizer(gateway, &model).await? else {
         let message = format!(
             "The model `{}` has no tokenizer; use /v1/completions with token ids as the prompt",
@@ -63,10 +61,18 @@ async fn answer(
     let requested = requested.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
     let max_tokens = check_length(&model, "messages", tokens.len(), requested, None)?;
     let prompts = [Prompt { tokens, max_tokens }];
+    if let Some(wanted) = tools.required(&tokenizer).or(wanted) {
+        options.grammar = Some(wanted.compile(&model, Some(&tokenizer)).await?);
+    }
+    if options.skip_special_tokens {
+        options.shown_tokens = tools.special_tokens(&tokenizer);
+    }
     let mut run = Run::start(gateway, &model, Some(&tokenizer), &prompts, &options)?;
     let [Prompt { tokens: prompt, .. }] = prompts;
     let texts = TokenTexts(Some(tokenizer));
     let id = format!("chatcmpl-{}", id.0);
+    let choice_texts: Vec<ChoiceText> =
+        (0..options.choices).map(|index| ChoiceText::new(&tools, &id, index)).collect();
     let with_logprobs = options.sampling.logprobs.is_some();
     if options.stream {
         let chunks = ChatChunks {
@@ -74,6 +80,7 @@ async fn answer(
             created: super::now(),
             model: model.name.clone(),
             prompt: options.return_token_ids.then_some(prompt),
+            choices: choice_texts,
             texts,
             with_logprobs,
             return_token_ids: options.return_token_ids,
@@ -82,12 +89,16 @@ async fn answer(
         return stream::respond(run, chunks, options.include_usage).await;
     }
     let choices = super::collect(&mut run).await?;
-    let choices = choices.into_iter().enumerate().map(|(index, choice)| ChatChoice {
-        index,
-        message: ChatMessage { role: Some("assistant"), content: Some(choice.delta.text) },
-        logprobs: with_logprobs.then(|| texts.chat(&choice.delta.logprobs)),
-        finish_reason: choice.reason,
-        token_ids: options.return_token_ids.then_some(choice.delta.tokens),
+    let choices = choices.into_iter().zip(choice_texts).enumerate().map(|(index, (choice, text))| {
+        let (content, tool_calls, called) = text.whole(choice.delta.text);
+        let content = Some(content).filter(|content| !called || !content.is_empty());
+        ChatChoice {
+            index,
+            message: ChatMessage { role: Some("assistant"), content: Some(content), tool_calls },
+            logprobs: with_logprobs.then(|| texts.chat(&choice.delta.logprobs)),
+            finish_reason: choice.reason.map(|reason| finish_reason(reason, called)),
+            token_ids: options.return_token_ids.then_some(choice.delta.tokens),
+        }
     });
     let completion = Completion {
         id: &id,
@@ -101,26 +112,9 @@ async fn answer(
     Ok(super::respond(&completion, &run.timing()))
 }
 
-/// What would change the answer if it were ignored.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
-    if let Some(format) = fields.object("response_format")? {
-        let kind = format.string("type").ok().flatten();
-        match kind.as_deref() {
-            Some("text") => {}
-            Some(kind) => {
-                let message = format!("'response_format' of type '{kind}' is not supported yet; use 'text'");
-                return Err(ApiError::unsupported("response_format", message));
-            }
-            None => return Err(ApiError::param("response_format", "'response_format' needs a 'type'")),
-        }
-    }
-    match fields.raw("tool_choice") {
-        None | Some("\"none\"" | "\"auto\"") => Ok(()),
-        Some(_) => Err(ApiError::unsupported(
-            "tool_choice",
-            "'tool_choice' other than 'none' and 'auto' is not supported yet",
-        )),
-    }
+/// OpenAI's reason for an end: a model that stops after calls wants their results.
+fn finish_reason(reason: &'static str, called: bool) -> &'static str {
+    if called && reason == "stop" { "tool_calls" } else { reason }
 }
 
 /// Number of alternatives per token, if logprobs are asked for.
@@ -135,15 +129,16 @@ fn read_logprobs(fields: &Fields<'_>) -> Result<Option<u32>, ApiError> {
 }
 
 /// The prompt's text.
-fn render(gateway: &Gateway, model: &DeployedModel, fields: &Fields<'_>) -> Result<String, ApiError> {
+fn render(
+    gateway: &Gateway,
+    model: &DeployedModel,
+    fields: &Fields<'_>,
+    tools: Option<&Json>,
+) -> Result<String, ApiError> {
     let messages: Vec<Json> = fields
         .tree("messages", "a list of messages")?
         .ok_or_else(|| ApiError::param("messages", "'messages' is required"))?;
     let messages = prepare_messages(messages)?;
-    let tools: Option<Json> = fields.tree("tools", "a list of tools")?;
-    if tools.as_ref().is_some_and(|tools| !tools.is_array()) {
-        return Err(ApiError::param("tools", "'tools' must be a list of tools"));
-    }
     let kwargs: Option<Map<String, Json>> = fields.tree("chat_template_kwargs", "an object")?;
     let template = gateway.texts.template(model).map_err(|error| {
         ApiError::invalid(format!(
@@ -157,7 +152,7 @@ fn render(gateway: &Gateway, model: &DeployedModel, fields: &Fields<'_>) -> Resu
     };
     let input = ChatInput {
         messages: &messages,
-        tools: tools.as_ref().filter(|tools| tools.as_array().is_some_and(|tools| !tools.is_empty())),
+        tools,
         special_tokens: &model.special_tokens,
         kwargs: kwargs.as_ref(),
     };
@@ -233,6 +228,7 @@ struct ChatChunks {
     model: String,
     /// Sent with the first chunk.
     prompt: Option<Vec<u32>>,
+    choices: Vec<ChoiceText>,
     texts: TokenTexts,
     with_logprobs: bool,
     return_token_ids: bool,
@@ -253,6 +249,7 @@ impl ChatChunks {
         });
     }
 
+    /// A chunk's choice, with the logprobs and token ids of `delta`.
     fn choice(&self, index: usize, delta: Delta, message: ChatMessage) -> ChatChunkChoice {
         ChatChunkChoice {
             index,
@@ -263,28 +260,47 @@ impl ChatChunks {
             token_ids: self.return_token_ids.then_some(delta.tokens),
         }
     }
+
+    /// Writes a chunk for each part that the delta's text makes; the first carries logprobs and token ids.
+    fn grow(&mut self, index: usize, mut delta: Delta, last: bool, out: &mut EventWriter) {
+        let text = std::mem::take(&mut delta.text);
+        let parts = self.choices.get_mut(index).map(|choice| choice.push(text, last)).unwrap_or_default();
+        let carries = (self.with_logprobs || self.return_token_ids) && !delta.tokens.is_empty();
+        if parts.is_empty() && carries {
+            let message = ChatMessage { content: Some(Some(String::new())), ..ChatMessage::default() };
+            self.write(Some(self.choice(index, std::mem::take(&mut delta), message)), None, out);
+        }
+        for part in parts {
+            let message = match part {
+                MessagePart::Content(text) => {
+                    ChatMessage { content: Some(Some(text)), ..ChatMessage::default() }
+                }
+                MessagePart::Call(call) => ChatMessage { tool_calls: vec![call], ..ChatMessage::default() },
+            };
+            self.write(Some(self.choice(index, std::mem::take(&mut delta), message)), None, out);
+        }
+    }
 }
 
 impl Chunks for ChatChunks {
     fn started(&mut self, index: usize, out: &mut EventWriter) {
-        let message = ChatMessage { role: Some("assistant"), content: Some(String::new()) };
+        let message = ChatMessage {
+            role: Some("assistant"),
+            content: Some(Some(String::new())),
+            ..ChatMessage::default()
+        };
         self.write(Some(self.choice(index, Delta::default(), message)), None, out);
     }
 
-    fn delta(&mut self, index: usize, mut delta: Delta, out: &mut EventWriter) {
-        if delta.text.is_empty() && !self.with_logprobs && !self.return_token_ids {
-            return;
-        }
-        let content = Some(std::mem::take(&mut delta.text));
-        self.write(Some(self.choice(index, delta, ChatMessage { role: None, content })), None, out);
+    fn delta(&mut self, index: usize, delta: Delta, out: &mut EventWriter) {
+        self.grow(index, delta, false, out);
     }
 
     fn finished(&mut self, index: usize, delta: Delta, reason: &'static str, out: &mut EventWriter) {
-        if !delta.text.is_empty() || !delta.tokens.is_empty() {
-            self.delta(index, delta, out);
-        }
+        self.grow(index, delta, true, out);
         let mut choice = self.choice(index, Delta::default(), ChatMessage::default());
-        choice.finish_reason = Some(reason);
+        let called = self.choices.get(index).is_some_and(ChoiceText::has_calls);
+        choice.finish_reason = Some(finish_reason(reason, called));
         self.write(Some(choice), None, out);
     }
 
@@ -330,15 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_done_is_refused() {
-        let refused = |body: &str| {
-            let fields = Fields::parse(body.as_bytes()).unwrap();
-            refuse_unsupported(&fields).err().map(|error| error.body()["error"]["param"].clone())
-        };
-        assert_eq!(refused(r#"{"response_format": {"type": "text"}, "tool_choice": "auto"}"#), None);
-        assert_eq!(refused(r#"{"response_format": {"type": "json_object"}}"#).unwrap(), "response_format");
-        assert_eq!(refused(r#"{"response_format": "text"}"#).unwrap(), "response_format");
-        assert_eq!(refused(r#"{"tool_choice": "required"}"#).unwrap(), "tool_choice");
+    fn logprobs_are_asked_for_in_two_fields() {
         let logprobs = |body: &str| read_logprobs(&Fields::parse(body.as_bytes()).unwrap());
         assert_eq!(logprobs(r#"{"logprobs": true, "top_logprobs": 3}"#).unwrap(), Some(3));
         assert_eq!(logprobs(r#"{"logprobs": true}"#).unwrap(), Some(0));

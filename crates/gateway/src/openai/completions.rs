@@ -7,11 +7,13 @@ use axum::extract::State;
 use axum::response::Response;
 use tangram_node::DeployedModel;
 
+use super::FinishedChoice;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::options::{MAX_CHOICES, MAX_LOGPROBS, Options, check_length, check_tokens};
 use super::run::{Delta, Prompt, Run};
 use super::stream::{self, Chunks, EventWriter};
+use super::structured::Wanted;
 use super::types::{Completion, TextChoice, TokenTexts, Usage};
 use crate::body::RequestBody;
 use crate::text::TextTokenizer;
@@ -19,6 +21,9 @@ use crate::{Gateway, RequestId};
 
 /// OpenAI's default for `max_tokens` on this endpoint.
 const DEFAULT_MAX_TOKENS: usize = 16;
+
+/// OpenAI's limit for `best_of`.
+const MAX_BEST_OF: i64 = 20;
 
 /// Answers a request.
 pub(crate) async fn create(
@@ -37,17 +42,21 @@ async fn answer(
     body: &RequestBody,
     served: &mut Option<Arc<DeployedModel>>,
 ) -> Result<Response, ApiError> {
-    let fields = Fields::parse(&body.0)?;
-    let model = super::find_model(gateway, &fields)?;
-    *served = Some(model.clone());
-    if !model.spec.generates() {
-        return Err(ApiError::wrong_task(&model));
-    }
+    let (fields, model) = super::read_request(gateway, body, served)?;
     let mut options = Options::read(&fields, &model)?;
     let logprobs = fields.integer("logprobs", 0..=MAX_LOGPROBS)?;
     options.sampling.logprobs = logprobs.map(|count| count as u32);
+    let wanted = Wanted::read(&fields)?;
+    let returned = options.choices;
+    let best_of = fields.integer("best_of", 1..=MAX_BEST_OF)?.map_or(returned, |best_of| best_of as usize);
+    check_best_of(best_of, &options)?;
+    if best_of > returned {
+        options.choices = best_of;
+        // By which the best are found, also where the request does not ask to see them.
+        options.sampling.logprobs.get_or_insert(0);
+    }
     let echo = fields.boolean("echo", false)?;
-    refuse_unsupported(&fields, &options, echo)?;
+    refuse_unsupported(&fields, logprobs.is_some(), echo)?;
     let requested = fields.integer("max_tokens", 1..=i64::MAX)?;
     let requested = requested.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
 
@@ -65,24 +74,30 @@ async fn answer(
         let max_tokens = check_length(&model, "prompt", tokens.len(), requested, Some(DEFAULT_MAX_TOKENS))?;
         prompts.push(Prompt { tokens, max_tokens });
     }
+    if let Some(wanted) = wanted {
+        options.grammar = Some(wanted.compile(&model, tokenizer.as_ref()).await?);
+    }
     let mut run = Run::start(gateway, &model, tokenizer.as_ref(), &prompts, &options)?;
     let mut chunks = TextChunks {
         id: format!("cmpl-{}", id.0),
         created: super::now(),
         model: model.name.clone(),
         prompts: prompts.into_iter().map(|prompt| prompt.tokens).collect(),
-        choices: options.choices,
+        choices: returned,
         echoed,
         offsets: vec![0; run.choices()],
         texts: TokenTexts(tokenizer),
-        with_logprobs: options.sampling.logprobs.is_some(),
+        with_logprobs: logprobs.is_some(),
         return_token_ids: options.return_token_ids,
         include_usage: options.include_usage,
     };
     if options.stream {
         return stream::respond(run, chunks, options.include_usage).await;
     }
-    let finished = super::collect(&mut run).await?;
+    let mut finished = super::collect(&mut run).await?;
+    if best_of > returned {
+        finished = best(finished, best_of, returned);
+    }
     let mut choices = Vec::with_capacity(finished.len());
     for (index, choice) in finished.into_iter().enumerate() {
         let parts = chunks.parts(index, choice.delta);
@@ -108,28 +123,47 @@ async fn answer(
     Ok(super::respond(&completion, &run.timing()))
 }
 
-fn refuse_unsupported(fields: &Fields<'_>, options: &Options, echo: bool) -> Result<(), ApiError> {
+fn refuse_unsupported(fields: &Fields<'_>, logprobs: bool, echo: bool) -> Result<(), ApiError> {
     if fields.string("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::unsupported("suffix", "'suffix' is not supported"));
     }
-    if fields.integer("best_of", 1..=128)?.is_some_and(|best_of| best_of as usize > options.choices) {
-        return Err(ApiError::unsupported("best_of", "'best_of' greater than 'n' is not supported"));
-    }
-    if echo && options.sampling.logprobs.is_some() {
+    if echo && logprobs {
         return Err(ApiError::unsupported(
             "echo",
             "'echo' with 'logprobs' is not supported: prompts have no logprobs",
         ));
     }
-    if let Some(format) = fields.object("response_format")?
-        && format.string("type").ok().flatten().as_deref() != Some("text")
-    {
-        return Err(ApiError::unsupported(
-            "response_format",
-            "'response_format' other than 'text' is not supported yet",
-        ));
+    Ok(())
+}
+
+fn check_best_of(best_of: usize, options: &Options) -> Result<(), ApiError> {
+    if best_of < options.choices {
+        let message = format!("'best_of' must be at least 'n', got {best_of} < {}", options.choices);
+        return Err(ApiError::param("best_of", message));
+    }
+    if best_of > options.choices && options.stream {
+        return Err(ApiError::param("best_of", "the best of several cannot be streamed"));
     }
     Ok(())
+}
+
+/// Of every `best_of` choices the `returned` ones with the highest mean logprob per token, best first.
+fn best(finished: Vec<FinishedChoice>, best_of: usize, returned: usize) -> Vec<FinishedChoice> {
+    let mean = |choice: &FinishedChoice| {
+        let logprobs = &choice.delta.logprobs;
+        let sum: f64 = logprobs.iter().map(|(_, logprob)| f64::from(logprob.logprob)).sum();
+        sum / logprobs.len().max(1) as f64
+    };
+    let mut finished = finished.into_iter();
+    let mut kept = Vec::new();
+    loop {
+        let mut of_prompt: Vec<FinishedChoice> = finished.by_ref().take(best_of).collect();
+        if of_prompt.is_empty() {
+            return kept;
+        }
+        of_prompt.sort_by(|left, right| mean(right).total_cmp(&mean(left)));
+        kept.extend(of_prompt.into_iter().take(returned));
+    }
 }
 
 /// A prompt or an input for embeddings in one of OpenAI's four forms.
@@ -327,6 +361,25 @@ mod tests {
         assert_eq!(inputs("[ \"a\", \"\"]").unwrap(), Inputs::Texts(vec!["a".into(), String::new()]));
         assert_eq!(inputs("[ 1, 2]").unwrap(), Inputs::Tokens(vec![vec![1, 2]]));
         assert_eq!(inputs("[[1], [2, 3]]").unwrap(), Inputs::Tokens(vec![vec![1], vec![2, 3]]));
+    }
+
+    #[test]
+    fn the_best_have_the_highest_mean_logprob() {
+        let choice = |text: &str, logprobs: &[f32]| {
+            let logprob = |&logprob: &f32| (0, tangram_node::TokenLogprob { logprob, top: vec![] });
+            let logprobs = logprobs.iter().map(logprob).collect();
+            FinishedChoice { delta: Delta { text: text.to_owned(), tokens: vec![], logprobs }, reason: None }
+        };
+        let finished = vec![
+            choice("a", &[-1.0, -1.0, -1.0]),
+            choice("b", &[-1.5]),
+            choice("c", &[-0.5, -0.5]),
+            choice("d", &[-3.0]),
+            choice("e", &[-4.0]),
+            choice("f", &[-2.0]),
+        ];
+        let texts: Vec<String> = best(finished, 3, 2).into_iter().map(|choice| choice.delta.text).collect();
+        assert_eq!(texts, ["c", "a", "f", "d"]);
     }
 
     #[test]

@@ -9,6 +9,8 @@ pub(crate) mod models;
 mod options;
 mod run;
 mod stream;
+mod structured;
+mod tools;
 mod types;
 
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use tangram_node::DeployedModel;
 use self::error::ApiError;
 use self::fields::Fields;
 use self::run::{ChoiceEvent, Delta, Run};
+use crate::body::RequestBody;
 use crate::headers::add_timing;
 use crate::text::{TextTokenizer, encode_all};
 use crate::{Gateway, ServedModel};
@@ -29,6 +32,21 @@ use crate::{Gateway, ServedModel};
 fn find_model(gateway: &Gateway, fields: &Fields<'_>) -> Result<Arc<DeployedModel>, ApiError> {
     let name = fields.string("model")?.ok_or_else(|| ApiError::param("model", "'model' is required"))?;
     gateway.node.model(&name).ok_or_else(|| ApiError::unknown_model(&name))
+}
+
+/// The fields of a request for text and the model that it names, which is noted in `served`.
+fn read_request<'a>(
+    gateway: &Gateway,
+    body: &'a RequestBody,
+    served: &mut Option<Arc<DeployedModel>>,
+) -> Result<(Fields<'a>, Arc<DeployedModel>), ApiError> {
+    let fields = Fields::parse(&body.0)?;
+    let model = find_model(gateway, &fields)?;
+    *served = Some(model.clone());
+    if !model.spec.generates() {
+        return Err(ApiError::wrong_task(&model));
+    }
+    Ok((fields, model))
 }
 
 /// The model's tokenizer, if it has one.

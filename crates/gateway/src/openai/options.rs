@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use serde_json::Number;
-use tangram_node::{DeployedModel, SamplingParams};
+use tangram_node::{CompiledGrammar, DeployedModel, SamplingParams};
 
 use super::error::ApiError;
 use super::fields::Fields;
@@ -27,6 +27,9 @@ pub(crate) struct Options {
     pub(crate) stop_token_ids: Vec<u32>,
     pub(crate) ignore_eos: bool,
     pub(crate) skip_special_tokens: bool,
+    /// Special tokens that are text nevertheless.
+    pub(crate) shown_tokens: Vec<(u32, String)>,
+    pub(crate) grammar: Option<CompiledGrammar>,
     pub(crate) return_token_ids: bool,
     pub(crate) stream: bool,
     /// Whether a stream ends with a chunk that carries the usage.
@@ -35,7 +38,8 @@ pub(crate) struct Options {
 
 impl Options {
     /// Reads the options; what the request leaves open is as the model's author recommends, else as OpenAI has it.
-    /// `logprobs` are not read: the two APIs spell them differently.
+    /// `logprobs` are not read: the two APIs spell them differently. Nor are the grammar and the shown tokens, which
+    /// need the tokenizer.
     pub(crate) fn read(fields: &Fields<'_>, model: &DeployedModel) -> Result<Self, ApiError> {
         let stream = fields.boolean("stream", false)?;
         let include_usage = match fields.object("stream_options")? {
@@ -55,6 +59,8 @@ impl Options {
             stop_token_ids: fields.get("stop_token_ids", "a list of token ids")?.unwrap_or_default(),
             ignore_eos: fields.boolean("ignore_eos", false)?,
             skip_special_tokens: fields.boolean("skip_special_tokens", true)?,
+            shown_tokens: Vec::new(),
+            grammar: None,
             return_token_ids: fields.boolean("return_token_ids", false)?,
             stream,
             include_usage,

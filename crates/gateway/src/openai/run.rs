@@ -65,6 +65,8 @@ struct Choice {
     stops: StopMatcher,
     /// Tokens that end the sequence and are not part of the text.
     end_tokens: Vec<u32>,
+    /// Special tokens that are part of the text nevertheless.
+    shown_tokens: Vec<(u32, String)>,
     timing: Timing,
     first_token: Option<Instant>,
 }
@@ -93,7 +95,12 @@ impl Choice {
     fn token(&mut self, token: GeneratedToken) -> ChoiceEvent {
         let first_token = *self.first_token.get_or_insert_with(Instant::now);
         let text = match &mut self.detokenizer {
-            Some(detokenizer) if !self.end_tokens.contains(&token.id) => detokenizer.push(token.id),
+            Some(detokenizer) if !self.end_tokens.contains(&token.id) => {
+                match self.shown_tokens.iter().find(|(id, _)| *id == token.id) {
+                    Some((_, text)) => detokenizer.show(text),
+                    None => detokenizer.push(token.id),
+                }
+            }
             _ => String::new(),
         };
         let logprobs = token.logprob.map(|logprob| (token.id, logprob)).into_iter().collect();
@@ -152,13 +159,14 @@ impl Run {
             let mut sampling = options.sampling.clone();
             // Choices of one prompt with a seed differ from each other, but not from run to run (as in vLLM).
             sampling.seed = sampling.seed.map(|seed| seed.wrapping_add((index % options.choices) as u64));
-            let generation = gateway.node.generate(GenerateRequest {
+            let generation = gateway.generator.generate(GenerateRequest {
                 model: model.clone(),
                 prompt: prompt.tokens.clone(),
                 sampling,
                 max_tokens: prompt.max_tokens,
                 ignore_eos: options.ignore_eos,
                 stop_token_ids: options.stop_token_ids.clone(),
+                grammar: options.grammar.clone(),
             })?;
             let detokenizer = |tokenizer: &Arc<TextTokenizer>| {
                 Detokenizer::new(tokenizer.clone(), &prompt.tokens, options.skip_special_tokens)
@@ -168,6 +176,7 @@ impl Run {
                 detokenizer: tokenizer.map(detokenizer),
                 stops: StopMatcher::new(options.stops.clone()),
                 end_tokens: end_tokens.clone(),
+                shown_tokens: options.shown_tokens.clone(),
                 timing: Timing::default(),
                 first_token: None,
             };

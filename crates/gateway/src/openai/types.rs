@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 use tangram_node::{Timing, TokenLogprob};
 
+use super::tools::ToolCall;
 use crate::text::TextTokenizer;
 
 /// Tokens of a request and where its time went.
@@ -119,8 +120,11 @@ pub(crate) struct ChatChunkChoice {
 pub(crate) struct ChatMessage {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) role: Option<&'static str>,
+    /// Absent, `null` (a message that only calls functions) or there.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) content: Option<String>,
+    pub(crate) content: Option<Option<String>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCall>,
 }
 
 /// A choice of a text completion or of a chunk of one.

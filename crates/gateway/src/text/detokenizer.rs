@@ -73,6 +73,15 @@ impl Detokenizer {
         delta + &rest
     }
 
+    /// Shows a text in place of the next token, after whatever is still held back.
+    pub(crate) fn show(&mut self, text: &str) -> String {
+        let held = self.finish();
+        self.window.clear();
+        self.read = 0;
+        self.shown = 0;
+        held + text
+    }
+
     /// The rest at the end of the sequence: what `tokenizer.decode` gives for it, replacement characters included.
     pub(crate) fn finish(&mut self) -> String {
         let text = self.decode();
@@ -150,6 +159,17 @@ mod tests {
         assert_eq!(stream(&tokenizer, &[], &[letter, end, letter]).0.concat(), "aa");
         let mut detokenizer = Detokenizer::new(tokenizer, &[], false);
         assert_eq!(detokenizer.push(letter) + &detokenizer.push(end), "a<|end|>");
+    }
+
+    #[test]
+    fn a_text_can_stand_for_a_token() {
+        let tokenizer = byte_level();
+        let tokens = tokenizer.encode("a€b", false).unwrap();
+        let mut detokenizer = Detokenizer::new(tokenizer, &[], true);
+        let mut text: String = tokens[..3].iter().map(|&token| detokenizer.push(token)).collect();
+        text += &detokenizer.show("[X]");
+        text.extend(tokens[1..].iter().map(|&token| detokenizer.push(token)));
+        assert_eq!(text, "a\u{FFFD}[X]€b");
     }
 
     #[test]

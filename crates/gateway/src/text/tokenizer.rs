@@ -1,8 +1,10 @@
 //! Tokenizers of deployed models: loading, encoding, decoding. Never truncates or pads, whatever the file says.
 
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
-use tokenizers::{AddedVocabulary, DecoderWrapper, Tokenizer};
+use tangram_node::{TokenText, Vocabulary};
+use tokenizers::{DecoderWrapper, Tokenizer};
 
 /// A loaded `tokenizer.json`.
 pub(crate) struct TextTokenizer {
@@ -10,6 +12,8 @@ pub(crate) struct TextTokenizer {
     /// Bytes of the longest entry of the vocabulary.
     longest_token: usize,
     byte_level: bool,
+    /// For constrained output; made when first asked for.
+    vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
 }
 
 impl std::fmt::Debug for TextTokenizer {
@@ -32,7 +36,7 @@ impl TextTokenizer {
         tokenizer.with_padding(None);
         let longest_token = tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(1).max(1);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
-        Ok(TextTokenizer { tokenizer, longest_token, byte_level })
+        Ok(TextTokenizer { tokenizer, longest_token, byte_level, vocabulary: OnceLock::new() })
     }
 
     /// Token ids of `text`.
@@ -64,7 +68,7 @@ impl TextTokenizer {
     /// Bytes that a single token stands for, whole character or not (for logprobs).
     pub(crate) fn token_bytes(&self, token: u32) -> Vec<u8> {
         let Some(text) = self.tokenizer.id_to_token(token) else { return Vec::new() };
-        if self.is_added(token) {
+        if self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().contains_key(&token) {
             return text.into_bytes();
         }
         if self.byte_level {
@@ -79,9 +83,30 @@ impl TextTokenizer {
         }
     }
 
-    fn is_added(&self, token: u32) -> bool {
-        let added: &AddedVocabulary = self.tokenizer.get_added_vocabulary();
-        added.get_added_tokens_decoder().contains_key(&token)
+    /// Those of these texts that are tokens which decoding leaves out.
+    pub(crate) fn special_tokens(&self, texts: &[&str]) -> Vec<(u32, String)> {
+        let special = |text: &&str| {
+            let id = self.tokenizer.token_to_id(text)?;
+            let added = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().get(&id)?;
+            added.special.then(|| (id, (*text).to_owned()))
+        };
+        texts.iter().filter_map(special).collect()
+    }
+
+    /// The tokens as constrained output needs them. Blocks for up to a second when first asked.
+    pub(crate) fn vocabulary(&self) -> Result<Arc<Vocabulary>, String> {
+        self.vocabulary.get_or_init(|| Vocabulary::new(&self.token_texts())).clone()
+    }
+
+    /// What each token stands for, by id.
+    fn token_texts(&self) -> Vec<TokenText> {
+        let ids = self.tokenizer.get_vocab(true).into_values().max().map_or(0, |highest| highest + 1);
+        let added = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let text = |id: u32| match added.get(&id) {
+            Some(token) if token.special => TokenText::Special(token.content.clone()),
+            _ => TokenText::Bytes(self.token_bytes(id)),
+        };
+        (0..ids).map(text).collect()
     }
 
     #[cfg(test)]
@@ -91,22 +116,23 @@ impl TextTokenizer {
 }
 
 /// The byte that a character of GPT-2's byte-level vocabulary stands for: printable Latin-1 stands for itself, the 68
-/// other bytes follow in order from U+0100.
+/// other bytes (0 to 32, 127 to 160, 173) follow in order from U+0100.
 fn byte_of_char(character: char) -> Option<u8> {
-    let printable = |code: u32| matches!(code, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
     let code = character as u32;
-    if printable(code) {
-        return u8::try_from(code).ok();
-    }
-    let index = code.checked_sub(0x100)?;
-    (0u8..=255).filter(|&byte| !printable(u32::from(byte))).nth(index as usize)
+    let byte = match code {
+        0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => code,
+        0x100..=0x120 => code - 0x100,
+        0x121..=0x142 => code - 0x121 + 0x7F,
+        0x143 => 0xAD,
+        _ => return None,
+    };
+    u8::try_from(byte).ok()
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use serde_json::json;
-    use std::sync::{Arc, OnceLock};
 
     fn byte_chars() -> Vec<char> {
         (0u8..=255)
@@ -198,6 +224,20 @@ pub(crate) mod tests {
         let hello = tokenizer.token_id("▁hello").unwrap();
         assert_eq!(tokenizer.token_bytes(hello), b" hello");
         assert_eq!(tokenizer.token_bytes(1 + 0xE2), [0xE2]);
+    }
+
+    #[test]
+    fn the_vocabulary_tells_text_from_control() {
+        let tokenizer = byte_level();
+        let texts = tokenizer.token_texts();
+        assert_eq!(texts.len(), 257);
+        assert_eq!(texts[0xE9], TokenText::Bytes(vec![0xE9]));
+        assert_eq!(texts[256], TokenText::Special("<|end|>".into()));
+        assert_eq!(tokenizer.special_tokens(&["<|end|>", "a", "b"]), [(256, "<|end|>".to_owned())]);
+        assert!(Arc::ptr_eq(&tokenizer.vocabulary().unwrap(), &tokenizer.vocabulary().unwrap()));
+        let texts = sentence_piece().token_texts();
+        assert_eq!(texts[1 + 0xE9], TokenText::Bytes(vec![0xE9]));
+        assert!(texts.contains(&TokenText::Bytes(b" hello".to_vec())));
     }
 
     #[test]
