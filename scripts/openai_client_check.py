@@ -172,7 +172,7 @@ def errors(client: openai.OpenAI, args: argparse.Namespace) -> None:
     bad("messages", messages=[])
     bad("messages[0].role", messages=[{"content": "Hi"}])
     bad("model", model=args.embedding_model)
-    bad("response_format", response_format={"type": "json_object"})
+    bad("response_format", response_format={"type": "yaml"})
     expect_error(openai.BadRequestError, "temperature", "a stream", lambda: create(
         model=args.model, messages=messages, temperature=3, stream=True))
     expect_error(openai.NotFoundError, "model", "unknown model", lambda: create(model="no-such-model", messages=messages))
