@@ -242,8 +242,7 @@ fn main() {
     let source = directory.path().join("source");
     write_hf_model(&source, &RandomModel { context: 16_384, ..RandomModel::tiny(Family::Llama) });
     let data = directory.path().join("data");
-    let node = Node::open(NodeConfig { data, device_memory: 96 << 20, threads: Some(1), max_waiting: 1000 })
-        .unwrap();
+    let node = Node::open(NodeConfig { threads: Some(1), ..NodeConfig::new(data, 96 << 20) }).unwrap();
     node.deploy("m", &source, &mut |_| ControlFlow::Continue(())).unwrap();
 
     let (paced, queue) = channel();

@@ -134,8 +134,7 @@ async fn main() {
 
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("data");
-    let node =
-        Node::open(NodeConfig { data, device_memory: 2 << 30, threads: None, max_waiting: 1000 }).unwrap();
+    let node = Node::open(NodeConfig::new(data, 2 << 30)).unwrap();
     if model == Path::new("random") {
         model = directory.path().join("source");
         write_hf_model(&model, &RandomModel { context: 16_384, ..RandomModel::tiny(Family::Llama) });

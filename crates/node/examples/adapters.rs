@@ -64,6 +64,7 @@ fn round(node: &Node, models: &[Arc<DeployedModel>], seed: u32) -> (f64, u64) {
                 max_tokens: Some(OUTPUT_TOKENS),
                 ignore_eos: true,
                 stop_token_ids: Vec::new(),
+                grammar: None,
             };
             node.generate(request).unwrap()
         })
