@@ -91,6 +91,8 @@ pub(crate) async fn deploy(
         (None, Some(_)) => Deployable::Adapter(PathBuf::from(required("adapter")?), required("base")?),
         (_, None) => Deployable::Source(PathBuf::from(required("source")?)),
     };
+    let param = if matches!(what, Deployable::Adapter(..)) { "adapter" } else { "source" };
+    let refusal = move |error: DeployError| ApiError::from(error).instead_of_source(param);
     // Room for one progress line that waits to be sent and for the end.
     let (sender, mut events) = mpsc::channel(2);
     let deployer = gateway.clone();
@@ -104,28 +106,30 @@ pub(crate) async fn deploy(
         let _ = sender.blocking_send(DeployEvent::End(Box::new(result)));
     });
     let first = match events.recv().await {
-        Some(DeployEvent::End(result)) => {
-            Line::Last(ready(&gateway, &*result.map_err(ApiError::from)?).await)
-        }
+        Some(DeployEvent::End(result)) => Line::Last(ready(&gateway, &*result.map_err(refusal)?).await),
         Some(DeployEvent::Progress(progress)) => Line::Progress(progress),
         None => return Err(ApiError::internal("the deployment failed")),
     };
-    let stream =
-        futures::stream::unfold((Some(first), events, gateway), async |(line, mut events, gateway)| {
-            let line = line?;
-            let next = match line {
-                Line::Last(_) => None,
-                Line::Progress(_) => match events.recv().await {
-                    Some(DeployEvent::Progress(progress)) => Some(Line::Progress(progress)),
-                    Some(DeployEvent::End(result)) => Some(Line::Last(match *result {
-                        Ok(model) => ready(&gateway, &model).await,
-                        Err(error) => failed(&error.into()),
-                    })),
-                    None => Some(Line::Last(failed(&ApiError::internal("the deployment failed")))),
-                },
-            };
-            Some((Ok::<_, std::convert::Infallible>(line.bytes()), (next, events, gateway)))
-        });
+    let steps = move |(line, mut events, gateway): (
+        Option<Line>,
+        mpsc::Receiver<DeployEvent>,
+        Arc<Gateway>,
+    )| async move {
+        let line = line?;
+        let next = match line {
+            Line::Last(_) => None,
+            Line::Progress(_) => match events.recv().await {
+                Some(DeployEvent::Progress(progress)) => Some(Line::Progress(progress)),
+                Some(DeployEvent::End(result)) => Some(Line::Last(match *result {
+                    Ok(model) => ready(&gateway, &model).await,
+                    Err(error) => failed(&refusal(error)),
+                })),
+                None => Some(Line::Last(failed(&ApiError::internal("the deployment failed")))),
+            },
+        };
+        Some((Ok::<_, std::convert::Infallible>(line.bytes()), (next, events, gateway)))
+    };
+    let stream = futures::stream::unfold((Some(first), events, gateway), steps);
     let mut response = Body::from_stream(stream).into_response();
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"));
     Ok(response)

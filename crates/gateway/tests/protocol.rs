@@ -455,6 +455,39 @@ async fn administration() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn adapters() {
+    let server = start().await;
+    let directory = server.directory.path();
+    let source = write_model(directory, "of-adapter", &RandomModel::tiny(Family::Llama));
+    assert_eq!(deploy(&server, "base", source.to_str().unwrap()).await.0, 200);
+    let adapter = directory.join("peft");
+    tangram_testkit::write_adapter(&source, &adapter, &tangram_testkit::RandomAdapter::new(1));
+    let body = json!({"name": "tuned", "adapter": adapter, "base": "base"});
+    let response = server.send("/admin/models", &body).await;
+    let text = response.text().await.unwrap();
+    assert!(text.lines().last().unwrap().contains("\"ready\""), "{text}");
+    let model: Value = server.get("/v1/models/tuned").await.json().await.unwrap();
+    assert_eq!(model["parent"], "base");
+    let prompt = |model: &str| json!({"model": model, "prompt": "abc", "max_tokens": 8, "temperature": 0});
+    let of_base = server.post(TEXT_PATH, prompt("base")).await;
+    let of_adapter = server.post(TEXT_PATH, prompt("tuned")).await;
+    assert_ne!(of_base["choices"], of_adapter["choices"]);
+    let cost = |answer: &Value, key: &str| answer["usage"]["tangram"][key].as_u64().unwrap();
+    assert_eq!(cost(&of_adapter, "bytes_reused"), cost(&of_base, "bytes_loaded"));
+    assert!(cost(&of_adapter, "bytes_loaded") > 0);
+    for (change, status, param) in [
+        (json!({"base": null}), 400, json!("base")),
+        (json!({"base": "nobody"}), 404, json!("model")),
+        (json!({"source": source}), 400, json!("adapter")),
+        (json!({"name": "base"}), 400, json!("name")),
+        (json!({"adapter": directory.join("nothing")}), 400, json!("adapter")),
+    ] {
+        let (found, error) = error_of(&server, "/admin/models", &with(body.clone(), change)).await;
+        assert_eq!((found, &error["param"]), (status, &param), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn metrics() {
     let server = start().await;
     server

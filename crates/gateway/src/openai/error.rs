@@ -25,6 +25,14 @@ impl ApiError {
         ApiError { status, message: message.into(), kind, param: None, code }
     }
 
+    /// The same where `source` was not what the client gave, but `param`.
+    pub(crate) fn instead_of_source(mut self, param: &str) -> Self {
+        if self.param.as_deref() == Some("source") {
+            self.param = Some(param.to_owned());
+        }
+        self
+    }
+
     /// 400 without a particular parameter.
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message)
