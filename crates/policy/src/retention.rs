@@ -259,13 +259,13 @@ impl Retention {
     /// What evicting the idle tensors that are worth least, `bytes` of them, would cost at time `now`, in seconds:
     /// the sum of what each saves at its next use, times the probability that this use comes within about
     /// [`DAMAGE_HORIZON`] requests if it has its share of `requests`, the decayed number of all requests so far.
-    /// Takes as many steps as tensors would go.
-    pub fn damage(&self, bytes: u64, requests: f64, now: f64) -> f64 {
+    /// Takes as many steps as tensors would go, or until the sum is above `limit`, beyond which the caller does not care.
+    pub fn damage(&self, bytes: u64, requests: f64, now: f64, limit: f64) -> f64 {
         let (mut left, mut damage) = (bytes, 0.0);
         // Tensors of one model mostly have the same demand and stand together.
         let (mut demand, mut soon) = (f64::NAN, 0.0);
         for tensor in self.idle() {
-            if left == 0 {
+            if left == 0 || damage > limit {
                 break;
             }
             let Some(entry) = self.entry(tensor) else { continue };
@@ -457,9 +457,10 @@ mod tests {
         retention.apply(Event::Appraised { tensor: key(1), seconds: 2e-6 });
         retention.apply(Event::Catalogued { tensor: key(0), bytes: MIB, depth: 0.0 });
         let soon = 0.5 / (0.5 + 0.5 / DAMAGE_HORIZON);
-        let cost = retention.damage(2 * MIB, 2.0, 0.0);
+        let cost = retention.damage(2 * MIB, 2.0, 0.0, f64::INFINITY);
+        assert!(retention.damage(2 * MIB, 2.0, 0.0, 0.0) < cost, "it stops at the limit");
         assert!((cost - soon * 3e-6).abs() < 1e-12, "{cost}");
-        assert!((retention.damage(1, 1.0, HALF_LIFE_SECONDS) - soon * 1e-6).abs() < 1e-12);
+        assert!((retention.damage(1, 1.0, HALF_LIFE_SECONDS, f64::INFINITY) - soon * 1e-6).abs() < 1e-12);
         assert_eq!(eviction_order(retention), [0, 1]);
     }
 

@@ -236,12 +236,12 @@ impl Economy {
         Some(victims.into_iter().map(|tensor| tensor.0).collect())
     }
 
-    /// Seconds that evicting `bytes` is expected to cost later requests on this device.
-    pub(crate) fn damage(&self, bytes: u64, now: f64) -> f64 {
+    /// Seconds that evicting `bytes` is expected to cost later requests on this device; above `limit` not exactly.
+    pub(crate) fn damage(&self, bytes: u64, now: f64, limit: f64) -> f64 {
         if bytes == 0 {
             return 0.0;
         }
         let requests = self.seen * ((self.seen_at - now) / self.half_life).exp2();
-        self.retention.damage(bytes, requests, now)
+        self.retention.damage(bytes, requests, now, limit)
     }
 }

@@ -12,7 +12,6 @@
 //! Exact: the order is the one that sorting all tensors by worth would give. Must not know what the numbers mean.
 
 use std::cmp::Reverse;
-use std::collections::binary_heap::PeekMut;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque, btree_map};
 
 use super::TensorKey;
@@ -98,8 +97,8 @@ struct Cohort {
 
 impl Cohort {
     /// The worth of what stands at `index` of a row.
-    fn rank(&self, side: Side, index: usize) -> Option<Rank> {
-        let &rank = self.rows[side as usize].0.get(index)?;
+    fn rank(&self, side: Side, index: u32) -> Option<Rank> {
+        let &rank = self.rows[side as usize].0.get(index as usize)?;
         Some(Rank::new(self.demand + self.expected + rank.number(side), rank.tensor(side), side))
     }
 }
@@ -206,14 +205,10 @@ impl Order {
     /// one cohort to one worth, the values decide first).
     pub(super) fn iter(&self, side: Side) -> Merge<'_> {
         let head = |&key: &CohortKey| Some(Reverse((self.cohort(key).rank(side, 0)?, key, 0)));
-        Merge {
-            order: self,
-            side,
-            heads: self.open.iter().filter_map(head).collect(),
-            closed: self.trees[side as usize].iter(),
-            next: None,
-        }
-        .advanced()
+        let mut closed = self.trees[side as usize].iter();
+        let next = closed.next().map(|(&rank, &key)| (rank, key));
+        let heads = self.open.iter().filter_map(head).collect();
+        Merge { order: self, side, heads, closed, next, current: None }
     }
 }
 
@@ -223,16 +218,24 @@ pub(super) struct Merge<'a> {
     order: &'a Order,
     side: Side,
     /// Worth, cohort, and place in its row.
-    heads: BinaryHeap<Reverse<(Rank, CohortKey, usize)>>,
+    heads: BinaryHeap<Reverse<(Rank, CohortKey, u32)>>,
     closed: btree_map::Iter<'a, Rank, CohortKey>,
     /// The closed cohort that is not among the heads yet.
     next: Option<(Rank, CohortKey)>,
+    /// What comes now if it is before all heads and the next closed cohort.
+    current: Option<(Rank, CohortKey, u32)>,
 }
 
 impl Merge<'_> {
-    fn advanced(mut self) -> Self {
-        self.next = self.closed.next().map(|(&rank, &key)| (rank, key));
-        self
+    /// The first of all heads.
+    fn first(&mut self) -> Option<(Rank, CohortKey, u32)> {
+        if let Some((rank, key)) = self.next
+            && self.heads.peek().is_none_or(|&Reverse((first, ..))| rank < first)
+        {
+            self.next = self.closed.next().map(|(&rank, &key)| (rank, key));
+            return Some((rank, key, 0));
+        }
+        self.heads.pop().map(|Reverse(head)| head)
     }
 }
 
@@ -240,18 +243,18 @@ impl Iterator for Merge<'_> {
     type Item = TensorKey;
 
     fn next(&mut self) -> Option<TensorKey> {
-        if let Some((rank, key)) = self.next
-            && self.heads.peek().is_none_or(|&Reverse((first, ..))| rank < first)
-        {
-            self.heads.push(Reverse((rank, key, 0)));
-            self.next = self.closed.next().map(|(&rank, &key)| (rank, key));
-        }
-        let mut head = self.heads.peek_mut()?;
-        let Reverse((rank, key, index)) = *head;
-        match self.order.cohort(key).rank(self.side, index + 1) {
-            Some(following) => *head = Reverse((following, key, index + 1)),
-            None => {
-                PeekMut::pop(head);
+        let (rank, key, index) = match self.current.take() {
+            Some(current) => current,
+            None => self.first()?,
+        };
+        if let Some(following) = self.order.cohort(key).rank(self.side, index + 1) {
+            // Mostly it is the next again: the tensors of one model stand together.
+            if self.heads.peek().is_none_or(|&Reverse((first, ..))| following < first)
+                && self.next.is_none_or(|(first, _)| following < first)
+            {
+                self.current = Some((following, key, index + 1));
+            } else {
+                self.heads.push(Reverse((following, key, index + 1)));
             }
         }
         Some(rank.tensor(self.side))

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use tangram_policy::placement::{
-    AFFINITY_WAIT, Candidate, Placement, Startable, Tenant, crowding, next_to_start, place,
+    AFFINITY_WAIT, Candidate, DAMAGE_WEIGHT, Placement, Startable, Tenant, crowding, next_to_start, place,
 };
 use tangram_policy::stall::{Stage, predict};
 
@@ -177,8 +177,12 @@ impl World<'_> {
         }
     }
 
-    /// What the model's living on the device costs per use.
+    /// What the model's living on the device costs per use. In a large cluster only some devices are candidates, and
+    /// there it is not asked: it would take longer than all the rest of the decision.
     fn crowding(&self, model: u32, device_index: u32) -> f64 {
+        if self.devices.len() > ALL_DEVICES {
+            return 0.0;
+        }
         let device = &self.devices[device_index as usize];
         let lives_here = |&other: &u32| {
             other != model && self.models[other as usize].devices.first() == Some(&device_index)
@@ -192,19 +196,24 @@ impl World<'_> {
     fn placement(&self, request: u32) -> Placement {
         let model = self.request(request).model;
         let now = seconds(self.now);
+        let cost = |device| {
+            let (stall, shortage) = self.predicted_cost(request, device);
+            (self.wait(device), stall, shortage, device)
+        };
+        let mut costs: Vec<(f64, f64, u64, u32)> = self.candidates(model).into_iter().map(cost).collect();
+        costs.sort_by(|a, b| (a.0 + a.1).total_cmp(&(b.0 + b.1)));
         let mut candidates: Vec<Candidate> = Vec::new();
         // Lowest cost so far of a busy device and of an idle one: the damage of what is dearer without it is not asked.
         let mut best = [f64::INFINITY; 2];
-        for device in self.candidates(model) {
-            let (stall, shortage) = self.predicted_cost(request, device);
-            let wait = self.wait(device);
+        for (wait, stall, shortage, device) in costs {
             let best = &mut best[usize::from(wait <= 0.0)];
             if wait + stall >= *best {
                 continue;
             }
-            let damage = self.economies[device as usize].damage(shortage, now);
-            // Prompts are cut so that weights and KV fit on an empty device; nothing else stays while one runs.
+            let damage =
+                self.economies[device as usize].damage(shortage, now, (*best - wait - stall) / DAMAGE_WEIGHT);
             let crowding = self.crowding(model, device);
+            // Prompts are cut so that weights and KV fit on an empty device; nothing else stays while one runs.
             let candidate = Candidate { device, wait, stall, damage, crowding, fits: true };
             *best = best.min(candidate.cost_of_living());
             candidates.push(candidate);
