@@ -1,24 +1,14 @@
-//! Ours on one device: `tangram_policy::Retention` and `Forecast`, told what happens and asked what should go and come.
+//! Ours on one device: `tangram_policy::Retention` and `Expectations`, told what happens and asked what should go and
+//! come.
 //!
 //! Ranks nothing itself. A slot's number is its tensor key.
 
-use std::collections::HashMap;
-
 use tangram_policy::eviction::{self, Candidate};
 use tangram_policy::stall::marginal_exposure;
-use tangram_policy::{Event, Forecast, Retention, TensorKey, prefetch};
+use tangram_policy::{Event, Expectations, Retention, TensorKey, prefetch};
 
 use crate::device::Device;
 use crate::system::Worth;
-
-/// Doublings of worth for what a waiting request will use, and fewer for each request in front of it.
-const AWAITED: f64 = 12.0;
-
-/// Doublings for what another device has too, or had later: the next request may well go there.
-const SECOND_COPY: f64 = -3.0;
-
-/// Boosts that changed less are left as they are.
-const COARSENESS: f64 = 0.25;
 
 /// Share of a load that counts even where the pipeline hides all of it: the link is busy meanwhile.
 const LEAST_EXPOSURE: f64 = 0.05;
@@ -26,24 +16,13 @@ const LEAST_EXPOSURE: f64 = 0.05;
 /// Doublings by which Belady's eviction prefers a use that comes one request sooner: more than any other difference.
 const ORACLE_STEP: f64 = 4.0;
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Expectation {
-    boost: f64,
-    awaited: f64,
-    /// Whether another device used the model later than this one.
-    elsewhere: bool,
-}
-
-/// Retention and forecast of one device.
+/// Retention and expectations of one device.
 #[derive(Debug)]
 pub(crate) struct Economy {
     parts: Worth,
     half_life: f64,
     retention: Retention,
-    forecast: Forecast,
-    expected: HashMap<u32, Expectation>,
-    /// Models that wait for this device, the first to be served first.
-    awaited: Vec<u32>,
+    expectations: Expectations,
     /// Requests seen, decayed, at the time `seen_at` (seconds).
     seen: f64,
     seen_at: f64,
@@ -56,9 +35,7 @@ impl Economy {
             parts,
             half_life,
             retention: Retention::with_half_life(half_life),
-            forecast: Forecast::new(),
-            expected: HashMap::new(),
-            awaited: Vec::new(),
+            expectations: Expectations::new(),
             seen: 0.0,
             seen_at: 0.0,
         }
@@ -104,7 +81,7 @@ impl Economy {
 
     /// The model is forgotten; these slots were only its.
     pub(crate) fn forget(&mut self, model: u32, slots: &[u32]) {
-        self.expected.remove(&model);
+        self.expectations.forget(model);
         for &slot in slots {
             self.retention.apply(Event::Expected { tensor: Self::key(slot), log2: 0.0 });
             self.retention.apply(Event::Forgotten { tensor: Self::key(slot) });
@@ -127,74 +104,43 @@ impl Economy {
         self.seen_at = now;
         if self.parts.oracle {
             let boost = -ORACLE_STEP * f64::from(next_use.unwrap_or(u32::MAX >> 8));
-            self.expected.entry(model).or_default().boost = boost;
-            self.tell(device, model, slots);
+            self.expectations.set_boost(model, boost);
         } else if self.parts.forecast {
-            self.forecast.observe(model);
-            self.refresh(device);
+            self.expectations.observe(model);
         }
-    }
-
-    fn refresh(&mut self, device: &Device) {
-        for index in 0..self.forecast.watched().len() {
-            let model = self.forecast.watched()[index];
-            let Some(slots) = device.slots_of(model) else { continue };
-            let boost = self.forecast.boost(model);
-            let expectation = self.expected.entry(model).or_default();
-            if (boost - expectation.boost).abs() >= COARSENESS {
-                expectation.boost = boost;
-                self.tell(device, model, slots);
-            }
-        }
+        self.tell(device);
     }
 
     /// These models wait for the device now, the first to be served first.
     pub(crate) fn await_models(&mut self, device: &Device, models: &[u32]) {
-        if self.awaited == models {
-            return;
-        }
-        let before = std::mem::replace(&mut self.awaited, models.to_vec());
-        for &model in before.iter().filter(|model| !models.contains(model)) {
-            self.set_awaited(device, model, 0.0);
-        }
-        for (index, &model) in models.iter().enumerate() {
-            self.set_awaited(device, model, AWAITED - 2.0 * index as f64);
-        }
-    }
-
-    fn set_awaited(&mut self, device: &Device, model: u32, awaited: f64) {
-        let Some(slots) = device.slots_of(model) else { return };
-        let expectation = self.expected.entry(model).or_default();
-        if expectation.awaited != awaited {
-            expectation.awaited = awaited;
-            self.tell(device, model, slots);
-        }
+        self.expectations.await_models(models);
+        self.tell(device);
     }
 
     /// Another device has used the model since, or this one does again.
     pub(crate) fn set_elsewhere(&mut self, device: &Device, model: u32, elsewhere: bool) {
-        let Some(slots) = device.slots_of(model) else { return };
-        let expectation = self.expected.entry(model).or_default();
-        if expectation.elsewhere != elsewhere {
-            expectation.elsewhere = elsewhere;
-            self.tell(device, model, slots);
-        }
+        self.expectations.set_elsewhere(model, elsewhere);
+        self.tell(device);
     }
 
     /// Whether a request for the model waits for this device.
     pub(crate) fn awaits(&self, model: u32) -> bool {
-        self.awaited.contains(&model)
+        self.expectations.awaits(model)
     }
 
-    fn tell(&mut self, device: &Device, model: u32, slots: &[u32]) {
-        let Expectation { boost, awaited, elsewhere } =
-            self.expected.get(&model).copied().unwrap_or_default();
-        let second = if elsewhere { SECOND_COPY } else { 0.0 };
-        for &slot in slots {
-            // A group of several models is used whenever one of them is; what is expected of one says little about it.
-            let own = device.slots[slot as usize].models == 1 || self.parts.oracle;
-            let log2 = awaited + if own { boost + second } else { boost.max(0.0) };
-            self.retention.apply(Event::Expected { tensor: Self::key(slot), log2 });
+    fn tell(&mut self, device: &Device) {
+        for model in self.expectations.take_changed() {
+            let Some(slots) = device.slots_of(model) else {
+                // Whatever is known of a model that is not here counts from when it comes.
+                self.expectations.forget(model);
+                continue;
+            };
+            for &slot in slots {
+                // The oracle knows for what it speaks.
+                let owners = if self.parts.oracle { 1 } else { device.slots[slot as usize].models };
+                let log2 = self.expectations.log2(model, owners);
+                self.retention.apply(Event::Expected { tensor: Self::key(slot), log2 });
+            }
         }
     }
 
