@@ -134,6 +134,12 @@ impl Forecast {
         Some(loading)
     }
 
+    /// How weights arrive and what each stage computes, as first measured and not corrected since: what models are
+    /// compared by must not change with the weather. `None` before this machine was measured.
+    pub(crate) fn nominal(&self, prompt_tokens: usize) -> Option<(forecast::Loading, Vec<f64>)> {
+        Some((self.machine.loading()?, self.uncorrected(prompt_tokens)?.first))
+    }
+
     /// From submission to the first token (or the embedding) of a prompt of so many tokens, none of them cached, when
     /// `missing` bytes per stage have to be loaded: [`Forecast::bytes_by_stage`] for a cold start, nothing for a
     /// resident model. `None` before this machine was measured.

@@ -31,6 +31,13 @@ impl Pool {
         }
     }
 
+    /// Says by how many seconds the next use of tensors would be later if they were absent.
+    pub fn appraise(&mut self, tensors: impl Iterator<Item = (TensorKey, f64)>) {
+        for (tensor, seconds) in tensors {
+            self.apply(Event::Appraised { tensor, seconds });
+        }
+    }
+
     /// Makes room for the absent tensors that would be worth most, in memory that is free or over what is worth clearly
     /// less, until they are `bytes` together. `None` if nothing is worth bringing in.
     pub fn fetch(&mut self, bytes: u64) -> Option<Fetch> {
@@ -66,14 +73,22 @@ impl Pool {
     /// A place for an absent tensor, if it is worth what has to go for it.
     fn room_for_fetch(&mut self, key: TensorKey) -> Option<Extent> {
         let worth = self.retention.log2_worth(key)?;
-        let needed = match self.room {
-            Room::Paged(_) => self.bytes_needed_paged(key),
-            Room::Segment(_) => self.slot(key)?.bytes as u64,
-        };
-        let shortage = needed.saturating_sub(self.free_bytes());
-        let victims = prefetch::room(self.candidates(), shortage, worth)?;
-        self.record(|| Logged::AskedFor { tensor: key, shortage, victims: victims.clone() });
-        self.evict_all(victims);
+        loop {
+            // What has to be free may change as tensors that share a page with the wanted one go.
+            let needed = match self.room {
+                Room::Paged(_) => self.bytes_needed_paged(key),
+                Room::Segment(_) => self.slot(key)?.bytes as u64,
+            };
+            let shortage = needed.saturating_sub(self.free_bytes());
+            if shortage == 0 {
+                break;
+            }
+            let victims = prefetch::room(self.candidates(), shortage, worth)?;
+            self.record(|| Logged::AskedFor { tensor: key, shortage, victims: victims.clone() });
+            if !self.evict_all(victims) {
+                return None;
+            }
+        }
         let mut placed: HashMap<TensorKey, Extent> = match self.room {
             Room::Paged(_) => self.claim_paged(&[key]),
             Room::Segment(_) => self.claim_segment(&[key]),

@@ -4,14 +4,11 @@
 //! Ranks nothing itself. A slot's number is its tensor key.
 
 use tangram_policy::eviction::{self, Candidate};
-use tangram_policy::stall::marginal_exposure;
+use tangram_policy::stall::{marginal_exposure, saved_seconds};
 use tangram_policy::{Event, Expectations, Retention, TensorKey, prefetch};
 
 use crate::device::Device;
 use crate::system::Worth;
-
-/// Share of a load that counts even where the pipeline hides all of it: the link is busy meanwhile.
-const LEAST_EXPOSURE: f64 = 0.05;
 
 /// Doublings by which Belady's eviction prefers a use that comes one request sooner: more than any other difference.
 const ORACLE_STEP: f64 = 4.0;
@@ -74,7 +71,7 @@ impl Economy {
         for ((&slot, &load), &exposure) in slots.iter().zip(load_seconds).zip(&exposure) {
             let bytes = device.slots[slot as usize].bytes as f64;
             let per_byte = if self.parts.per_byte { 1.0 } else { bytes / mean };
-            let seconds = load * exposure.max(LEAST_EXPOSURE) * per_byte;
+            let seconds = saved_seconds(load, exposure) * per_byte;
             self.retention.apply(Event::Appraised { tensor: Self::key(slot), seconds });
         }
     }

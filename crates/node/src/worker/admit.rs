@@ -120,6 +120,12 @@ impl Worker {
         if let Some(entry) = self.models[model].as_mut() {
             entry.waiting -= 1;
             entry.running += 1;
+            if sequence.admitted.is_none() {
+                entry.prompts.observe(sequence.tokens.len());
+                if entry.prompts.changed().is_some() {
+                    self.unappraised.push(model);
+                }
+            }
         }
         self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
         if sequence.admitted.is_none() {

@@ -10,6 +10,7 @@ mod end;
 mod prefetch;
 mod status;
 mod step;
+mod worth;
 
 pub(crate) use admit::MAX_BATCH;
 pub(crate) use step::STEP_TOKENS;
@@ -27,6 +28,7 @@ use tangram_store::{Store, Wake};
 
 use self::adapters::ActiveAdapter;
 use self::step::Progress;
+use self::worth::Prompts;
 use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
 use crate::forecast::LoadMeter;
 use crate::model::ModelPlan;
@@ -78,6 +80,7 @@ struct ModelEntry {
     keys: Vec<TensorKey>,
     kv: Option<KvKey>,
     prefixes: PrefixUse,
+    prompts: Prompts,
     active: Option<Active>,
     waiting: usize,
     /// Its sequences that run, in whichever batch.
@@ -127,6 +130,8 @@ pub(crate) struct Worker {
     models: Vec<Option<ModelEntry>>,
     queue: Admission<Box<Sequence>>,
     expectations: Expectations,
+    /// Models whose prompts have changed so much that their tensors have to be appraised anew.
+    unappraised: Vec<usize>,
     /// What is being brought in before anybody asks for it.
     prefetching: Option<Lease>,
     /// For every catalogued tensor a model that has it, and its place among the model's tensors.
@@ -172,6 +177,7 @@ impl Worker {
             models: Vec::new(),
             queue: Admission::default(),
             expectations: Expectations::new(),
+            unappraised: Vec::new(),
             prefetching: None,
             located: HashMap::new(),
             epoch: now,
@@ -204,7 +210,7 @@ impl Worker {
             self.keep_headroom();
             if !advanced || self.told.elapsed() >= TELLING_INTERVAL {
                 self.told = Instant::now();
-                self.tell_expectations();
+                self.tell_worth();
             }
             if !advanced {
                 self.prefetch();
@@ -329,6 +335,7 @@ impl Worker {
             keys,
             kv,
             prefixes: PrefixUse::default(),
+            prompts: Prompts::default(),
             active: None,
             waiting: 0,
             running: 0,

@@ -11,27 +11,6 @@ use super::Worker;
 const BATCH_BYTES: u64 = 16 << 20;
 
 impl Worker {
-    /// Tells the pool what is expected of the models, where that has changed.
-    pub(super) fn tell_expectations(&mut self) {
-        let mut waiting: Vec<u32> = Vec::new();
-        for sequence in self.queue.iter() {
-            let model = sequence.model as u32;
-            let active = |entry: &super::ModelEntry| entry.active.is_some();
-            if !waiting.contains(&model) && !self.models[sequence.model].as_ref().is_some_and(active) {
-                waiting.push(model);
-            }
-            if waiting.len() == MOST_AWAITED {
-                break;
-            }
-        }
-        self.expectations.await_models(&waiting);
-        for model in self.expectations.take_changed() {
-            if let Some(Some(entry)) = self.models.get(model as usize) {
-                self.pool.expect(&entry.keys, |owners| self.expectations.log2(model, owners));
-            }
-        }
-    }
-
     /// Starts the next piece of prefetching if there is nothing else to do.
     pub(super) fn prefetch(&mut self) {
         if !self.queue.is_empty() || self.models.iter().flatten().any(|entry| entry.active.is_some()) {
@@ -64,6 +43,3 @@ impl Worker {
         }
     }
 }
-
-/// Waiting models that are looked at; those further back have time.
-const MOST_AWAITED: usize = 6;
