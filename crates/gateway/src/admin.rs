@@ -33,6 +33,11 @@ pub(crate) async fn status(State(gateway): State<Arc<Gateway>>) -> Response {
     Json(json!({"node": gateway.node.status(), "models": gateway.node.list()})).into_response()
 }
 
+/// `GET /admin/profile`: the device and its models as a simulator needs them.
+pub(crate) async fn profile(State(gateway): State<Arc<Gateway>>) -> Response {
+    Json(gateway.node.profile()).into_response()
+}
+
 /// `DELETE /admin/models/{name}`.
 pub(crate) async fn remove(
     State(gateway): State<Arc<Gateway>>,

@@ -160,6 +160,7 @@ fn routes(gateway: Arc<Gateway>) -> Router {
         .route("/v1/models/{*name}", get(openai::models::get))
         .route("/admin/models", get(admin::list).post(admin::deploy))
         .route("/admin/models/{*name}", delete(admin::remove))
+        .route("/admin/profile", get(admin::profile))
         .route("/admin/status", get(admin::status))
         .route("/metrics", get(expose_metrics))
         .route("/health", get(health))

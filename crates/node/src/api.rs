@@ -38,6 +38,8 @@ pub struct DeployedModel {
     pub kv_bytes_per_token: u64,
     /// Unix seconds of the deployment.
     pub created: u64,
+    /// Its tensors in the order of the forward pass, no content twice.
+    pub(crate) tensors: Vec<TensorProfile>,
     /// Key of the model inside the node.
     pub(crate) index: usize,
     pub(crate) forecast: std::sync::Arc<Forecast>,
@@ -45,9 +47,73 @@ pub struct DeployedModel {
 
 impl DeployedModel {
     /// What the model takes of this node's memory and time.
+    pub(crate) fn profile(&self) -> ModelProfile {
+        ModelProfile {
+            name: self.name.clone(),
+            tensors: self.tensors.clone(),
+            kv_bytes_per_token: self.kv_bytes_per_token,
+            context: self.context,
+            prompts: self.forecast().prompts(self.context.min(LONGEST_PROFILED)),
+        }
+    }
+
+    /// What the model takes on this node.
     pub fn forecast(&self) -> &Forecast {
         &self.forecast
     }
+}
+
+/// Longest prompt in a model's profile, tokens.
+const LONGEST_PROFILED: usize = 8192;
+
+/// A tensor of a deployed model.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TensorProfile {
+    /// BLAKE3 of dtype, shape and bytes, hexadecimal.
+    pub content: String,
+    /// Size.
+    pub bytes: u64,
+    /// Stage of the forward pass that needs it first.
+    pub stage: u32,
+}
+
+/// What a prefill takes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PromptProfile {
+    /// Length of the prompt.
+    pub tokens: usize,
+    /// Seconds until the first token when everything is resident.
+    pub seconds: f64,
+    /// Seconds of each stage of the first pass.
+    pub stage_seconds: Vec<f64>,
+}
+
+/// A deployed model as a simulator needs it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModelProfile {
+    /// Deployed name.
+    pub name: String,
+    /// Its tensors in the order of the forward pass, no content twice.
+    pub tensors: Vec<TensorProfile>,
+    /// KV bytes per token.
+    pub kv_bytes_per_token: u64,
+    /// Longest sequence in tokens on this node.
+    pub context: usize,
+    /// Prompts of growing length; empty before this machine was measured.
+    pub prompts: Vec<PromptProfile>,
+}
+
+/// This node's device and models as a simulator needs them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineProfile {
+    /// Bytes of the pool.
+    pub pool_bytes: u64,
+    /// Bytes per second at which weights arrive; `None` before it was measured.
+    pub load_bytes_per_second: Option<f64>,
+    /// The share (0 to 1) of the device's arithmetic that a running load takes.
+    pub load_share: f64,
+    /// The deployed models that generate, by name.
+    pub models: Vec<ModelProfile>,
 }
 
 /// A request for tokens.

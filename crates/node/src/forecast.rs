@@ -13,7 +13,7 @@ use tangram_policy::forecast::{self, Footprint};
 use tangram_policy::stall::Prediction;
 use tangram_pool::ALIGNMENT;
 
-use crate::api::ModelForecast;
+use crate::api::{ModelForecast, PromptProfile};
 use crate::machine::{Corrections, Machine};
 use crate::worker::{MAX_BATCH, STEP_TOKENS};
 
@@ -146,6 +146,16 @@ impl Forecast {
     pub fn first_token(&self, prompt_tokens: usize, missing: &[u64]) -> Option<Prediction> {
         let passes = self.corrected(prompt_tokens)?;
         Some(forecast::first_token(self.loading()?, missing, &passes.first, passes.later))
+    }
+
+    /// Prefills of prompts of 1, 2, 4... tokens up to `longest`, for a simulator; empty before this machine was measured.
+    pub(crate) fn prompts(&self, longest: usize) -> Vec<PromptProfile> {
+        let profile = |tokens: usize| {
+            let seconds = self.first_token(tokens, &[])?.first_token();
+            Some(PromptProfile { tokens, seconds, stage_seconds: self.stage_compute_seconds(tokens)? })
+        };
+        let lengths = (0..).map(|log2| 1usize << log2).take_while(|&tokens| tokens <= longest);
+        lengths.map_while(profile).collect()
     }
 
     /// What listings show, for a pool of `pages` pages.

@@ -269,8 +269,22 @@ impl Node {
             kv_bytes_per_token: footprint.kv_bytes_per_token(),
             created: deployment.created,
             index: self.next_index.fetch_add(1, Ordering::Relaxed),
+            tensors: plan.tensor_profiles(),
             forecast: plan.forecast.clone(),
         }))
+    }
+
+    /// What a simulator needs to know of this node.
+    pub fn profile(&self) -> MachineProfile {
+        let generating = self.models().into_iter().filter(|model| model.spec.generates());
+        let models: Vec<Arc<DeployedModel>> = generating.collect();
+        let loading = models.iter().find_map(|model| model.forecast().loading());
+        MachineProfile {
+            pool_bytes: self.page_count * self.page_bytes,
+            load_bytes_per_second: loading.map(|loading| loading.link.bytes_per_second),
+            load_share: loading.map_or(0.0, |loading| loading.share),
+            models: models.iter().map(|model| model.profile()).collect(),
+        }
     }
 
     /// Deployed models by name.

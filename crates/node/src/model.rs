@@ -10,6 +10,7 @@ use tangram_engine::{Adapter, Model, TensorDesc, Weights};
 use tangram_pool::{CatalogueEntry, Tensor, Vacancy, pages_alone};
 use tangram_store::TensorLoad;
 
+use crate::api::TensorProfile;
 use crate::catalog::{Catalog, Deployment};
 use crate::forecast::{Forecast, footprint};
 use crate::machine::Machine;
@@ -170,6 +171,18 @@ impl ModelPlan {
     /// Bytes of the unique tensors: what the model takes on a device.
     pub(crate) fn unique_bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.bytes).sum()
+    }
+
+    /// The unique tensors, for a simulator.
+    pub(crate) fn tensor_profiles(&self) -> Vec<TensorProfile> {
+        let mut stage = 0;
+        let profile = |(index, entry): (usize, &CatalogueEntry)| {
+            while self.needed_by_stage.get(stage).is_some_and(|&needed| needed <= index) {
+                stage += 1;
+            }
+            TensorProfile { content: entry.id.to_hex(), bytes: entry.bytes, stage: stage as u32 }
+        };
+        self.entries.iter().enumerate().map(profile).collect()
     }
 
     /// KV blocks for a sequence of this many tokens (0 for models without a KV cache).

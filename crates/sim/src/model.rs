@@ -16,8 +16,32 @@ pub struct Group {
     pub stage: u32,
 }
 
+/// How long passes of a model compute, as measured on one machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pace {
+    /// Prompt lengths in tokens, ascending, and the seconds that their prefill computes. At least one.
+    pub prompts: Vec<(u64, f64)>,
+    /// Seconds of each stage of a pass; only their ratios count.
+    pub stages: Vec<f64>,
+}
+
+impl Pace {
+    /// Seconds that the prefill of so many tokens computes: interpolated between the lengths that are known, and in
+    /// proportion beyond the longest.
+    pub fn prefill_seconds(&self, tokens: u64) -> f64 {
+        let next = self.prompts.partition_point(|&(known, _)| known < tokens);
+        let at = |index: usize| self.prompts.get(index).map(|&(tokens, seconds)| (tokens as f64, seconds));
+        match (next.checked_sub(1).and_then(at), at(next)) {
+            (Some((t0, s0)), Some((t1, s1))) => s0 + (s1 - s0) * (tokens as f64 - t0) / (t1 - t0),
+            (None, Some((_, seconds))) => seconds,
+            (Some((longest, seconds)), None) => seconds * tokens as f64 / longest,
+            (None, None) => 0.0,
+        }
+    }
+}
+
 /// A model.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     /// Its name.
     pub name: String,
@@ -27,6 +51,8 @@ pub struct Model {
     pub kv_bytes_per_token: u64,
     /// Longest prompt, in tokens; longer ones are cut.
     pub max_prompt: u64,
+    /// How long it computes; `None` leaves that to the machine's profile.
+    pub pace: Option<Pace>,
 }
 
 impl Model {
@@ -36,9 +62,12 @@ impl Model {
     }
 
     /// For each group, the share of the pass that computes when it and everything before it is there: a stage's share
-    /// belongs to its last group. Stages compute in proportion to their bytes, but looking up an embedding (stage 0)
-    /// takes nothing.
+    /// belongs to its last group. Without a measured pace stages compute in proportion to their bytes, but looking up
+    /// an embedding (stage 0) takes nothing.
     pub fn compute_shares(&self) -> Vec<f64> {
+        if let Some(pace) = &self.pace {
+            return self.measured_shares(&pace.stages);
+        }
         let computing = |group: &&Group| group.stage > 0;
         let total: u64 = self.groups.iter().filter(computing).map(|group| group.bytes).sum();
         let mut shares = vec![0.0; self.groups.len()];
@@ -56,6 +85,23 @@ impl Model {
             *last = 1.0;
         }
         shares
+    }
+
+    fn measured_shares(&self, stages: &[f64]) -> Vec<f64> {
+        let total: f64 = stages.iter().sum();
+        let mut taken = 0;
+        let share = |(index, group): (usize, &Group)| {
+            // What has no tensors of its own (the head of a model that reuses its embedding) computes with the last.
+            let end = match self.groups.get(index + 1) {
+                Some(next) if next.stage == group.stage => return 0.0,
+                Some(_) => (group.stage as usize + 1).min(stages.len()),
+                None => stages.len(),
+            };
+            let share = stages[taken.min(end)..end].iter().sum::<f64>() / total.max(f64::MIN_POSITIVE);
+            taken = end;
+            share
+        };
+        self.groups.iter().enumerate().map(share).collect()
     }
 
     /// The same model with neighbouring groups merged until each has at least 1/`parts` of the bytes, as the published
@@ -129,6 +175,7 @@ impl Shape {
             groups,
             kv_bytes_per_token: self.kv_bytes_per_token,
             max_prompt: self.max_prompt,
+            pace: None,
         }
     }
 }
@@ -203,7 +250,13 @@ pub fn fleet(count: usize) -> Vec<Model> {
             stage,
         };
         let groups = (0..16).map(group).collect();
-        Model { name: format!("m{index}"), groups, kv_bytes_per_token: 131_072, max_prompt: 8_192 }
+        Model {
+            name: format!("m{index}"),
+            groups,
+            kv_bytes_per_token: 131_072,
+            max_prompt: 8_192,
+            pace: None,
+        }
     };
     (0..count).map(model).collect()
 }
@@ -225,6 +278,19 @@ pub(crate) fn number_contents(models: &[Model]) -> (Vec<Vec<u32>>, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_measured_pace_is_interpolated_and_shared_out() {
+        let pace = Pace { prompts: vec![(1, 0.1), (100, 1.0), (200, 3.0)], stages: vec![0.0, 1.0, 2.0, 1.0] };
+        for (tokens, seconds) in [(1, 0.1), (100, 1.0), (150, 2.0), (400, 6.0)] {
+            assert!((pace.prefill_seconds(tokens) - seconds).abs() < 1e-12, "{tokens}");
+        }
+        let group = |content, stage| Group { content, bytes: ALIGNMENT, stage };
+        let groups = vec![group(1, 0), group(2, 1), group(3, 1), group(4, 2)];
+        let name = "m".to_owned();
+        let model = Model { name, groups, kv_bytes_per_token: 1, max_prompt: 9, pace: Some(pace) };
+        assert_eq!(model.compute_shares(), [0.0, 0.0, 0.25, 0.75]);
+    }
     use std::collections::HashSet;
 
     #[test]

@@ -33,6 +33,9 @@ pub struct Profile {
     pub disk_bytes_per_second: f64,
     /// Devices that share a host memory.
     pub devices_per_node: usize,
+    /// The share (0 to 1) of the device's arithmetic that a running load takes: 0 where an engine of its own copies, up
+    /// to 1 where the processor that computes also copies and verifies.
+    pub load_share: f64,
 }
 
 impl Profile {
@@ -50,6 +53,7 @@ impl Profile {
             bytes_per_parameter: 2.0,
             disk_bytes_per_second: 6e9,
             devices_per_node: 8,
+            load_share: 0.0,
         };
         [
             gpu("l40", 42, 24.56e9, 864e9, 181e12),
@@ -68,6 +72,7 @@ impl Profile {
                 bytes_per_parameter: 2.0,
                 disk_bytes_per_second: 2e9,
                 devices_per_node: 1,
+                load_share: 0.0,
             },
         ]
     }
@@ -83,11 +88,6 @@ impl Profile {
         let reading = weights / self.memory_bytes_per_second;
         let computing = 2.0 * weights / self.bytes_per_parameter * tokens as f64 / self.operations_per_second;
         self.launch_seconds + reading.hypot(computing)
-    }
-
-    /// Seconds that one decoded token takes.
-    pub fn decode_seconds(&self, weight_bytes: u64) -> f64 {
-        self.prefill_seconds(weight_bytes, 1)
     }
 }
 
@@ -113,7 +113,7 @@ mod tests {
                 "{tokens} tokens: {ours} ms, measured {milliseconds}"
             );
         }
-        assert!((l40.decode_seconds(qwen14b) * 1e3 / 42.5 - 1.0).abs() < 0.12);
+        assert!((l40.prefill_seconds(qwen14b, 1) * 1e3 / 42.5 - 1.0).abs() < 0.12);
         assert_eq!(Profile::named("abacus"), None);
     }
 }

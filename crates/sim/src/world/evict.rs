@@ -159,8 +159,7 @@ impl World<'_> {
         let bucket = ((median.max(1) as f64).log2() * 4.0).round() as u32;
         let profile = &self.scenario.profile;
         let table = self.stalls.entry((model, bucket)).or_insert_with(|| {
-            let compute =
-                profile.prefill_seconds(known.weight_bytes, (f64::from(bucket) / 4.0).exp2() as u64);
+            let compute = known.prefill_seconds(profile, (f64::from(bucket) / 4.0).exp2() as u64);
             let stage = |(&(_, bytes), share): (&(u32, u64), &f64)| Stage {
                 load_seconds: profile.link.seconds(bytes, 1),
                 compute_seconds: share * compute,

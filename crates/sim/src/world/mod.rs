@@ -19,7 +19,7 @@ use tangram_policy::placement::Popularity;
 use crate::device::Device;
 use crate::economy::Economy;
 use crate::layout::Layout;
-use crate::model::{ALIGNMENT, Model, number_contents};
+use crate::model::{ALIGNMENT, Model, Pace, number_contents};
 use crate::profile::Profile;
 use crate::report::{Record, Recorded, Residency};
 use crate::system::{Keep, System};
@@ -72,6 +72,7 @@ enum Event {
 struct Known {
     groups: Vec<(u32, u64)>,
     shares: Vec<f64>,
+    pace: Option<Pace>,
     weight_bytes: u64,
     kv_bytes_per_token: u64,
     max_prompt: u64,
@@ -140,6 +141,16 @@ struct Totals {
     thinking: u64,
 }
 
+impl Known {
+    /// Seconds that a pass over `tokens` new tokens computes on this machine.
+    fn prefill_seconds(&self, profile: &Profile, tokens: u64) -> f64 {
+        match &self.pace {
+            Some(pace) => pace.prefill_seconds(tokens),
+            None => profile.prefill_seconds(self.weight_bytes, tokens),
+        }
+    }
+}
+
 /// Runs the scenario on a system. `progress` is told the number of requests served, now and then; `log` asks for the
 /// event log.
 pub fn run(scenario: &Scenario, system: &System, log: bool, mut progress: impl FnMut(usize)) -> Recorded {
@@ -184,6 +195,7 @@ impl<'a> World<'a> {
                 Known {
                     groups: numbers.into_iter().zip(model.groups.iter().map(|group| group.bytes)).collect(),
                     shares: model.compute_shares(),
+                    pace: model.pace.clone(),
                     weight_bytes,
                     kv_bytes_per_token: model.kv_bytes_per_token,
                     max_prompt: model.max_prompt.min(beside.saturating_sub(scenario.max_output + 1)).max(1),

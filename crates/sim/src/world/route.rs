@@ -107,7 +107,7 @@ impl World<'_> {
         let known = &self.models[request.model as usize];
         let (prompt, _) = self.tokens(request);
         let profile = &self.scenario.profile;
-        let compute = profile.prefill_seconds(known.weight_bytes, prompt);
+        let compute = known.prefill_seconds(profile, prompt);
         let seconds_per_byte = 1.0 / self.bytes_per_second(request.model, device_index);
         let device = &self.devices[device_index as usize];
         let slots = device.slots_of(request.model);

@@ -3,6 +3,8 @@
 use std::fmt::Write;
 use std::time::Instant;
 
+use tangram_policy::stall::{Stage, predict_beside};
+
 use super::{Event, HALF_LIFE_SECONDS, Host, LENGTHS, World};
 use crate::device::Running;
 use crate::report::Record;
@@ -84,7 +86,7 @@ impl World<'_> {
         let link_start = if missing.is_empty() { now } else { now.max(seconds(device.link_free)) }
             + moved_bytes as f64 / profile.move_bytes_per_second;
         let known = &self.models[model as usize];
-        let compute = profile.prefill_seconds(known.weight_bytes, prompt);
+        let compute = known.prefill_seconds(profile, prompt);
         let (mut link, mut done, mut ready) = (link_start, now, now);
         let mut next_missing = missing.iter().copied().peekable();
         for (&slot, &share) in slots.iter().zip(&known.shares) {
@@ -101,9 +103,18 @@ impl World<'_> {
         }
         if !self.system.overlap {
             done = ready + compute;
+        } else if profile.load_share > 0.0 {
+            let stages = slots.iter().zip(&known.shares).map(|(slot, &share)| {
+                let bytes = device.slots[*slot as usize].bytes;
+                let load = profile.link.transfer_seconds + bytes as f64 / rate;
+                let load_seconds = if missing.contains(slot) { load } else { 0.0 };
+                Stage { load_seconds, compute_seconds: share * compute }
+            });
+            let beside = predict_beside(stages, link_start - now, profile.load_share);
+            done = done.max(now + beside.first_token());
         }
         let first_token = self.now + nanos(done - now);
-        let decode = (output - 1) as f64 * profile.decode_seconds(known.weight_bytes);
+        let decode = (output - 1) as f64 * known.prefill_seconds(profile, 1);
         let finish = first_token + nanos(decode);
         let record = Record {
             request: index,
@@ -186,10 +197,10 @@ impl World<'_> {
             let mut lengths: Vec<u64> = known.lengths.iter().copied().collect();
             lengths.sort_unstable();
             let median = lengths.get(lengths.len() / 2).copied().unwrap_or(1);
-            known.compute_seconds = profile.prefill_seconds(known.weight_bytes, median);
+            known.compute_seconds = known.prefill_seconds(profile, median);
             let step = lengths.len().div_ceil(4);
             let prompt = |&tokens: &u64| {
-                let compute = profile.prefill_seconds(known.weight_bytes, tokens);
+                let compute = known.prefill_seconds(profile, tokens);
                 (1.0, known.shares.iter().map(|share| share * compute).collect())
             };
             let prompts: Vec<(f64, Vec<f64>)> =

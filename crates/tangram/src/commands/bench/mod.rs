@@ -1,6 +1,7 @@
 //! `tangram bench`: measurements against a running or embedded server.
 
 mod report;
+mod simulated;
 mod switch;
 mod trace;
 

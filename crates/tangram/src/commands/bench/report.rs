@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::simulated::Agreement;
+
 use crate::output::{bytes, milliseconds, table};
 
 /// What one request cost, in milliseconds and bytes.
@@ -184,6 +186,9 @@ pub(super) struct Report {
     pub(super) models: BTreeMap<String, Summary>,
     /// Messages of failed requests and how often each came.
     pub(super) errors: BTreeMap<String, usize>,
+    /// The simulator's figures for the same requests, if they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) simulated: Option<Agreement>,
 }
 
 impl Report {
@@ -213,6 +218,7 @@ impl Report {
             overall,
             models,
             errors,
+            simulated: None,
         }
     }
 
@@ -272,6 +278,20 @@ impl Report {
         };
         println!();
         table(&["PHASE", "p50", "p95", "p99"], &phases.into_iter().filter_map(phase).collect::<Vec<_>>());
+        if let Some(simulated) = &self.simulated {
+            println!(
+                "\nsimulated: {} loaded and {} prefetched (live {} and {}; loaded: live / simulated = {:.3}), mean TTFT \
+                 {} (live {}; {:.3})",
+                bytes(simulated.simulated_bytes),
+                bytes(simulated.simulated_prefetched_bytes),
+                bytes(simulated.live_bytes),
+                bytes(simulated.live_prefetched_bytes),
+                simulated.bytes_ratio,
+                milliseconds(simulated.simulated_mean_ttft_ms),
+                milliseconds(simulated.live_mean_ttft_ms),
+                simulated.ttft_ratio,
+            );
+        }
         if !self.errors.is_empty() {
             println!();
             let errors = self.errors.iter().map(|(message, count)| vec![count.to_string(), message.clone()]);

@@ -9,9 +9,10 @@ use futures::StreamExt;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tangram_node::{ModelStatus, NodeStatus};
+use tangram_node::{MachineProfile, ModelStatus, NodeStatus};
 
 use super::report::{Cost, Outcome, Report, ServerFigures, Settings};
+use super::simulated::{self, Simulated};
 use super::trace::{self, TraceRequest};
 use crate::Target;
 use crate::client::Client;
@@ -40,6 +41,9 @@ pub(crate) struct Options {
     /// Shorten answers to at most N tokens.
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_output: Option<usize>,
+    /// Simulate the same requests with the server's measured rates, and print how far the two agree.
+    #[arg(long)]
+    simulate: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -90,6 +94,8 @@ struct Status {
 struct Planned {
     model: String,
     due: Duration,
+    input: usize,
+    output: usize,
     body: Value,
 }
 
@@ -109,7 +115,13 @@ async fn replay(client: &Client, options: &Options, requests: Vec<TraceRequest>)
         shortened += usize::from((input, output) != (wanted_input, wanted_output));
         let due =
             Duration::try_from_secs_f64(request.arrival_s * options.time_scale).context("--time-scale")?;
-        planned.push(Planned { model: name.clone(), due, body: body(name, seed, input, output) });
+        planned.push(Planned {
+            model: name.clone(),
+            due,
+            input,
+            output,
+            body: body(name, seed, input, output),
+        });
     }
     let bar = ProgressBar::with_draw_target(Some(planned.len() as u64), ProgressDrawTarget::stderr());
     bar.set_style(
@@ -127,6 +139,10 @@ async fn replay(client: &Client, options: &Options, requests: Vec<TraceRequest>)
         shortened_to_context: shortened,
         models,
     };
+    let shapes: Vec<(String, Duration, usize, usize)> = planned
+        .iter()
+        .map(|request| (request.model.clone(), request.due, request.input, request.output))
+        .collect();
     let start = Instant::now();
     let closed_loop = options.time_scale == 0.0;
     // Requests are in order of arrival, so those that wait here for their time never keep back one that is due.
@@ -141,12 +157,31 @@ async fn replay(client: &Client, options: &Options, requests: Vec<TraceRequest>)
     bar.finish_and_clear();
     let after: Status = client.get("/admin/status").await?;
     let server = ServerFigures {
-        device: after.node.device,
+        device: after.node.device.clone(),
         pool_bytes: after.node.pool_bytes,
         bytes_evicted: after.node.bytes_evicted_total.saturating_sub(before.node.bytes_evicted_total),
         preemptions: after.node.preemptions_total.saturating_sub(before.node.preemptions_total),
     };
-    Ok(Report::new(settings, server, wall.as_secs_f64(), &outcomes))
+    let mut report = Report::new(settings, server, wall.as_secs_f64(), &outcomes);
+    if options.simulate {
+        let profile: MachineProfile = client.get("/admin/profile").await?;
+        let requests: Vec<Simulated<'_>> = shapes
+            .iter()
+            .map(|(model, due, input, output)| Simulated {
+                model,
+                arrival_s: due.as_secs_f64(),
+                prompt: *input,
+                output: *output,
+            })
+            .collect();
+        let times: Vec<f64> =
+            outcomes.iter().filter_map(|outcome| Some(outcome.result.as_ref().ok()?.ttft_ms)).collect();
+        let prefetched = after.node.bytes_prefetched_total.saturating_sub(before.node.bytes_prefetched_total);
+        let mean = times.iter().sum::<f64>() / times.len().max(1) as f64;
+        let live = (report.overall.bytes_loaded, prefetched, mean);
+        report.simulated = Some(simulated::compare(&profile, &requests, closed_loop, live)?);
+    }
+    Ok(report)
 }
 
 fn body(model: &str, seed: u64, input_tokens: usize, output_tokens: usize) -> Value {
