@@ -1,0 +1,58 @@
+//! Random programs of deployments, requests, loads, KV growth, prefix sharing, failures and removals against the real
+//! pool and a plain model of it; every byte that anybody holds is read after every step.
+//!
+//! `TANGRAM_MODEL_OPS` sets the operations per page size, `TANGRAM_MODEL_SEED` the first seed; see `docs/testing.md`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod invariants;
+mod paged;
+mod program;
+mod reference;
+mod universe;
+
+use program::{Counts, Program};
+use universe::Backend;
+
+/// Operations of one program; then the next seed begins with an empty pool of another size and other tensors.
+const PROGRAM: usize = 2000;
+
+fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().expect("a number"))
+}
+
+fn run(backend: Backend, page_bytes: usize) {
+    let (first, mut left) = (number("TANGRAM_MODEL_SEED", 1), number("TANGRAM_MODEL_OPS", 60_000) as usize);
+    let enough = left >= 10_000;
+    let mut seed = first;
+    let mut counts = Counts::default();
+    while left > 0 {
+        let steps = left.min(PROGRAM);
+        let name = format!("seed {seed}, {backend:?}, pages of {page_bytes} bytes");
+        let program = Program::new(backend, page_bytes, seed, name).run(steps);
+        program.0.into_iter().for_each(|(what, number)| counts.add(what, number));
+        left -= steps;
+        seed += 1;
+    }
+    println!("{backend:?}, pages of {page_bytes} bytes, seeds {first} to {}: no violation", seed - 1);
+    for what in Counts::ALL {
+        let number = counts.0.get(what).copied().unwrap_or(0);
+        println!("  {what}: {number}");
+        assert!(number > 0 || !enough, "the programs never came to: {what}");
+    }
+}
+
+#[test]
+fn paged_with_pages_of_4_kib() {
+    run(Backend::Paged, 4 << 10);
+}
+
+#[test]
+fn paged_with_pages_of_16_kib() {
+    run(Backend::Paged, 16 << 10);
+}
+
+#[test]
+fn paged_with_pages_of_64_kib() {
+    run(Backend::Paged, 64 << 10);
+}

@@ -1,0 +1,674 @@
+//! The random program: one operation on the pool and the same one on the plain model, what they answer held against
+//! each other, then everything that must hold after any step. Invariants that only one backend has are in a module of
+//! their own.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
+use tangram_checkpoint::Hash;
+use tangram_device::Extent;
+use tangram_policy::TensorKey;
+use tangram_pool::{BlockHash, KvKey, Lease, LoadFailure, Part, Pool, PoolStats, Prefix, Shortage};
+
+use crate::paged;
+use crate::reference::{Blocks, Failure, Published, Reference, Slot};
+use crate::universe::{Backend, Universe, pool};
+
+/// Operations that are shown when something is wrong.
+const SHOWN: usize = 40;
+
+/// A deployed model.
+struct Deployment {
+    model: usize,
+    keys: Vec<TensorKey>,
+    kv: KvKey,
+}
+
+/// A lease and what it is on.
+pub struct Held {
+    pub contents: Vec<usize>,
+    pub lease: Lease,
+}
+
+/// A tensor under way: the parts that are not finished.
+struct Load {
+    content: usize,
+    part_bytes: usize,
+    parts: Vec<Part>,
+}
+
+/// A sequence with its KV blocks.
+pub struct Sequence {
+    pub identity: usize,
+    kv: KvKey,
+    pub blocks: Blocks,
+    pub prefix: Prefix,
+    /// Its own blocks and the words that they are full of.
+    pub own: Vec<(Extent, u64)>,
+}
+
+/// The pool, the plain model, and all that a program holds.
+pub struct Program {
+    pub universe: Universe,
+    pub pool: Pool,
+    pub reference: Reference,
+    pub sequences: Vec<Sequence>,
+    deployments: Vec<Deployment>,
+    pub leases: Vec<Held>,
+    loads: Vec<Load>,
+    random: Xoshiro256PlusPlus,
+    now: f64,
+    tag: u64,
+    step: usize,
+    name: String,
+    trace: VecDeque<String>,
+    counts: Counts,
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("VIOLATION at step {} of {}; the last operations:", self.step, self.name);
+            self.trace.iter().for_each(|line| eprintln!("  {line}"));
+        }
+    }
+}
+
+/// How often the things happened for which the programs are there.
+#[derive(Debug, Default)]
+pub struct Counts(pub BTreeMap<&'static str, u64>);
+
+impl Counts {
+    /// What must have happened in a run of any length.
+    pub const ALL: [&str; 11] = [
+        "activations",
+        "refused for want of room",
+        "refused because of a loader",
+        "bytes loaded",
+        "bytes reused",
+        "bytes evicted",
+        "bytes failed",
+        "blocks taken",
+        "blocks refused",
+        "cached blocks found",
+        "cached blocks published again",
+    ];
+
+    pub fn add(&mut self, what: &'static str, number: u64) {
+        debug_assert!(Self::ALL.contains(&what));
+        *self.0.entry(what).or_default() += number;
+    }
+}
+
+/// What a step may have done to idle tensors and cached blocks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Evictions {
+    Allowed,
+    Forbidden,
+}
+
+impl Program {
+    /// Nothing is deployed. `name` says how to run this program again.
+    pub fn new(backend: Backend, page_bytes: usize, seed: u64, name: String) -> Program {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let universe = Universe::random(backend, page_bytes, &mut random);
+        let pool = pool(backend, page_bytes, universe.pages);
+        Program {
+            universe,
+            pool,
+            reference: Reference::default(),
+            sequences: Vec::new(),
+            deployments: Vec::new(),
+            leases: Vec::new(),
+            loads: Vec::new(),
+            random,
+            now: 0.0,
+            tag: 0,
+            step: 0,
+            name,
+            trace: VecDeque::new(),
+            counts: Counts::default(),
+        }
+    }
+
+    /// Runs `steps` operations, then gives everything back.
+    pub fn run(mut self, steps: usize) -> Counts {
+        for _ in 0..steps {
+            self.step += 1;
+            self.now += self.random.random_range(0.0..2.0);
+            let evictions = self.operation();
+            self.check(evictions);
+        }
+        self.drain();
+        let memory = self.pool.memory().clone();
+        drop(std::mem::replace(&mut self.pool, pool(self.universe.backend, self.universe.page_bytes, 1)));
+        assert_eq!(Arc::strong_count(&memory), 1, "an arena outlived everything in it");
+        let mut counts = std::mem::take(&mut self.counts);
+        counts.add("bytes loaded", self.reference.loaded_total);
+        counts.add("bytes reused", self.reference.reused_total);
+        counts.add("bytes evicted", self.reference.evicted_total);
+        counts.add("bytes failed", self.reference.failed_total);
+        counts
+    }
+
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if self.trace.len() == SHOWN {
+            self.trace.pop_front();
+        }
+        self.trace.push_back(format!("{}: {}", self.step, line()));
+    }
+
+    fn any(&mut self, len: usize) -> Option<usize> {
+        (len > 0).then(|| self.random.random_range(0..len))
+    }
+
+    /// Draws until there is something to do.
+    fn operation(&mut self) -> Evictions {
+        loop {
+            let done = match self.random.random_range(0..100) {
+                0..=3 => self.deploy(),
+                4..=5 => self.remove(),
+                6..=21 => self.activate(),
+                22..=24 => self.prefetch(),
+                25..=27 => self.use_again(),
+                28..=43 => self.release(),
+                44..=60 => self.finish_a_part(),
+                61..=66 => self.finish_loads_on_threads(),
+                67..=71 => self.finish_everything(),
+                72..=78 => self.start_sequence(),
+                79..=87 => self.grow_sequence(),
+                88..=93 => self.publish_block(),
+                94..=97 => self.end_sequence(),
+                98 => self.refuse_nonsense(),
+                _ => self.random.random_bool(0.2).then(|| self.drain()).map(|()| Evictions::Forbidden),
+            };
+            if let Some(evictions) = done {
+                return evictions;
+            }
+        }
+    }
+
+    fn deploy(&mut self) -> Option<Evictions> {
+        let model = self.random.random_range(0..self.universe.models.len());
+        if self.deployments.len() >= 8 {
+            return None;
+        }
+        let contents = self.universe.models[model].contents.clone();
+        let places: Vec<usize> = contents.iter().map(|_| self.random.random_range(0..2)).collect();
+        let entries: Vec<_> = contents
+            .iter()
+            .zip(&places)
+            .map(|(&content, &place)| self.universe.entry(content, place))
+            .collect();
+        let universe = &self.universe;
+        let keys = self.pool.catalogue(&entries, |name| universe.file_bytes(name)).unwrap();
+        assert_eq!(keys.len(), contents.len());
+        for ((&content, &key), place) in contents.iter().zip(&keys).zip(places) {
+            let taken = |slot: &Slot| slot.key == key;
+            match self.reference.slots.get_mut(&content) {
+                Some(slot) => {
+                    assert_eq!(slot.key, key, "equal content is one tensor");
+                    slot.models += 1;
+                }
+                None => {
+                    assert!(!self.reference.slots.values().any(taken), "key {key:?} is given twice");
+                    let places = &self.universe.contents[content].places;
+                    let home = places[place % places.len()];
+                    let len = self.universe.contents[content].bytes.len();
+                    let slot = Slot { key, len, models: 1, home, resident: None, last_address: None };
+                    self.reference.slots.insert(content, slot);
+                }
+            }
+        }
+        let identity = self.universe.models[model].identity;
+        let kv = self.pool.add_kv(Hash([identity as u8; 32]), self.universe.block_bytes[identity]).unwrap();
+        self.reference.kv[identity].models += 1;
+        self.deployments.push(Deployment { model, keys, kv });
+        self.note(|| format!("deploy model {model}: contents {contents:?}"));
+        Some(Evictions::Forbidden)
+    }
+
+    fn remove(&mut self) -> Option<Evictions> {
+        let index = self.any(self.deployments.len())?;
+        self.remove_deployment(index);
+        Some(Evictions::Forbidden)
+    }
+
+    /// Removes a deployment, whatever leases there are on its tensors. The last one of an identity ends the sequences
+    /// that use its blocks, as the node does.
+    fn remove_deployment(&mut self, index: usize) {
+        let Deployment { model, keys, kv } = self.deployments.swap_remove(index);
+        let identity = self.universe.models[model].identity;
+        self.note(|| format!("remove a deployment of model {model}"));
+        self.reference.settle();
+        for content in self.universe.models[model].contents.clone() {
+            self.reference.forget(content);
+        }
+        self.pool.forget(&keys);
+        self.reference.kv[identity].models -= 1;
+        if self.reference.kv[identity].models == 0 {
+            while let Some(index) = self.sequences.iter().position(|sequence| sequence.identity == identity) {
+                self.end(index);
+            }
+            self.pool.remove_kv(kv);
+            self.reference.kv[identity].published.clear();
+            self.reference.cached_bytes = self.pool.stats().kv_cached_bytes;
+        } else {
+            self.pool.remove_kv(kv);
+        }
+    }
+
+    fn activate(&mut self) -> Option<Evictions> {
+        let deployment = self.any(self.deployments.len())?;
+        let reserve = self.random.random_range(0..4) * self.random.random_range(0..2);
+        Some(self.activate_deployment(deployment, reserve))
+    }
+
+    fn activate_deployment(&mut self, index: usize, reserve: usize) -> Evictions {
+        let Deployment { model, keys, .. } = &self.deployments[index];
+        let (model, keys) = (*model, keys.clone());
+        let contents = self.universe.models[model].contents.clone();
+        self.reference.settle();
+        let blocked = contents.iter().any(|content| self.reference.slots[content].blocks_activation());
+        let feasible = match self.universe.backend {
+            Backend::Paged => paged::fits(self, &contents, reserve),
+        };
+        let before = self.pool.stats();
+        let result = self.pool.activate(&keys, reserve, self.now);
+        self.note(|| {
+            let outcome = result.as_ref().map(|a| (a.missing.len(), a.bytes_loaded)).map_err(|s| *s);
+            format!("activate model {model} with {contents:?}, reserve {reserve}: {outcome:?}")
+        });
+        let activation = match result {
+            Ok(activation) => activation,
+            Err(shortage) => {
+                assert!(blocked || !feasible, "{shortage:?} although there is room");
+                assert!(blocked || shortage.needed > shortage.available, "{shortage:?} is none");
+                let why = if shortage.needed > 0 {
+                    "refused for want of room"
+                } else {
+                    "refused because of a loader"
+                };
+                self.counts.add(why, 1);
+                self.nothing_changed(before);
+                return Evictions::Forbidden;
+            }
+        };
+        self.counts.add("activations", 1);
+        assert!(!blocked, "a tensor that was given up is joined");
+        assert!(feasible, "there was no room");
+        let mut missing = activation.missing.into_iter();
+        for ((&content, &key), tensor) in contents.iter().zip(&keys).zip(activation.lease.tensors()) {
+            assert_eq!((tensor.key(), tensor.len()), (key, self.reference.slots[&content].len));
+            if self.reference.slots[&content].resident.is_some() {
+                self.reference.reused_total += tensor.len() as u64;
+                self.reference.lease(content);
+                continue;
+            }
+            let vacancy = missing.next().unwrap();
+            assert!(Arc::ptr_eq(vacancy.tensor(), tensor), "room for another tensor than the missing one");
+            if self.random.random_bool(0.02) {
+                self.reference.arriving(content, 0, tensor.len());
+                self.reference.dropped_whole(content);
+                drop(vacancy);
+                continue;
+            }
+            let len = tensor.len();
+            let part_bytes = self.random.random_range(len.div_ceil(9)..=len);
+            let mut parts = vacancy.into_parts(part_bytes);
+            let address = parts[0].bytes_mut().unwrap().as_ptr() as usize;
+            let last = self.reference.slots.get_mut(&content).unwrap().last_address.replace(address);
+            if let Some(last) = last {
+                match self.universe.backend {
+                    Backend::Paged => {
+                        assert_eq!(address, last, "the address of a catalogued tensor is stable")
+                    }
+                }
+            }
+            self.reference.arriving(content, address, part_bytes);
+            for part in &mut parts {
+                let (start, len) = (part.index() * part_bytes, part.bytes_mut().unwrap().len());
+                assert_eq!(part.bytes_mut().unwrap().as_ptr() as usize, address + start);
+                assert_eq!(self.reference.resident_mut(content).parts[part.index()].0, start..start + len);
+            }
+            self.loads.push(Load { content, part_bytes, parts });
+        }
+        assert!(missing.next().is_none(), "room for more than what is missing");
+        assert_eq!(activation.bytes_loaded + before.loaded_total, self.reference.loaded_total);
+        assert_eq!(activation.bytes_reused + before.reused_total, self.reference.reused_total);
+        self.leases.push(Held { contents, lease: activation.lease });
+        Evictions::Allowed
+    }
+
+    /// A refused request leaves everything as it was, but for what had to be settled anyway.
+    fn nothing_changed(&self, before: PoolStats) {
+        let after = self.pool.stats();
+        assert_eq!(after.evicted_total, self.reference.evicted_total, "a refused request evicts nothing");
+        let kept = |stats: PoolStats| (stats.loaded_total, stats.reused_total, stats.leased_bytes);
+        assert_eq!(kept(after), kept(before), "a refused request changes nothing");
+        let kv = |stats: PoolStats| (stats.kv_blocks, stats.kv_bytes, stats.kv_cached_bytes);
+        assert_eq!(kv(after), kv(before), "a refused request changes nothing");
+    }
+
+    /// Brings a model in and lets go of it at once.
+    fn prefetch(&mut self) -> Option<Evictions> {
+        let deployment = self.any(self.deployments.len())?;
+        let leases = self.leases.len();
+        let evictions = self.activate_deployment(deployment, 0);
+        if self.leases.len() > leases {
+            if self.random.random_bool(0.8) {
+                self.finish_all_loads();
+            }
+            self.release_lease(leases);
+        }
+        Some(evictions)
+    }
+
+    fn use_again(&mut self) -> Option<Evictions> {
+        let index = self.any(self.leases.len())?;
+        let held = &self.leases[index];
+        self.pool.used_again(&held.lease, self.now);
+        let bytes = held.lease.tensors().iter().map(|tensor| tensor.len() as u64).sum::<u64>();
+        self.reference.reused_total += bytes;
+        Some(Evictions::Forbidden)
+    }
+
+    fn release(&mut self) -> Option<Evictions> {
+        let index = self.any(self.leases.len())?;
+        self.release_lease(index);
+        Some(Evictions::Forbidden)
+    }
+
+    fn release_lease(&mut self, index: usize) {
+        let Held { contents, lease } = self.leases.swap_remove(index);
+        self.note(|| format!("release a lease on {contents:?}"));
+        for content in contents {
+            self.reference.resident_mut(content).wanted -= 1;
+        }
+        self.pool.release(lease);
+        self.reference.settle();
+    }
+
+    /// Finishes one part of one load, in one of the ways in which a loader can.
+    fn finish_a_part(&mut self) -> Option<Evictions> {
+        let load = self.any(self.loads.len())?;
+        if self.random.random_bool(0.02) {
+            // Whoever was to load it is gone, with all its parts.
+            let Load { content, parts, .. } = self.loads.swap_remove(load);
+            self.note(|| format!("drop the rest of content {content}"));
+            for part in parts {
+                self.reference.part_finished(content, part.index(), Some(Failure::Failed));
+                drop(part);
+            }
+            return Some(Evictions::Forbidden);
+        }
+        let part = self.random.random_range(0..self.loads[load].parts.len());
+        let (content, part_bytes) = (self.loads[load].content, self.loads[load].part_bytes);
+        let mut part = self.loads[load].parts.swap_remove(part);
+        if self.loads[load].parts.is_empty() {
+            self.loads.swap_remove(load);
+        }
+        let index = part.index();
+        let asks = self.random.random_bool(0.7);
+        let failure = if asks {
+            let unwanted = part.is_unwanted();
+            assert_eq!(unwanted, self.reference.ask_unwanted(content), "whether content {content} is wanted");
+            // A loader that goes on all the same does no harm.
+            (unwanted && self.random.random_bool(0.9)).then_some(Failure::Abandoned)
+        } else {
+            None
+        };
+        let failure = failure.or(self.random.random_bool(0.03).then_some(Failure::Failed));
+        self.note(|| format!("part {index} of content {content}: {failure:?}"));
+        let settles = self.reference.part_finished(content, index, failure);
+        let result = match failure {
+            None => {
+                let from = index * part_bytes;
+                let bytes = part.bytes_mut().unwrap();
+                bytes.copy_from_slice(&self.universe.contents[content].bytes[from..from + bytes.len()]);
+                Ok(())
+            }
+            Some(Failure::Abandoned) => Err(LoadFailure::Abandoned),
+            Some(Failure::Failed) => Err(LoadFailure::Failed("the program says so".to_owned())),
+        };
+        assert_eq!(part.finish(result), settles, "whether part {index} settles content {content}");
+        Some(Evictions::Forbidden)
+    }
+
+    /// Finishes all loads well, each thread its share of the parts of all of them.
+    fn finish_loads_on_threads(&mut self) -> Option<Evictions> {
+        // Starting threads is dear; few loads at once would test nothing anyway.
+        if self.loads.len() < 2 || !self.random.random_bool(0.3) {
+            return None;
+        }
+        let loads = std::mem::take(&mut self.loads);
+        self.note(|| format!("two threads finish {} loads", loads.len()));
+        let mut shares: [Vec<(usize, usize, Part)>; 2] = Default::default();
+        for Load { content, part_bytes, parts } in loads {
+            for part in parts {
+                self.reference.part_finished(content, part.index(), None);
+                shares[self.random.random_range(0..2)].push((content, part_bytes, part));
+            }
+        }
+        let contents = &self.universe.contents;
+        std::thread::scope(|scope| {
+            for share in shares {
+                scope.spawn(move || {
+                    for (content, part_bytes, mut part) in share {
+                        let from = part.index() * part_bytes;
+                        let bytes = part.bytes_mut().unwrap();
+                        bytes.copy_from_slice(&contents[content].bytes[from..from + bytes.len()]);
+                        part.finish(Ok(()));
+                    }
+                });
+            }
+        });
+        Some(Evictions::Forbidden)
+    }
+
+    fn finish_everything(&mut self) -> Option<Evictions> {
+        if self.loads.is_empty() {
+            return None;
+        }
+        self.finish_all_loads();
+        Some(Evictions::Forbidden)
+    }
+
+    /// Finishes all loads well.
+    fn finish_all_loads(&mut self) {
+        self.note(|| "finish all loads".to_owned());
+        for Load { content, part_bytes, parts } in std::mem::take(&mut self.loads) {
+            for mut part in parts {
+                let from = part.index() * part_bytes;
+                let bytes = part.bytes_mut().unwrap();
+                bytes.copy_from_slice(&self.universe.contents[content].bytes[from..from + bytes.len()]);
+                let settles = self.reference.part_finished(content, part.index(), None);
+                assert_eq!(part.finish(Ok(())), settles);
+            }
+        }
+    }
+
+    fn start_sequence(&mut self) -> Option<Evictions> {
+        let deployment = self.any(self.deployments.len())?;
+        if self.sequences.len() >= 8 {
+            return None;
+        }
+        let Deployment { model, kv, .. } = self.deployments[deployment];
+        let identity = self.universe.models[model].identity;
+        // Few different tokens, so that sequences often begin alike.
+        let length = self.random.random_range(1..7);
+        let blocks: Blocks = (0..length).map(|_| u8::from(self.random.random_bool(0.25))).collect();
+        let hashes: Vec<BlockHash> = (1..=length).map(|end| hash(identity, &blocks[..end])).collect();
+        let known = &mut self.reference.kv[identity].published;
+        let in_use = (1..=length)
+            .take_while(|&end| known.get(&blocks[..end]).is_some_and(|block| block.leases > 0))
+            .count();
+        assert_eq!(self.pool.blocks_in_use(kv, &hashes), in_use, "blocks in use");
+        let prefix = self.pool.lease_prefix(kv, &hashes, 0.01, self.now);
+        assert!(prefix.len() >= in_use && prefix.len() <= length);
+        for end in 1..=prefix.len() {
+            let block = known.get_mut(&blocks[..end]).expect("a cached block was published");
+            if block.leases == 0 {
+                self.reference.cached_bytes -= self.universe.block_bytes[identity] as u64;
+                block.offset = prefix.blocks()[end - 1].offset();
+            }
+            block.leases += 1;
+        }
+        if prefix.len() < length {
+            // It was evicted at some time.
+            let gone = known.remove(&blocks[..=prefix.len()]);
+            assert!(gone.is_none_or(|block| block.leases == 0), "a block in use was evicted");
+        }
+        let found = prefix.len();
+        self.counts.add("cached blocks found", found as u64);
+        self.note(|| format!("start {blocks:?} of identity {identity}, {found} blocks cached"));
+        self.sequences.push(Sequence { identity, kv, blocks, prefix, own: Vec::new() });
+        Some(Evictions::Forbidden)
+    }
+
+    fn grow_sequence(&mut self) -> Option<Evictions> {
+        let index = self.any(self.sequences.len())?;
+        let (kv, identity) = (self.sequences[index].kv, self.sequences[index].identity);
+        self.reference.settle();
+        let certain = match self.universe.backend {
+            Backend::Paged => paged::has_room_for_block(self, self.universe.block_bytes[identity]),
+        };
+        let result = self.pool.take_kv(kv);
+        self.note(|| {
+            format!(
+                "take a block of identity {identity}: {:?}",
+                result.as_ref().map(Extent::offset).map_err(|s| *s)
+            )
+        });
+        match result {
+            Ok(mut block) => {
+                assert_eq!(block.len(), self.universe.block_bytes[identity]);
+                let bytes = block.host_bytes_mut().unwrap();
+                assert!(bytes.iter().all(|&byte| byte == 0), "leftovers in a block");
+                self.tag += 1;
+                write_words(bytes, self.tag);
+                self.sequences[index].own.push((block, self.tag));
+                self.counts.add("blocks taken", 1);
+            }
+            Err(Shortage { .. }) => {
+                assert!(!certain, "no block although there is room");
+                self.counts.add("blocks refused", 1);
+            }
+        }
+        // Even where it is refused, cached blocks may have gone without making room where it was needed.
+        Some(Evictions::Allowed)
+    }
+
+    fn publish_block(&mut self) -> Option<Evictions> {
+        let index = self.any(self.sequences.len())?;
+        let sequence = &mut self.sequences[index];
+        let at = sequence.prefix.len();
+        if sequence.own.is_empty() || at >= sequence.blocks.len() {
+            return None;
+        }
+        let name = sequence.blocks[..=at].to_vec();
+        let hash = hash(sequence.identity, &name);
+        let (mut block, _) = sequence.own.remove(0);
+        write_words(block.host_bytes_mut().unwrap(), word(&hash));
+        let (identity, bytes) = (sequence.identity, block.len() as u64);
+        let cached = self.pool.stats().kv_cached_bytes;
+        self.pool.publish(sequence.kv, &mut sequence.prefix, hash, block, 0.01, self.now);
+        assert_eq!(sequence.prefix.len(), at + 1);
+        let extent = &sequence.prefix.blocks()[at];
+        let offset = extent.offset();
+        let known = self.reference.kv[identity].published.entry(name.clone());
+        let known = known.or_insert(Published { leases: 0, offset });
+        if known.leases > 0 {
+            assert_eq!(known.offset, offset, "a block that is in use is published twice");
+        }
+        let revived = self.pool.stats().kv_cached_bytes != cached;
+        if revived {
+            assert_eq!(known.leases, 0, "cached bytes of a block that was in use");
+            self.reference.cached_bytes -= bytes;
+            self.counts.add("cached blocks published again", 1);
+        }
+        *known = Published { leases: known.leases + 1, offset };
+        self.note(|| format!("publish {name:?} of identity {identity}, revived: {revived}"));
+        Some(Evictions::Forbidden)
+    }
+
+    fn end_sequence(&mut self) -> Option<Evictions> {
+        let index = self.any(self.sequences.len())?;
+        self.end(index);
+        Some(Evictions::Forbidden)
+    }
+
+    fn end(&mut self, index: usize) {
+        let Sequence { identity, kv, blocks, prefix, own } = self.sequences.swap_remove(index);
+        for end in 1..=prefix.len() {
+            let block = self.reference.kv[identity].published.get_mut(&blocks[..end]).unwrap();
+            block.leases -= 1;
+            if block.leases == 0 {
+                self.reference.cached_bytes += self.universe.block_bytes[identity] as u64;
+            }
+        }
+        self.note(|| format!("end {blocks:?} of identity {identity}"));
+        self.pool.release_prefix(prefix);
+        self.pool.give_kv(kv, own.into_iter().map(|(block, _)| block).collect());
+    }
+
+    /// What cannot be done is refused and changes nothing.
+    fn refuse_nonsense(&mut self) -> Option<Evictions> {
+        let deployment = self.any(self.deployments.len())?;
+        self.reference.settle();
+        let keys = self.deployments[deployment].keys.clone();
+        let before = self.pool.stats();
+        assert!(self.pool.activate(&keys, self.universe.pages + 1, self.now).is_err());
+        self.note(|| "ask for more than the device has".to_owned());
+        self.nothing_changed(before);
+        Some(Evictions::Forbidden)
+    }
+
+    /// Gives everything back: then every page must be free.
+    fn drain(&mut self) {
+        while !self.sequences.is_empty() {
+            self.end(0);
+        }
+        while !self.leases.is_empty() {
+            self.release_lease(0);
+        }
+        self.finish_all_loads();
+        while !self.deployments.is_empty() {
+            self.remove_deployment(0);
+        }
+        // What arrived for nobody goes when the pool is next asked for anything.
+        self.pool.forget(&[]);
+        self.reference.settle();
+        let PoolStats { resident_bytes, leased_bytes, kv_bytes, kv_blocks, kv_cached_bytes, .. } =
+            self.pool.stats();
+        let left = [resident_bytes, leased_bytes, kv_bytes, kv_blocks, kv_cached_bytes];
+        assert_eq!(left, [0; 5], "left in the accounts of an empty pool");
+        assert!(self.reference.slots.is_empty(), "left in the catalogue of an empty pool");
+        assert_eq!(self.pool.memory().free_pages(), self.universe.pages, "pages of an empty pool");
+        assert_eq!(self.pool.available_pages(), self.universe.pages);
+    }
+}
+
+/// Names a block by everything up to its end.
+pub fn hash(identity: usize, blocks: &[u8]) -> BlockHash {
+    let mut hash = [0xff; 32];
+    hash[0] = identity as u8;
+    hash[1..=blocks.len()].copy_from_slice(blocks);
+    hash
+}
+
+/// The word that a published block is full of.
+pub fn word(hash: &BlockHash) -> u64 {
+    let named = hash
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    named | 1 << 63
+}
+
+fn write_words(bytes: &mut [u8], word: u64) {
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&word.to_le_bytes()[..chunk.len()]);
+    }
+}
