@@ -9,10 +9,14 @@ mod invariants;
 mod paged;
 mod program;
 mod reference;
+mod threads;
 mod universe;
 
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
+
 use program::{Counts, Program};
-use universe::Backend;
+use universe::{Backend, Universe};
 
 /// Operations of one program; then the next seed begins with an empty pool of another size and other tensors.
 const PROGRAM: usize = 2000;
@@ -55,4 +59,26 @@ fn paged_with_pages_of_16_kib() {
 #[test]
 fn paged_with_pages_of_64_kib() {
     run(Backend::Paged, 64 << 10);
+}
+
+/// The programs are the seeds', the timing is not.
+fn race(backend: Backend) {
+    let (first, mut left) =
+        (number("TANGRAM_MODEL_SEED", 1), number("TANGRAM_MODEL_OPS", 60_000) as usize / 3);
+    for seed in first.. {
+        println!("{backend:?}, copy streams at work, seed {seed}");
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let page_bytes = [4, 16, 64][seed as usize % 3] << 10;
+        let steps = left.min(PROGRAM);
+        threads::race(Universe::random(backend, page_bytes, &mut random), seed, steps);
+        left -= steps;
+        if left == 0 {
+            break;
+        }
+    }
+}
+
+#[test]
+fn paged_with_copy_streams_at_work() {
+    race(Backend::Paged);
 }
