@@ -61,17 +61,16 @@ impl Bench {
         before: bool,
     ) -> Result<f64, Box<dyn Error>> {
         let block_tokens = self.model.kv().ok_or("the model has no KV")?.block_tokens;
-        let refused = |shortage| format!("the pool is too small: {shortage:?}");
         let mut blocks: Vec<Vec<Extent>> = (0..batch).map(|_| Vec::new()).collect();
         if before {
             for own in &mut blocks {
-                *own = pool.take_kv(kv, tokens.div_ceil(block_tokens)).map_err(refused)?;
+                *own = pool.take_kv(kv, tokens.div_ceil(block_tokens))?;
             }
         }
         let start = Instant::now();
         for position in 0..tokens {
             let lacking = blocks.iter().filter(|own| own.len() * block_tokens <= position).count();
-            let mut taken = pool.take_kv(kv, lacking).map_err(refused)?.into_iter();
+            let mut taken = pool.take_kv(kv, lacking)?.into_iter();
             for own in blocks.iter_mut().filter(|own| own.len() * block_tokens <= position) {
                 own.extend(taken.next());
             }

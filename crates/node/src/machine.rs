@@ -228,7 +228,7 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
             let _ = sender.lock().unwrap_or_else(PoisonError::into_inner).send(());
         });
         let (started, used) = (Instant::now(), processor_time());
-        let activation = pool.activate(keys, &[], 0.0).map_err(|_| fault(&"no room"))?;
+        let activation = pool.activate(keys, &[], 0.0).map_err(|error| fault(&error))?;
         let loads = activation.missing.into_iter().zip(0..).map(|(vacancy, tensor)| TensorLoad {
             vacancy,
             file: path.to_owned(),

@@ -142,7 +142,9 @@ impl ModelPlan {
         }
         for entry in &entries {
             let size = data_bytes.iter().find(|(checkpoint, _)| *checkpoint == entry.checkpoint);
-            if size.is_none_or(|&(_, size)| entry.offset + entry.bytes > size) {
+            // Whatever a manifest says, its numbers must not wrap around.
+            let end = entry.offset.checked_add(entry.bytes);
+            if size.zip(end).is_none_or(|(&(_, size), end)| end > size) {
                 return Err("its data file is missing or truncated; deploy the model again".to_owned());
             }
         }

@@ -92,7 +92,8 @@ impl Pool {
         let mut placed: HashMap<TensorKey, Extent> = match self.room {
             Room::Paged(_) => self.claim_paged(&[key]),
             Room::Segment(_) => self.claim_segment(&[key]),
-        }?;
+        }
+        .ok()?;
         placed.remove(&key)
     }
 }

@@ -18,6 +18,6 @@ mod tensor;
 
 pub use fetch::Fetch;
 pub use kv::{BlockHash, KvKey, Prefix};
-pub use pool::{Activation, CatalogueEntry, Lease, Logged, Pool, PoolStats, Shortage, pages_alone};
+pub use pool::{Activation, CatalogueEntry, Lease, Logged, Pool, PoolStats, Refusal, Shortage, pages_alone};
 pub use room::{ALIGNMENT, Backend, KvReserve};
 pub use tensor::{LoadFailure, Part, Tensor, Vacancy};

@@ -3,8 +3,7 @@
 //! A tensor's place in its range is its offset in the file; a range only reserves addresses. KV blocks take the lowest
 //! free number first, so that blocks smaller than a page stay together. Nothing here ever moves.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use tangram_device::{Arena, Claim, Contents, DeviceError, Extent, Memory};
@@ -12,7 +11,7 @@ use tangram_policy::TensorKey;
 
 use crate::kv::KvKey;
 use crate::pages::PageAccount;
-use crate::pool::{Pool, Shortage};
+use crate::pool::{Pool, Refusal, Shortage};
 use crate::room::{Home, KvReserve, Place, Room};
 
 struct CheckpointArena {
@@ -25,9 +24,32 @@ struct CheckpointArena {
 struct KvArena {
     arena: Arc<Arena>,
     block_bytes: usize,
-    free: BinaryHeap<Reverse<usize>>,
+    /// Numbers below `next` that nothing lies at.
+    free: BTreeSet<usize>,
     next: usize,
     pages: PageAccount,
+}
+
+impl KvArena {
+    /// The lowest `count` numbers that are free, or that `cached` blocks would free.
+    fn lowest(&self, count: usize, cached: impl Iterator<Item = usize>) -> Vec<usize> {
+        let mut numbers: Vec<usize> = self.free.iter().copied().take(count).chain(cached).collect();
+        numbers.sort_unstable();
+        numbers.truncate(count);
+        numbers.extend((self.next..).take(count - numbers.len()));
+        numbers
+    }
+
+    fn claims(&self, numbers: &[usize]) -> Vec<Claim> {
+        let claim = |&number: &usize| Claim { offset: number * self.block_bytes, len: self.block_bytes };
+        numbers.iter().map(claim).collect()
+    }
+}
+
+/// Where blocks are to lie, and the cached blocks of their model that lie there now.
+struct BlockPlan {
+    numbers: Vec<usize>,
+    victims: Vec<TensorKey>,
 }
 
 /// The ranges and the account of pages.
@@ -80,7 +102,7 @@ impl Paged {
     pub(crate) fn add_kv(&mut self, kv: KvKey, block_bytes: usize) -> Result<(), DeviceError> {
         let blocks = (self.memory.page_count() * self.memory.page_bytes()) / block_bytes + 1;
         let arena = Arena::reserve(self.memory.clone(), blocks * block_bytes)?;
-        let (free, pages) = (BinaryHeap::new(), PageAccount::default());
+        let (free, pages) = (BTreeSet::new(), PageAccount::default());
         self.kv.insert(kv, KvArena { arena, block_bytes, free, next: 0, pages });
         Ok(())
     }
@@ -101,29 +123,48 @@ impl Paged {
 
     pub(crate) fn give_block(&mut self, kv: KvKey, offset: usize) {
         if let Some(kv) = self.kv.get_mut(&kv) {
-            kv.free.push(Reverse(offset / kv.block_bytes));
+            kv.free.insert(offset / kv.block_bytes);
         }
     }
 
-    /// Takes blocks with zeros in them, all or none.
-    fn take_blocks(&mut self, kv: KvKey, count: usize) -> Result<Vec<Extent>, DeviceError> {
+    /// Takes the blocks with these numbers, which are free, with zeros in them.
+    fn take_blocks(&mut self, kv: KvKey, numbers: &[usize]) -> Result<Vec<Extent>, DeviceError> {
         let Some(kv) = self.kv.get_mut(&kv) else { return Ok(Vec::new()) };
-        let mut indices: Vec<usize> = Vec::with_capacity(count);
-        indices.extend(std::iter::from_fn(|| kv.free.pop().map(|index| index.0)).take(count));
-        let reused = indices.len();
-        indices.extend((kv.next..).take(count - reused));
-        let claim = |&index: &usize| Claim { offset: index * kv.block_bytes, len: kv.block_bytes };
-        let claims: Vec<Claim> = indices.iter().map(claim).collect();
-        match kv.arena.claim_all(&claims, Contents::Zeroed) {
-            Ok(blocks) => {
-                kv.next += count - reused;
-                Ok(blocks)
-            }
-            Err(error) => {
-                kv.free.extend(indices[..reused].iter().copied().map(Reverse));
-                Err(error)
-            }
+        let blocks = kv.arena.claim_all(&kv.claims(numbers), Contents::Zeroed)?;
+        for &number in numbers {
+            kv.free.remove(&number);
+            kv.free.extend(kv.next..number);
+            kv.next = kv.next.max(number + 1);
         }
+        Ok(blocks)
+    }
+
+    /// Whether there would be pages for the blocks with these numbers if everything else that is idle went. A block is
+    /// `cached` if one without users lies there now.
+    fn check_blocks(
+        &mut self,
+        kv: KvKey,
+        numbers: &[usize],
+        cached: &BTreeSet<usize>,
+    ) -> Result<(), Shortage> {
+        let Some(entry) = self.kv.get_mut(&kv) else { return Ok(()) };
+        let needed = entry.arena.pages_needed(&entry.claims(numbers));
+        if needed <= self.memory.free_pages() {
+            return Ok(());
+        }
+        // A page that a block would share with something idle is not to be had by evicting that.
+        let place = |number| if cached.contains(number) { Place::Idle } else { Place::Absent };
+        let home = Home::Kv(kv);
+        let span = |number: &usize, bytes: usize| (number * bytes, bytes);
+        let bytes = entry.block_bytes;
+        numbers
+            .iter()
+            .for_each(|number| self.change(home, span(number, bytes), place(number), Place::Pinned));
+        let room = self.check_pages(needed);
+        numbers
+            .iter()
+            .for_each(|number| self.change(home, span(number, bytes), Place::Pinned, place(number)));
+        room
     }
 
     /// Pages that are free or that evicting everything idle would free.
@@ -140,7 +181,8 @@ impl Paged {
         if needed <= self.available_pages() { Ok(()) } else { Err(self.shortage(needed)) }
     }
 
-    /// Pages for these blocks, if none of them finds one that is there already.
+    /// Pages that suffice for these blocks. As the lowest free numbers are taken, a run of them begins at a page's start or
+    /// behind a block in use, whose page is there, and every run but the last ends before one.
     fn pages_for(&self, reserve: &[KvReserve]) -> usize {
         let page_bytes = self.memory.page_bytes();
         let pages = |reserve: &KvReserve| {
@@ -215,13 +257,11 @@ impl Pool {
     pub(crate) fn place_paged(
         &mut self,
         missing: &[TensorKey],
-    ) -> Result<HashMap<TensorKey, Extent>, Shortage> {
+    ) -> Result<HashMap<TensorKey, Extent>, Refusal> {
         let groups = self.groups(missing);
         // What has to be free may change as tensors that share a page with the wanted ones go.
         self.free_pages(|| pages_needed(&groups))?;
-        let needed = pages_needed(&groups);
-        let short = |pool: &mut Pool| pool.paged().map_or(Shortage::NOTHING, |paged| paged.shortage(needed));
-        self.claim_paged(missing).ok_or_else(|| short(self))
+        self.claim_paged(missing)
     }
 
     /// Bytes of pages that an absent tensor needs and that are not there yet.
@@ -230,13 +270,21 @@ impl Pool {
     }
 
     /// Claims the places of absent tensors, if there are pages for all of them.
-    pub(crate) fn claim_paged(&mut self, keys: &[TensorKey]) -> Option<HashMap<TensorKey, Extent>> {
+    pub(crate) fn claim_paged(&mut self, keys: &[TensorKey]) -> Result<HashMap<TensorKey, Extent>, Refusal> {
         let mut extents = HashMap::new();
         for Group { arena, keys, claims } in self.groups(keys) {
-            let claimed = arena.claim_all(&claims, Contents::Overwritten).ok()?;
-            extents.extend(keys.into_iter().zip(claimed));
+            let claimed = arena.claim_all(&claims, Contents::Overwritten);
+            extents.extend(keys.into_iter().zip(claimed.map_err(|error| self.refusal(error))?));
         }
-        Some(extents)
+        Ok(extents)
+    }
+
+    /// Want of pages may pass; any other error of the device would come again.
+    fn refusal(&mut self, error: DeviceError) -> Refusal {
+        match (error, self.paged()) {
+            (DeviceError::OutOfPages { needed, .. }, Some(paged)) => paged.shortage(needed).into(),
+            (error, _) => Refusal::Device(error),
+        }
     }
 
     /// Evicts until as many pages are free as `needed` says.
@@ -253,27 +301,49 @@ impl Pool {
         }
     }
 
-    pub(crate) fn take_kv_paged(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Shortage> {
-        loop {
-            let Some(paged) = self.paged() else { return Err(Shortage::NOTHING) };
-            match paged.take_blocks(key, count) {
-                Ok(blocks) => return Ok(blocks),
-                Err(DeviceError::OutOfPages { needed, .. }) => match paged.check_pages(needed) {
-                    Ok(()) => self.free_pages(|| needed)?,
-                    Err(shortage) if !self.evict_cached(key) => return Err(shortage),
-                    Err(_) => {}
-                },
-                Err(_) => return Err(Shortage::NOTHING),
-            }
-        }
+    pub(crate) fn take_kv_paged(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Refusal> {
+        let BlockPlan { numbers, victims } = self.plan_blocks(key, count)?;
+        self.evict_all(victims);
+        let Some(kv) = self.paged().and_then(|paged| paged.kv.get(&key)) else {
+            return Err(Shortage::NOTHING.into());
+        };
+        let (arena, claims) = (kv.arena.clone(), kv.claims(&numbers));
+        self.free_pages(|| arena.pages_needed(&claims))?;
+        let taken = self.paged().map_or(Ok(Vec::new()), |paged| paged.take_blocks(key, &numbers));
+        taken.map_err(|error| self.refusal(error))
     }
 
-    /// Evicts the cached block of this model that is worth least; `false` if there is none. Where blocks are smaller than a
-    /// page, cached ones share pages with blocks in use: evicting them frees no page, but each is room for one.
-    fn evict_cached(&mut self, key: KvKey) -> bool {
-        let own = |block: &TensorKey| self.published.get(block).is_some_and(|block| block.kv == key);
-        let victim = self.retention.idle().find(own);
-        victim.is_some_and(|victim| self.evict_all(vec![victim]))
+    /// Where `count` blocks can lie. Nothing is changed, so that a refusal leaves no trace.
+    ///
+    /// Where blocks are smaller than a page, cached ones share pages with blocks in use: evicting them frees no page, but
+    /// each is room for one. Where free places do not do, those of more and more cached ones of the same model are taken
+    /// too, least worth first.
+    fn plan_blocks(&mut self, key: KvKey, count: usize) -> Result<BlockPlan, Shortage> {
+        let Some(paged) = self.paged() else { return Err(Shortage::NOTHING) };
+        let Some(kv) = paged.kv.get(&key) else { return Err(Shortage::NOTHING) };
+        let (block_bytes, numbers) = (kv.block_bytes, kv.lowest(count, std::iter::empty()));
+        let Err(shortage) = paged.check_blocks(key, &numbers, &BTreeSet::new()) else {
+            return Ok(BlockPlan { numbers, victims: Vec::new() });
+        };
+        let own = |block: TensorKey| {
+            let published = self.published.get(&block).filter(|published| published.kv == key)?;
+            Some((published.extent.offset() / block_bytes, block))
+        };
+        let own: Vec<(usize, TensorKey)> = self.retention.idle().filter_map(own).collect();
+        let mut tried = 0;
+        while tried < own.len() {
+            tried = (tried * 2).clamp(1, own.len());
+            let cached: BTreeSet<usize> = own[..tried].iter().map(|&(number, _)| number).collect();
+            let Some(paged) = self.paged() else { break };
+            let Some(kv) = paged.kv.get(&key) else { break };
+            let numbers = kv.lowest(count, cached.iter().copied());
+            if paged.check_blocks(key, &numbers, &cached).is_ok() {
+                let taken = |(number, _): &&(usize, TensorKey)| numbers.binary_search(number).is_ok();
+                let victims = own[..tried].iter().filter(taken).map(|&(_, block)| block).collect();
+                return Ok(BlockPlan { numbers, victims });
+            }
+        }
+        Err(shortage)
     }
 
     pub(crate) fn can_reserve_paged(&mut self, reserve: &[KvReserve]) -> bool {

@@ -58,6 +58,24 @@ impl Shortage {
     pub(crate) const NOTHING: Shortage = Shortage { needed: 0, available: 0 };
 }
 
+/// Why room was not given.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// There is too little now; waiting for others to end may help.
+    #[error("{} bytes of device memory are needed, {} are free or idle", .0.needed, .0.available)]
+    Short(Shortage),
+    /// The device does not do it: more mappings than the system allows, say, or a tensor that reaches beyond its file.
+    /// Waiting does not help, so the request must end.
+    #[error(transparent)]
+    Device(DeviceError),
+}
+
+impl From<Shortage> for Refusal {
+    fn from(shortage: Shortage) -> Refusal {
+        Refusal::Short(shortage)
+    }
+}
+
 pub(crate) struct Slot {
     id: ContentId,
     pub(crate) checkpoint: String,
@@ -378,13 +396,14 @@ impl Pool {
     /// others will take, must be free or evictable beside them. `now` is in seconds.
     ///
     /// # Errors
-    /// [`Shortage`] when even evicting everything idle would not make enough room.
+    /// [`Refusal::Short`] when even evicting everything idle would not make enough room; [`Refusal::Device`] when the
+    /// device refuses.
     pub fn activate(
         &mut self,
         keys: &[TensorKey],
         reserve: &[KvReserve],
         now: f64,
-    ) -> Result<Activation, Shortage> {
+    ) -> Result<Activation, Refusal> {
         self.settle();
         let (mut missing, mut own_idle) = (Vec::new(), Vec::new());
         for &key in keys {
@@ -410,7 +429,7 @@ impl Pool {
                     // Given up a moment ago, but the loader has not let go of its room yet.
                     let tensors = joined.iter().filter_map(|&key| self.slot(key)?.tensor.as_ref());
                     tensors.for_each(|tensor| tensor.leave());
-                    return Err(Shortage::NOTHING);
+                    return Err(Shortage::NOTHING.into());
                 }
             }
         }
@@ -421,10 +440,10 @@ impl Pool {
         };
         let mut extents = match placed {
             Ok(extents) => extents,
-            Err(shortage) => {
+            Err(refusal) => {
                 let tensors = joined.iter().filter_map(|&key| self.slot(key)?.tensor.clone()).collect();
                 self.release_all(tensors);
-                return Err(shortage);
+                return Err(refusal);
             }
         };
         let mut vacancies = Vec::with_capacity(missing.len());

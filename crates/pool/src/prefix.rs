@@ -12,7 +12,7 @@ use tangram_device::{DeviceError, Extent};
 use tangram_policy::{Event, TensorKey};
 
 use crate::kv::{BlockHash, KvKey, Prefix};
-use crate::pool::{Pool, Shortage};
+use crate::pool::{Pool, Refusal};
 use crate::room::{Home, KvReserve, KvSpace, Place, Room};
 
 /// A full block that sequences can share.
@@ -70,7 +70,8 @@ impl Pool {
         self.kv.get_mut(key.0)?.as_mut()
     }
 
-    /// Whether these blocks would find room if everything idle went.
+    /// Whether these blocks would find room if everything idle went: if they are of one model, taking them then works.
+    /// The paged layout is cautious, for it counts no page that is shared with blocks in use.
     pub fn can_reserve(&mut self, reserve: &[KvReserve]) -> bool {
         match self.room {
             Room::Paged(_) => self.can_reserve_paged(reserve),
@@ -78,7 +79,8 @@ impl Pool {
         }
     }
 
-    /// Whether these blocks find room as things are.
+    /// Whether these blocks find room as things are: if they are of one model, taking them then evicts nothing. As
+    /// cautious as [`Pool::can_reserve`].
     pub fn has_room(&mut self, reserve: &[KvReserve]) -> bool {
         match self.room {
             Room::Paged(_) => self.has_room_paged(reserve),
@@ -98,8 +100,9 @@ impl Pool {
     /// Takes `count` KV blocks with zeros in them, or none, evicting what is idle if there is no room for them.
     ///
     /// # Errors
-    /// [`Shortage`] when what is leased leaves too little room.
-    pub fn take_kv(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Shortage> {
+    /// [`Refusal::Short`] when what is leased leaves too little room; nothing was evicted then. [`Refusal::Device`] when
+    /// the device refuses.
+    pub fn take_kv(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Refusal> {
         if count == 0 {
             return Ok(Vec::new());
         }
@@ -148,12 +151,15 @@ impl Pool {
     }
 
     /// Leases the cached blocks that a sequence with these block hashes begins with, as many as there are without a
-    /// gap. Each saved `seconds` of prefill, which is what it is worth from now on.
+    /// gap. Each saved `seconds` of prefill, which is what it is worth from now on; 0 if that is not known, for another name
+    /// of the model may have appraised it.
     pub fn lease_prefix(&mut self, key: KvKey, hashes: &[BlockHash], seconds: f64, now: f64) -> Prefix {
         let mut prefix = Prefix::default();
         for (index, hash) in hashes.iter().enumerate() {
             let Some(&block) = self.space(key).and_then(|kv| kv.published.get(hash)) else { break };
-            self.apply(Event::Appraised { tensor: block, seconds: front_first(seconds, index) });
+            if seconds > 0.0 {
+                self.apply(Event::Appraised { tensor: block, seconds: front_first(seconds, index) });
+            }
             self.lease_block(block, now, &mut prefix);
         }
         prefix

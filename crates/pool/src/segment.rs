@@ -13,7 +13,7 @@ use tangram_policy::TensorKey;
 use tangram_policy::packing::{self, Move, Packer, Strategy};
 
 use crate::kv::KvKey;
-use crate::pool::{Pool, Shortage};
+use crate::pool::{Pool, Refusal, Shortage};
 use crate::room::{ALIGNMENT, KvReserve, Place, Room};
 
 #[derive(Clone, Copy, Debug)]
@@ -152,7 +152,7 @@ impl Segment {
     }
 
     /// Takes blocks with zeros in them from the high end; `None` if the holes do not hold so many.
-    fn take_blocks(&self, bytes: usize, count: usize) -> Option<Vec<Extent>> {
+    fn take_blocks(&self, bytes: usize, count: usize) -> Option<Result<Vec<Extent>, DeviceError>> {
         let mut claims = Vec::with_capacity(count);
         for (&start, &len) in self.holes.iter().rev() {
             let mut end = (start + len) / ALIGNMENT * ALIGNMENT;
@@ -161,7 +161,7 @@ impl Segment {
                 claims.push(Claim { offset: end, len: bytes });
             }
             if claims.len() == count {
-                return self.arena.claim_all(&claims, Contents::Zeroed).ok();
+                return Some(self.arena.claim_all(&claims, Contents::Zeroed));
             }
         }
         None
@@ -233,11 +233,12 @@ impl Pool {
         reserve: &[KvReserve],
     ) -> Result<(), Shortage> {
         let blocks = self.block_sizes(reserve);
-        let sizes = if missing.is_empty() { Vec::new() } else { self.sizes(missing, reserve) };
         let Some(segment) = self.segment() else { return Ok(()) };
         if missing.is_empty() && Segment::fit(segment.holes.values().copied(), &blocks) {
             return Ok(());
         }
+        let sizes = self.sizes(missing, reserve);
+        let Some(segment) = self.segment() else { return Ok(()) };
         let needed = sizes.iter().copied().map(footprint).sum();
         let shortage = segment.shortage(needed);
         let keep = |resident: &Resident| match resident {
@@ -245,13 +246,7 @@ impl Pool {
             Resident { owner: Some(key), .. } if own_idle.binary_search(key).is_ok() => Some(true),
             _ => None,
         };
-        match missing.is_empty() {
-            true => {
-                let sizes = blocks.iter().flat_map(|&(bytes, count)| std::iter::repeat_n(bytes, count));
-                segment.plan(keep, sizes).map(drop).ok_or(shortage)
-            }
-            false => segment.plan(keep, sizes.into_iter()).map(drop).ok_or(shortage),
-        }
+        segment.plan(keep, sizes.into_iter()).map(drop).ok_or(shortage)
     }
 
     /// Evicts and moves as much as it takes and claims places for `missing`, such that `reserve` finds place too.
@@ -262,7 +257,7 @@ impl Pool {
         missing: &[TensorKey],
         own: &[TensorKey],
         reserve: &[KvReserve],
-    ) -> Result<HashMap<TensorKey, Extent>, Shortage> {
+    ) -> Result<HashMap<TensorKey, Extent>, Refusal> {
         let blocks = self.block_sizes(reserve);
         if missing.is_empty()
             && self.segment().is_some_and(|segment| Segment::fit(segment.holes.values().copied(), &blocks))
@@ -271,13 +266,16 @@ impl Pool {
         }
         let sizes = self.sizes(missing, reserve);
         let placements = self.pack(&sizes, own)?;
-        self.claim_placements(missing, &placements).ok_or(Shortage::NOTHING)
+        self.claim_placements(missing, &placements)
     }
 
     /// Claims places for absent tensors, if that takes no eviction.
-    pub(crate) fn claim_segment(&mut self, keys: &[TensorKey]) -> Option<HashMap<TensorKey, Extent>> {
+    pub(crate) fn claim_segment(
+        &mut self,
+        keys: &[TensorKey],
+    ) -> Result<HashMap<TensorKey, Extent>, Refusal> {
         let sizes = self.sizes(keys, &[]);
-        let placements = self.pack_once(&sizes, &[])?.ok()?;
+        let placements = self.pack_once(&sizes, &[]).unwrap_or(Err(Shortage::NOTHING.into()))?;
         self.claim_placements(keys, &placements)
     }
 
@@ -285,25 +283,28 @@ impl Pool {
         &mut self,
         keys: &[TensorKey],
         placements: &[(usize, u64)],
-    ) -> Option<HashMap<TensorKey, Extent>> {
+    ) -> Result<HashMap<TensorKey, Extent>, Refusal> {
         let mut claims = vec![Claim { offset: 0, len: 0 }; keys.len()];
         for &(index, offset) in placements {
-            if let (Some(claim), Some(&key)) = (claims.get_mut(index), keys.get(index)) {
-                *claim = Claim { offset: offset as usize, len: self.slot(key)?.bytes };
+            if let (Some(claim), Some(slot)) =
+                (claims.get_mut(index), keys.get(index).and_then(|&key| self.slot(key)))
+            {
+                *claim = Claim { offset: offset as usize, len: slot.bytes };
             }
         }
-        let arena = self.segment()?.arena.clone();
-        let extents = arena.claim_all(&claims, Contents::Overwritten).ok()?;
+        let Some(segment) = self.segment() else { return Ok(HashMap::new()) };
+        let arena = segment.arena.clone();
+        let extents = arena.claim_all(&claims, Contents::Overwritten).map_err(Refusal::Device)?;
         for (&key, claim) in keys.iter().zip(&claims) {
             if let Some(slot) = self.slot_mut(key) {
                 slot.offset = claim.offset;
             }
         }
-        Some(keys.iter().copied().zip(extents).collect())
+        Ok(keys.iter().copied().zip(extents).collect())
     }
 
     /// Evicts and moves until `sizes` fit; gives the place of each.
-    fn pack(&mut self, sizes: &[usize], own: &[TensorKey]) -> Result<Vec<(usize, u64)>, Shortage> {
+    fn pack(&mut self, sizes: &[usize], own: &[TensorKey]) -> Result<Vec<(usize, u64)>, Refusal> {
         let needed: usize = sizes.iter().copied().map(footprint).sum();
         let mut more = sizes.iter().copied().max().unwrap_or(0);
         loop {
@@ -315,7 +316,8 @@ impl Pool {
             let shortage = if free < needed { needed - free } else { more };
             more += more * usize::from(free >= needed);
             if !self.evict_bytes(shortage as u64) {
-                return Err(self.segment().map_or(Shortage::NOTHING, |segment| segment.shortage(needed)));
+                let shortage = self.segment().map_or(Shortage::NOTHING, |segment| segment.shortage(needed));
+                return Err(shortage.into());
             }
         }
     }
@@ -325,7 +327,7 @@ impl Pool {
         &mut self,
         sizes: &[usize],
         own: &[TensorKey],
-    ) -> Option<Result<Vec<(usize, u64)>, Shortage>> {
+    ) -> Option<Result<Vec<(usize, u64)>, Refusal>> {
         let segment = self.segment()?;
         if segment.free < sizes.iter().copied().map(footprint).sum() {
             return None;
@@ -338,22 +340,26 @@ impl Pool {
         Some(self.carry_out(&moves).map(|()| placements))
     }
 
-    fn carry_out(&mut self, moves: &[Move]) -> Result<(), Shortage> {
+    fn carry_out(&mut self, moves: &[Move]) -> Result<(), Refusal> {
         for &Move { from, to, len } in moves {
             let (from, to) = (from as usize, to as usize);
             let resident = self.segment().and_then(|segment| segment.residents.get(&from)).copied();
-            let Some(Resident { bytes, owner: Some(key), idle }) = resident else {
-                debug_assert!(false, "a plan moves what is there");
-                return Err(Shortage::NOTHING);
+            let extent = match resident {
+                Some(Resident { owner: Some(key), .. }) => self.extent_mut(key),
+                _ => None,
             };
-            let moved = match self.extent_mut(key) {
-                Some(extent) => extent.move_to(to).is_ok(),
-                None => false,
+            let moved = match extent {
+                Some(extent) => extent.move_to(to),
+                None => Err(DeviceError::BadClaim {
+                    offset: from,
+                    len: len as usize,
+                    arena_bytes: self.segment().map_or(0, |segment| segment.len),
+                    problem: "held by somebody",
+                }),
             };
-            if !moved {
-                debug_assert!(false, "a plan moves what nobody holds, to where nothing is");
-                return Err(Shortage::NOTHING);
-            }
+            debug_assert!(moved.is_ok(), "a plan moves what nobody holds, to where nothing is");
+            moved.map_err(Refusal::Device)?;
+            let Some(Resident { bytes, owner: Some(key), idle }) = resident else { continue };
             let place = if idle { Place::Idle } else { Place::Pinned };
             if let Some(segment) = self.segment() {
                 segment.change((from, bytes), Some(key), place, Place::Absent);
@@ -376,19 +382,19 @@ impl Pool {
         Arc::get_mut(tensor)?.extent_mut()
     }
 
-    pub(crate) fn take_kv_segment(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Shortage> {
+    pub(crate) fn take_kv_segment(&mut self, key: KvKey, count: usize) -> Result<Vec<Extent>, Refusal> {
         let Some(bytes) = self.kv.get(key.0).and_then(Option::as_ref).map(|kv| kv.block_bytes) else {
-            return Err(Shortage::NOTHING);
+            return Err(Shortage::NOTHING.into());
         };
         let mut tried = false;
         loop {
-            let Some(segment) = self.segment() else { return Err(Shortage::NOTHING) };
+            let Some(segment) = self.segment() else { return Err(Shortage::NOTHING.into()) };
             if let Some(blocks) = segment.take_blocks(bytes, count) {
-                return Ok(blocks);
+                return blocks.map_err(Refusal::Device);
             }
             let shortage = segment.shortage(count * footprint(bytes));
             if tried || !Segment::fit(segment.compartments(), &[(footprint(bytes), count)]) {
-                return Err(shortage);
+                return Err(shortage.into());
             }
             tried = true;
             self.pack(&vec![bytes; count], &[])?;

@@ -4,14 +4,16 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use tangram_device::DeviceError;
 use tangram_policy::pressure::{self, Growing};
 use tangram_policy::{Attempt, TensorKey};
-use tangram_pool::{KvReserve, Vacancy};
+use tangram_pool::{KvReserve, Refusal, Vacancy};
 use tangram_store::TensorLoad;
 
 use super::adapters::ActiveAdapter;
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
+use crate::api::RequestError;
 use crate::forecast::LoadMeter;
 use crate::model::Location;
 use crate::sequence::Sequence;
@@ -93,8 +95,13 @@ impl Worker {
         if entry.active.as_ref().is_some_and(|active| active.sequences.len() >= MAX_BATCH) {
             return Err(sequence);
         }
-        let Some((loaded, reused)) = self.lease(runner, model, &reserve, seconds) else {
-            return Err(sequence);
+        let (loaded, reused) = match self.lease(runner, model, &reserve, seconds) {
+            None => return Err(sequence),
+            Some(Ok(bytes)) => bytes,
+            Some(Err(error)) => {
+                self.refuse(*sequence, &error);
+                return Ok(Attempt::Gone);
+            }
         };
         let Some(entry) = self.models[runner].as_mut() else { return Err(sequence) };
         if let Some(kv) = entry.kv {
@@ -159,7 +166,13 @@ impl Worker {
     /// Leases what one more sequence of `model` in the batch of `runner` needs, and starts loading what is missing: the
     /// model's tensors unless the batch holds them already, and those of its adapter before them. Gives the bytes that
     /// are loaded and reused; `None`, with nothing changed, if there is no room.
-    fn lease(&mut self, runner: usize, model: usize, reserve: &[KvReserve], now: f64) -> Option<(u64, u64)> {
+    fn lease(
+        &mut self,
+        runner: usize,
+        model: usize,
+        reserve: &[KvReserve],
+        now: f64,
+    ) -> Option<Result<(u64, u64), DeviceError>> {
         let (base, entry) = (self.models[runner].as_ref()?, self.models[model].as_ref()?);
         let adapter = entry.plan.adapter.as_ref();
         let own = adapter.map_or(&[][..], |adapter| &adapter.own);
@@ -185,7 +198,11 @@ impl Worker {
                     activation = self.pool.activate(&keys, reserve, now);
                 }
             }
-            let activation = activation.ok()?;
+            let activation = match activation {
+                Ok(activation) => activation,
+                Err(Refusal::Short(_)) => return None,
+                Err(Refusal::Device(error)) => return Some(Err(error)),
+            };
             if !activation.missing.is_empty() {
                 let tensors = activation.lease.tensors().iter();
                 meter = LoadMeter::new(tensors.map(|tensor| (tensor.len() as u64, !tensor.is_ready())));
@@ -236,7 +253,21 @@ impl Worker {
         for adapter in active.adapters.iter_mut().filter(|adapter| adapter.model == model) {
             adapter.sequences += 1;
         }
-        Some((loaded, reused))
+        Some(Ok((loaded, reused)))
+    }
+
+    /// Ends a sequence that would wait for ever, because what the device refuses it will refuse again.
+    fn refuse(&mut self, sequence: Sequence, error: &DeviceError) {
+        let model = sequence.model;
+        tracing::error!(%error, "a request was refused by the device");
+        self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+        let mut name = String::new();
+        if let Some(entry) = self.models[model].as_mut() {
+            entry.waiting -= 1;
+            name.clone_from(&entry.deployed.name);
+        }
+        let error = RequestError::LoadFailed { model: name, reason: format!("no place for it: {error}") };
+        self.end(sequence, |sequence| sequence.fail(error));
     }
 
     /// Leases what others have computed of a sequence's prompt since it was admitted, as long as it has computed

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tangram_engine::{Chunk, KvBlocks, LogitRows};
 use tangram_policy::{Runnable, Share, compose};
-use tangram_pool::{LoadFailure, Tensor};
+use tangram_pool::{LoadFailure, Refusal, Tensor};
 
 use super::adapters::ActiveAdapter;
 use super::{Active, Step, Worker};
@@ -110,8 +110,14 @@ impl Worker {
                         active.sequences[share.sequence].kv.extend(blocks.by_ref().take(count));
                     }
                 }
-                Err(_) if self.preempt_one() => return Begun::Preempted,
-                Err(_) => return Begun::NoRoom,
+                Err(Refusal::Short(_)) if self.preempt_one() => return Begun::Preempted,
+                Err(Refusal::Short(_)) => return Begun::NoRoom,
+                Err(Refusal::Device(error)) => {
+                    // It would be refused again; nobody waits for that.
+                    let error = RequestError::Internal(format!("no place for keys and values: {error}"));
+                    self.fail_model(model, &error);
+                    return Begun::Failed;
+                }
             }
         }
         let chunks: Vec<Chunk<'_>> = shares

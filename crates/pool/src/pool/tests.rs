@@ -38,6 +38,13 @@ fn fill(vacancy: Vacancy, id: u8) {
     }
 }
 
+fn short(refusal: Refusal) -> Shortage {
+    match refusal {
+        Refusal::Short(shortage) => shortage,
+        Refusal::Device(error) => panic!("{error}"),
+    }
+}
+
 impl World {
     fn new(pages: usize) -> World {
         World::on(Backend::Paged, pages)
@@ -54,7 +61,7 @@ impl World {
 
     fn activate(&mut self, keys: &[TensorKey]) -> Result<Activation, Shortage> {
         self.now += 1.0;
-        self.pool.activate(keys, &[], self.now)
+        self.pool.activate(keys, &[], self.now).map_err(short)
     }
 
     /// Activates and fills what is missing; gives the ids that had to be loaded.
@@ -337,6 +344,82 @@ fn a_model_whose_files_find_no_addresses_leaves_nothing_behind() {
     let a = world.model(&[entry(3, "a", 2 * PAGE, 100)]);
     let (lease, _) = world.load(&a);
     world.check(&lease);
+}
+
+/// Of three blocks' room one is in use and one cached: three blocks more are refused, and the cached one stays.
+#[test]
+fn a_take_that_is_refused_evicts_nothing() {
+    for backend in [Backend::Paged, Backend::Segment] {
+        let mut world = World::on(backend, 3);
+        let kv = world.pool.add_kv(Hash([1; 32]), PAGE).unwrap();
+        let mut blocks = world.pool.take_kv(kv, 2).unwrap();
+        let mut prefix = crate::Prefix::default();
+        world.pool.publish(kv, &mut prefix, [1; 32], blocks.pop().unwrap(), 0.01, 0.0);
+        world.pool.release_prefix(prefix);
+        let shortage = short(world.pool.take_kv(kv, 3).unwrap_err());
+        assert_eq!(shortage, Shortage { needed: 3 * PAGE as u64, available: 2 * PAGE as u64 });
+        assert_eq!(world.pool.stats().kv_cached_bytes, PAGE as u64, "{backend:?}");
+        blocks.extend(world.pool.take_kv(kv, 2).unwrap());
+        assert_eq!(world.pool.stats().kv_cached_bytes, 0);
+        world.pool.give_kv(kv, blocks);
+    }
+}
+
+/// Blocks of three eighths of a page: 0 and 1 lie in the first page, 2 in the first and the second, and so on. With 1 and 4
+/// cached and the others in use, evicting both frees no page, and two more blocks but not three find room in their place.
+#[test]
+fn a_take_that_is_refused_evicts_none_of_its_own_cached_blocks() {
+    let mut world = World::new(2);
+    let kv = world.pool.add_kv(Hash([1; 32]), PAGE * 3 / 8).unwrap();
+    let mut blocks: Vec<Extent> = world.pool.take_kv(kv, 5).unwrap();
+    for index in [4, 1] {
+        let mut prefix = crate::Prefix::default();
+        let block = blocks.remove(index);
+        world.pool.publish(kv, &mut prefix, [index as u8; 32], block, 0.01, 0.0);
+        world.pool.release_prefix(prefix);
+    }
+    let cached = world.pool.stats().kv_cached_bytes;
+    assert!(world.pool.take_kv(kv, 3).is_err());
+    assert_eq!(world.pool.stats().kv_cached_bytes, cached, "refused, and so nothing was changed");
+    assert_eq!(world.pool.lease_prefix(kv, &[[4; 32]], 0.0, 0.0).len(), 1);
+    assert_eq!(world.pool.lease_prefix(kv, &[[1; 32]], 0.0, 0.0).len(), 1);
+}
+
+/// A tensor that reaches beyond its file can never be placed: that is no want of room, for which a request would wait.
+#[test]
+fn what_the_device_refuses_is_told_from_a_shortage() {
+    let mut world = World::new(8);
+    let keys = world.pool.catalogue(&[entry(1, "a", 0, PAGE), entry(2, "a", PAGE, PAGE)], |_| 1).unwrap();
+    let before = world.pool.stats();
+    assert!(matches!(
+        world.pool.activate(&keys, &[], 0.0).unwrap_err(),
+        Refusal::Device(DeviceError::BadClaim { .. })
+    ));
+    assert_eq!(world.pool.stats(), before, "nothing is left behind");
+    assert_eq!(world.pool.memory().free_pages(), 8);
+    let (lease, _) = world.load(&keys[..1]);
+    world.pool.activate(&keys, &[], 1.0).unwrap_err();
+    world.check(&lease);
+    world.pool.release(lease);
+    world.pool.forget(&keys);
+    assert_eq!(world.pool.stats().resident_bytes, 0);
+}
+
+/// A second name of a model shares its prefixes, but has measured nothing yet when it first finds one.
+#[test]
+fn a_prefix_keeps_its_worth_when_found_by_who_does_not_know_it() {
+    let mut world = World::new(4);
+    let kv = world.pool.add_kv(Hash([1; 32]), PAGE).unwrap();
+    let block = world.pool.take_kv(kv, 1).unwrap().pop().unwrap();
+    let mut prefix = crate::Prefix::default();
+    world.pool.publish(kv, &mut prefix, [1; 32], block, 0.01, 0.0);
+    let worth =
+        |world: &World, prefix: &crate::Prefix| world.pool.retention.log2_worth(prefix.keys[0]).unwrap();
+    let before = worth(&world, &prefix);
+    let found = world.pool.lease_prefix(kv, &[[1; 32]], 0.0, 0.0);
+    assert!(worth(&world, &found) >= before, "one use more, and no less saved");
+    world.pool.release_prefix(prefix);
+    world.pool.release_prefix(found);
 }
 
 fn candidates(retention: &Retention, sizes: &BTreeMap<TensorKey, u64>) -> impl Iterator<Item = Candidate> {
