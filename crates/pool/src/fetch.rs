@@ -44,9 +44,12 @@ impl Pool {
         self.settle();
         let mut fetch = Fetch { lease: Lease::default(), missing: Vec::new() };
         let mut left = bytes;
+        // What has just gone is not brought back over what was worth even less: its bytes would have moved for nothing.
+        let mut gone = Vec::new();
         while left > 0
             && let Some(key) = self.most_wanted()
-            && let Some(extent) = self.room_for_fetch(key)
+            && !gone.contains(&key)
+            && let Some(extent) = self.room_for_fetch(key, &mut gone)
         {
             left = left.saturating_sub(extent.len() as u64);
             let vacancy = Vacancy::new(key, extent);
@@ -70,8 +73,8 @@ impl Pool {
         self.retention.wanted().find(readable)
     }
 
-    /// A place for an absent tensor, if it is worth what has to go for it.
-    fn room_for_fetch(&mut self, key: TensorKey) -> Option<Extent> {
+    /// A place for an absent tensor, if it is worth what has to go for it. What goes is added to `gone`.
+    fn room_for_fetch(&mut self, key: TensorKey, gone: &mut Vec<TensorKey>) -> Option<Extent> {
         let worth = self.retention.log2_worth(key)?;
         loop {
             // What has to be free may change as tensors that share a page with the wanted one go.
@@ -85,6 +88,7 @@ impl Pool {
             }
             let victims = prefetch::room(self.candidates(), shortage, worth)?;
             self.record(|| Logged::AskedFor { tensor: key, shortage, victims: victims.clone() });
+            gone.extend(&victims);
             if !self.evict_all(victims) {
                 return None;
             }

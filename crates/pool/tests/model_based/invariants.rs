@@ -3,12 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use tangram_pool::{LoadFailure, PoolStats};
+use tangram_pool::{Backend, LoadFailure, PoolStats};
 
-use crate::paged;
 use crate::program::{Evictions, Held, Program, hash, word};
 use crate::reference::{Failure, Slot, Stage};
-use crate::universe::Backend;
+use crate::{paged, segment};
 
 impl Program {
     /// Everything that holds after every step.
@@ -18,11 +17,12 @@ impl Program {
         self.check_bytes();
         match self.universe.backend {
             Backend::Paged => paged::check(self),
+            Backend::Segment => segment::check(self),
         }
     }
 
     /// Finds out which idle tensors the pool has evicted: only idle ones, and only where it was asked for room.
-    fn learn_evictions(&mut self, evictions: Evictions) {
+    pub fn learn_evictions(&mut self, evictions: Evictions) {
         for (content, slot) in &mut self.reference.slots {
             let bytes = self.pool.resident_bytes(&[slot.key]);
             let expected = if slot.resident.is_some() { slot.len as u64 } else { 0 };
@@ -44,6 +44,12 @@ impl Program {
             self.reference.cached_bytes = cached;
         }
         assert_eq!(cached, self.reference.cached_bytes, "cached bytes");
+        let moved = self.pool.stats().moved_total;
+        if evictions == Evictions::Allowed && self.universe.backend == Backend::Segment {
+            assert!(moved >= self.reference.moved_total);
+            self.reference.moved_total = moved;
+        }
+        assert_eq!(moved, self.reference.moved_total, "something moved and nobody asked for room");
         assert!(cached <= self.reference.cached_at_most(&self.universe.block_bytes));
     }
 
@@ -63,12 +69,15 @@ impl Program {
             kv_blocks,
             kv_cached_bytes: reference.cached_bytes,
             loaded_total: reference.loaded_total,
+            fetched_total: reference.fetched_total,
             reused_total: reference.reused_total,
             evicted_total: reference.evicted_total,
+            moved_total: reference.moved_total,
         };
         assert_eq!(stats, expected);
         let gone = reference.evicted_total + reference.failed_total;
-        assert_eq!(resident_bytes, reference.loaded_total - gone, "bytes that came are here or have gone");
+        let came = reference.loaded_total + reference.fetched_total;
+        assert_eq!(resident_bytes, came - gone, "bytes that came are here or have gone");
         let shared = |slot: &Slot| if slot.models > 1 { slot.len as u64 } else { 0 };
         for slot in reference.slots.values() {
             assert_eq!(self.pool.shared_bytes(&[slot.key]), shared(slot));
@@ -85,7 +94,7 @@ impl Program {
             );
         };
         let mut seen: BTreeMap<usize, usize> = BTreeMap::new();
-        for Held { contents, lease } in &self.leases {
+        for Held { contents, lease, .. } in &self.leases {
             for (content, tensor) in contents.iter().zip(lease.tensors()) {
                 let resident = self.reference.slots[content].resident.as_ref().expect("leased");
                 let failure = tensor.failure().map(|failure| match failure {
@@ -97,7 +106,8 @@ impl Program {
                     Stage::Failed(expected) => assert_eq!(failure, Some(expected)),
                     Stage::Ready => {
                         let bytes = tensor.bytes().expect("ready");
-                        assert_eq!(bytes.as_ptr() as usize, resident.address, "it moved under a lease");
+                        let address = bytes.as_ptr() as usize;
+                        assert_eq!(Some(address), resident.address, "it moved under a lease");
                         if seen.insert(*content, bytes.as_ptr() as usize).is_none() {
                             assert!(bytes == self.universe.contents[*content].bytes, "content {content}");
                             span(bytes.as_ptr() as usize, bytes.len());
@@ -110,8 +120,9 @@ impl Program {
         }
         for slot in self.reference.slots.values() {
             if let Some(resident) = &slot.resident {
+                let address = resident.address.unwrap_or_default();
                 for (range, _) in resident.parts.iter().filter(|(_, live)| *live) {
-                    span(resident.address + range.start, range.len());
+                    span(address + range.start, range.len());
                 }
             }
         }

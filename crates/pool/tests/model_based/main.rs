@@ -9,6 +9,7 @@ mod invariants;
 mod paged;
 mod program;
 mod reference;
+mod segment;
 mod threads;
 mod universe;
 
@@ -16,7 +17,8 @@ use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 
 use program::{Counts, Program};
-use universe::{Backend, Universe};
+use tangram_pool::Backend;
+use universe::Universe;
 
 /// Operations of one program; then the next seed begins with an empty pool of another size and other tensors.
 const PROGRAM: usize = 2000;
@@ -42,7 +44,10 @@ fn run(backend: Backend, page_bytes: usize) {
     for what in Counts::ALL {
         let number = counts.0.get(what).copied().unwrap_or(0);
         println!("  {what}: {number}");
-        assert!(number > 0 || !enough, "the programs never came to: {what}");
+        // In pages nothing moves, and room is never in the wrong place.
+        let never = ["bytes moved", "refused although the bytes would do"];
+        let expected = enough && (backend == Backend::Segment || !never.contains(&what));
+        assert!(number > 0 || !expected, "the programs never came to: {what}");
     }
 }
 
@@ -59,6 +64,11 @@ fn paged_with_pages_of_16_kib() {
 #[test]
 fn paged_with_pages_of_64_kib() {
     run(Backend::Paged, 64 << 10);
+}
+
+#[test]
+fn segment() {
+    run(Backend::Segment, 4 << 10);
 }
 
 /// The programs are the seeds', the timing is not.
@@ -81,4 +91,9 @@ fn race(backend: Backend) {
 #[test]
 fn paged_with_copy_streams_at_work() {
     race(Backend::Paged);
+}
+
+#[test]
+fn segment_with_copy_streams_at_work() {
+    race(Backend::Segment);
 }

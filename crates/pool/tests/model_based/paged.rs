@@ -63,8 +63,15 @@ fn count(program: &Program) -> Pages {
     sets
 }
 
-/// Whether there is room for these tensors and `reserve` further pages when everything else that is idle goes.
-pub fn fits(program: &Program, contents: &[usize], reserve: usize) -> bool {
+/// Pages that the pool sets aside for these blocks.
+fn reserved(program: &Program, reserve: &[(usize, usize)]) -> usize {
+    let bytes = |&(identity, blocks): &(usize, usize)| blocks * program.universe.block_bytes[identity];
+    reserve.iter().map(|blocks| bytes(blocks).div_ceil(program.universe.page_bytes)).sum()
+}
+
+/// Whether there is room for these tensors and for further blocks (identity, how many) when everything else that is idle
+/// goes.
+pub fn fits(program: &Program, contents: &[usize], reserve: &[(usize, usize)]) -> bool {
     let Pages { mapped, pinned, .. } = count(program);
     let mut staying: BTreeSet<Page> = mapped.intersection(&pinned).copied().collect();
     for content in contents {
@@ -74,22 +81,27 @@ pub fn fits(program: &Program, contents: &[usize], reserve: usize) -> bool {
             staying.extend(pages(file, offset..offset + slot.len, program.universe.page_bytes));
         }
     }
-    staying.len() + reserve <= program.universe.pages
+    staying.len() + reserved(program, reserve) <= program.universe.pages
 }
 
-/// Whether there is certainly room for a KV block, wherever it is put.
-pub fn has_room_for_block(program: &Program, block_bytes: usize) -> bool {
-    let Pages { mapped, pinned, .. } = count(program);
-    let most = block_bytes.div_ceil(program.universe.page_bytes) + 1;
-    mapped.intersection(&pinned).count() + most <= program.universe.pages
+/// Whether there are free pages for any of these tensors on its own.
+pub fn is_free(program: &Program, contents: &[usize]) -> bool {
+    let page_bytes = program.universe.page_bytes;
+    let pages = |content: &usize| program.reference.slots[content].len.div_ceil(page_bytes) + 1;
+    contents.iter().map(pages).max().unwrap_or(0) <= program.pool.memory().free_pages()
 }
 
 /// Pages add up: none is lost, none is counted twice, and what is said to be available is.
-pub fn check(program: &Program) {
+pub fn check(program: &mut Program) {
     let Pages { mapped, pinned, cached } = count(program);
     let (all, free) = (program.universe.pages, program.pool.memory().free_pages());
-    let staying = mapped.intersection(&pinned).count();
-    assert_eq!(program.pool.available_pages(), all - staying, "available pages");
+    let available = all - mapped.intersection(&pinned).count();
+    // Blocks of the probe have a page each.
+    assert!(
+        program.can_probe(available) && !program.can_probe(available + 1),
+        "{available} pages are available"
+    );
+    assert!(program.has_probe(free) && !program.has_probe(free + 1), "{free} pages are free");
     let cached_bytes = program.reference.cached_bytes;
     if cached_bytes == 0 {
         assert_eq!(free, all - mapped.len(), "free pages");
@@ -97,4 +109,5 @@ pub fn check(program: &Program) {
         assert_eq!(free, all - mapped.union(&cached).count(), "free pages, with all cached blocks there");
     }
     assert!(free <= all - mapped.len(), "{free} pages are free, at most {} can be", all - mapped.len());
+    assert_eq!(program.pool.free_bytes(), (free * program.universe.page_bytes) as u64);
 }

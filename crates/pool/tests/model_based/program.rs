@@ -10,11 +10,14 @@ use rand::{RngExt, SeedableRng};
 use tangram_checkpoint::Hash;
 use tangram_device::Extent;
 use tangram_policy::TensorKey;
-use tangram_pool::{BlockHash, KvKey, Lease, LoadFailure, Part, Pool, PoolStats, Prefix, Shortage};
+use tangram_pool::{
+    ALIGNMENT, Backend, BlockHash, Fetch, KvKey, KvReserve, Lease, LoadFailure, Part, Pool, PoolStats,
+    Prefix, Refusal, Shortage, Vacancy,
+};
 
-use crate::paged;
 use crate::reference::{Blocks, Failure, Published, Reference, Slot};
-use crate::universe::{Backend, Universe, pool};
+use crate::universe::{Universe, pool};
+use crate::{paged, segment};
 
 /// Operations that are shown when something is wrong.
 const SHOWN: usize = 40;
@@ -29,6 +32,8 @@ struct Deployment {
 /// A lease and what it is on.
 pub struct Held {
     pub contents: Vec<usize>,
+    /// By nobody's request.
+    fetched: bool,
     pub lease: Lease,
 }
 
@@ -53,6 +58,10 @@ pub struct Sequence {
 pub struct Program {
     pub universe: Universe,
     pub pool: Pool,
+    /// Address of the segment.
+    pub base: usize,
+    /// Never taken; its blocks are so small that room for them is counted exactly.
+    probe: KvKey,
     pub reference: Reference,
     pub sequences: Vec<Sequence>,
     deployments: Vec<Deployment>,
@@ -82,11 +91,16 @@ pub struct Counts(pub BTreeMap<&'static str, u64>);
 
 impl Counts {
     /// What must have happened in a run of any length.
-    pub const ALL: [&str; 11] = [
+    pub const ALL: [&str; 16] = [
         "activations",
+        "refused although the bytes would do",
+        "fetches",
+        "fetches of nothing",
+        "reclaims",
         "refused for want of room",
         "refused because of a loader",
         "bytes loaded",
+        "bytes moved",
         "bytes reused",
         "bytes evicted",
         "bytes failed",
@@ -114,10 +128,20 @@ impl Program {
     pub fn new(backend: Backend, page_bytes: usize, seed: u64, name: String) -> Program {
         let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
         let universe = Universe::random(backend, page_bytes, &mut random);
-        let pool = pool(backend, page_bytes, universe.pages);
+        let mut pool = pool(backend, page_bytes, universe.pages);
+        let probe_bytes = if backend == Backend::Paged { page_bytes } else { ALIGNMENT };
+        let probe = pool.add_kv(Hash([0xee; 32]), probe_bytes).unwrap();
+        let mut base = 0;
+        if backend == Backend::Segment {
+            let block = pool.take_kv(probe, 1).unwrap();
+            base = block[0].address() - block[0].offset();
+            pool.give_kv(probe, block);
+        }
         Program {
             universe,
             pool,
+            base,
+            probe,
             reference: Reference::default(),
             sequences: Vec::new(),
             deployments: Vec::new(),
@@ -147,6 +171,7 @@ impl Program {
         assert_eq!(Arc::strong_count(&memory), 1, "an arena outlived everything in it");
         let mut counts = std::mem::take(&mut self.counts);
         counts.add("bytes loaded", self.reference.loaded_total);
+        counts.add("bytes moved", self.reference.moved_total);
         counts.add("bytes reused", self.reference.reused_total);
         counts.add("bytes evicted", self.reference.evicted_total);
         counts.add("bytes failed", self.reference.failed_total);
@@ -171,7 +196,8 @@ impl Program {
                 0..=3 => self.deploy(),
                 4..=5 => self.remove(),
                 6..=21 => self.activate(),
-                22..=24 => self.prefetch(),
+                22 => self.expect_some(),
+                23..=24 => self.fetch(),
                 25..=27 => self.use_again(),
                 28..=43 => self.release(),
                 44..=60 => self.finish_a_part(),
@@ -181,7 +207,8 @@ impl Program {
                 79..=87 => self.grow_sequence(),
                 88..=93 => self.publish_block(),
                 94..=97 => self.end_sequence(),
-                98 => self.refuse_nonsense(),
+                98 if self.random.random_bool(0.3) => self.refuse_nonsense(),
+                98 => self.reclaim(),
                 _ => self.random.random_bool(0.2).then(|| self.drain()).map(|()| Evictions::Forbidden),
             };
             if let Some(evictions) = done {
@@ -217,7 +244,16 @@ impl Program {
                     let places = &self.universe.contents[content].places;
                     let home = places[place % places.len()];
                     let len = self.universe.contents[content].bytes.len();
-                    let slot = Slot { key, len, models: 1, home, resident: None, last_address: None };
+                    let slot = Slot {
+                        key,
+                        len,
+                        models: 1,
+                        home,
+                        resident: None,
+                        used: false,
+                        damaged: false,
+                        last_address: None,
+                    };
                     self.reference.slots.insert(content, slot);
                 }
             }
@@ -260,115 +296,238 @@ impl Program {
         }
     }
 
-    fn activate(&mut self) -> Option<Evictions> {
-        let deployment = self.any(self.deployments.len())?;
-        let reserve = self.random.random_range(0..4) * self.random.random_range(0..2);
-        Some(self.activate_deployment(deployment, reserve))
+    /// Whether `blocks` blocks of the probe find room as things are.
+    pub fn has_probe(&mut self, blocks: usize) -> bool {
+        self.pool.has_room(&[KvReserve { kv: self.probe, blocks }])
     }
 
-    fn activate_deployment(&mut self, index: usize, reserve: usize) -> Evictions {
+    /// Whether `blocks` blocks of the probe would find room if everything idle went.
+    pub fn can_probe(&mut self, blocks: usize) -> bool {
+        self.pool.can_reserve(&[KvReserve { kv: self.probe, blocks }])
+    }
+
+    /// Blocks that others are to take later: for the pool, and with their identities.
+    fn reserve(&mut self) -> (Vec<KvReserve>, Vec<(usize, usize)>) {
+        let kinds = self.random.random_range(0..7usize).saturating_sub(3);
+        let kinds = (0..kinds).filter_map(|_| {
+            let index =
+                (!self.deployments.is_empty()).then(|| self.random.random_range(0..self.deployments.len()));
+            let Deployment { model, kv, .. } = &self.deployments[index?];
+            let blocks = self.random.random_range(0..5);
+            Some((KvReserve { kv: *kv, blocks }, (self.universe.models[*model].identity, blocks)))
+        });
+        kinds.collect()
+    }
+
+    fn activate(&mut self) -> Option<Evictions> {
+        let index = self.any(self.deployments.len())?;
+        let (reserve, identities) = self.reserve();
         let Deployment { model, keys, .. } = &self.deployments[index];
         let (model, keys) = (*model, keys.clone());
         let contents = self.universe.models[model].contents.clone();
         self.reference.settle();
         let blocked = contents.iter().any(|content| self.reference.slots[content].blocks_activation());
         let feasible = match self.universe.backend {
-            Backend::Paged => paged::fits(self, &contents, reserve),
+            Backend::Paged => Some(paged::fits(self, &contents, &identities)),
+            Backend::Segment => segment::fits(self, &contents, &identities),
         };
         let before = self.pool.stats();
-        let result = self.pool.activate(&keys, reserve, self.now);
+        let result = self.pool.activate(&keys, &reserve, self.now).map_err(short);
         self.note(|| {
             let outcome = result.as_ref().map(|a| (a.missing.len(), a.bytes_loaded)).map_err(|s| *s);
-            format!("activate model {model} with {contents:?}, reserve {reserve}: {outcome:?}")
+            format!("activate model {model} with {contents:?}, reserve {identities:?}: {outcome:?}")
         });
         let activation = match result {
             Ok(activation) => activation,
             Err(shortage) => {
-                assert!(blocked || !feasible, "{shortage:?} although there is room");
-                assert!(blocked || shortage.needed > shortage.available, "{shortage:?} is none");
-                let why = if shortage.needed > 0 {
-                    "refused for want of room"
-                } else {
-                    "refused because of a loader"
+                assert!(blocked || feasible != Some(true), "{shortage:?} although there is room");
+                let fits = shortage.needed <= shortage.available;
+                match self.universe.backend {
+                    Backend::Paged => assert!(blocked || !fits, "{shortage:?} is none"),
+                    Backend::Segment => assert!(blocked || shortage.needed > 0, "{shortage:?} of nothing"),
+                }
+                let why = match (shortage.needed, fits) {
+                    (0, _) => "refused because of a loader",
+                    (_, true) => "refused although the bytes would do",
+                    (_, false) => "refused for want of room",
                 };
                 self.counts.add(why, 1);
                 self.nothing_changed(before);
-                return Evictions::Forbidden;
+                return Some(Evictions::Forbidden);
             }
         };
         self.counts.add("activations", 1);
         assert!(!blocked, "a tensor that was given up is joined");
-        assert!(feasible, "there was no room");
+        assert!(feasible != Some(false), "there was no room");
         let mut missing = activation.missing.into_iter();
         for ((&content, &key), tensor) in contents.iter().zip(&keys).zip(activation.lease.tensors()) {
             assert_eq!((tensor.key(), tensor.len()), (key, self.reference.slots[&content].len));
             if self.reference.slots[&content].resident.is_some() {
                 self.reference.reused_total += tensor.len() as u64;
-                self.reference.lease(content);
+                let address = tensor.bytes().map(|bytes| bytes.as_ptr() as usize);
+                let bound = self.reference.lease(content, address);
+                if let (Some(bound), Some(address)) = (bound, address) {
+                    assert_eq!(address, bound, "content {content} moved under a lease");
+                }
+                self.check_place(content);
                 continue;
             }
             let vacancy = missing.next().unwrap();
             assert!(Arc::ptr_eq(vacancy.tensor(), tensor), "room for another tensor than the missing one");
-            if self.random.random_bool(0.02) {
-                self.reference.arriving(content, 0, tensor.len());
-                self.reference.dropped_whole(content);
-                drop(vacancy);
-                continue;
-            }
-            let len = tensor.len();
-            let part_bytes = self.random.random_range(len.div_ceil(9)..=len);
-            let mut parts = vacancy.into_parts(part_bytes);
-            let address = parts[0].bytes_mut().unwrap().as_ptr() as usize;
-            let last = self.reference.slots.get_mut(&content).unwrap().last_address.replace(address);
-            if let Some(last) = last {
-                match self.universe.backend {
-                    Backend::Paged => {
-                        assert_eq!(address, last, "the address of a catalogued tensor is stable")
-                    }
-                }
-            }
-            self.reference.arriving(content, address, part_bytes);
-            for part in &mut parts {
-                let (start, len) = (part.index() * part_bytes, part.bytes_mut().unwrap().len());
-                assert_eq!(part.bytes_mut().unwrap().as_ptr() as usize, address + start);
-                assert_eq!(self.reference.resident_mut(content).parts[part.index()].0, start..start + len);
-            }
-            self.loads.push(Load { content, part_bytes, parts });
+            self.begin_load(content, vacancy, false);
         }
         assert!(missing.next().is_none(), "room for more than what is missing");
         assert_eq!(activation.bytes_loaded + before.loaded_total, self.reference.loaded_total);
         assert_eq!(activation.bytes_reused + before.reused_total, self.reference.reused_total);
-        self.leases.push(Held { contents, lease: activation.lease });
-        Evictions::Allowed
+        if let [one] = reserve[..] {
+            assert!(self.pool.can_reserve(&[one]), "no room is left for what was to be reserved");
+        }
+        self.leases.push(Held { contents, fetched: false, lease: activation.lease });
+        Some(Evictions::Allowed)
+    }
+
+    /// Where addresses are stable, a tensor is where it always was.
+    fn check_place(&mut self, content: usize) {
+        let slot = self.reference.slots.get_mut(&content).unwrap();
+        let Some(address) = slot.resident.as_ref().and_then(|resident| resident.address) else { return };
+        let last = slot.last_address.replace(address);
+        if self.universe.backend == Backend::Paged {
+            assert_eq!(address, last.unwrap_or(address), "the address of a catalogued tensor is stable");
+        }
+    }
+
+    /// Room for a tensor was made: it is cut into parts, or now and then dropped as it is.
+    fn begin_load(&mut self, content: usize, vacancy: Vacancy, fetched: bool) {
+        let len = vacancy.tensor().len();
+        if self.random.random_bool(0.02) {
+            self.reference.arriving(content, None, len, fetched);
+            self.reference.dropped_whole(content);
+            return;
+        }
+        let part_bytes = self.random.random_range(len.div_ceil(9)..=len);
+        let mut parts = vacancy.into_parts(part_bytes);
+        let address = parts[0].bytes_mut().unwrap().as_ptr() as usize;
+        self.reference.arriving(content, Some(address), part_bytes, fetched);
+        self.check_place(content);
+        for part in &mut parts {
+            let (start, len) = (part.index() * part_bytes, part.bytes_mut().unwrap().len());
+            assert_eq!(part.bytes_mut().unwrap().as_ptr() as usize, address + start);
+            assert_eq!(self.reference.resident_mut(content).parts[part.index()].0, start..start + len);
+        }
+        self.loads.push(Load { content, part_bytes, parts });
     }
 
     /// A refused request leaves everything as it was, but for what had to be settled anyway.
     fn nothing_changed(&self, before: PoolStats) {
         let after = self.pool.stats();
         assert_eq!(after.evicted_total, self.reference.evicted_total, "a refused request evicts nothing");
-        let kept = |stats: PoolStats| (stats.loaded_total, stats.reused_total, stats.leased_bytes);
+        let kept = |stats: PoolStats| {
+            (
+                stats.loaded_total,
+                stats.reused_total,
+                stats.fetched_total,
+                stats.leased_bytes,
+                stats.moved_total,
+            )
+        };
         assert_eq!(kept(after), kept(before), "a refused request changes nothing");
         let kv = |stats: PoolStats| (stats.kv_blocks, stats.kv_bytes, stats.kv_cached_bytes);
         assert_eq!(kv(after), kv(before), "a refused request changes nothing");
     }
 
-    /// Brings a model in and lets go of it at once.
-    fn prefetch(&mut self) -> Option<Evictions> {
-        let deployment = self.any(self.deployments.len())?;
-        let leases = self.leases.len();
-        let evictions = self.activate_deployment(deployment, 0);
-        if self.leases.len() > leases {
-            if self.random.random_bool(0.8) {
-                self.finish_all_loads();
-            }
-            self.release_lease(leases);
+    /// Somebody foretells what a model's tensors are worth.
+    fn expect_some(&mut self) -> Option<Evictions> {
+        let index = self.any(self.deployments.len())?;
+        let log2 = self.random.random_range(-20.0..20.0);
+        let Deployment { model, keys, .. } = &self.deployments[index];
+        let contents = &self.universe.models[*model].contents;
+        let known: BTreeMap<usize, usize> = contents
+            .iter()
+            .map(|content| self.reference.slots[content].models)
+            .map(|models| (models, 0))
+            .collect();
+        self.pool.expect(keys, |models| {
+            assert!(known.contains_key(&(models as usize)), "{models} models");
+            log2 / f64::from(models)
+        });
+        let model = *model;
+        self.note(|| format!("expect {log2} of model {model}"));
+        Some(Evictions::Forbidden)
+    }
+
+    /// Brings in what the pool thinks best, for nobody.
+    fn fetch(&mut self) -> Option<Evictions> {
+        let bytes = self.random.random_range(1..6 * self.universe.page_bytes as u64);
+        self.reference.settle();
+        let wanted = |slot: &Slot| slot.resident.is_none() && slot.used && !slot.damaged;
+        let slots = self.reference.slots.iter();
+        let wanted: Vec<usize> =
+            slots.filter(|(_, slot)| wanted(slot)).map(|(&content, _)| content).collect();
+        let free = match self.universe.backend {
+            Backend::Paged => paged::is_free(self, &wanted),
+            Backend::Segment => segment::is_free(self, &wanted),
+        };
+        let fetch = self.pool.fetch(bytes);
+        let Some(Fetch { lease, missing }) = fetch else {
+            self.note(|| format!("fetch {bytes} bytes: nothing"));
+            assert!(wanted.is_empty() || !free, "{wanted:?} could be fetched over nothing");
+            self.counts.add("fetches of nothing", 1);
+            return Some(Evictions::Allowed);
+        };
+        assert_eq!(lease.tensors().len(), missing.len());
+        let mut contents = Vec::new();
+        let mut fetched = 0;
+        for (vacancy, tensor) in missing.into_iter().zip(lease.tensors()) {
+            assert!(Arc::ptr_eq(vacancy.tensor(), tensor), "room for another tensor than the leased one");
+            let slots = &mut self.reference.slots.iter();
+            let content =
+                slots.find(|(_, slot)| slot.key == tensor.key()).map(|(&content, _)| content).unwrap();
+            assert!(wanted.contains(&content), "content {content} is fetched");
+            assert!(fetched < bytes, "more is fetched than was asked for");
+            fetched += tensor.len() as u64;
+            contents.push(content);
+            self.begin_load(content, vacancy, true);
         }
-        Some(evictions)
+        self.counts.add("fetches", 1);
+        self.note(|| format!("fetch {bytes} bytes: {contents:?}"));
+        self.leases.push(Held { contents, fetched: true, lease });
+        if self.random.random_bool(0.3) {
+            // A request has come.
+            self.learn_evictions(Evictions::Allowed);
+            self.release_lease(self.leases.len() - 1);
+        }
+        Some(Evictions::Allowed)
+    }
+
+    /// Makes room ahead of need.
+    fn reclaim(&mut self) -> Option<Evictions> {
+        let index = self.any(self.deployments.len())?;
+        let probes = self.random.random_bool(0.5);
+        let units = self.universe.bytes()
+            / if self.universe.backend == Backend::Paged { self.universe.page_bytes } else { ALIGNMENT };
+        let one = match probes {
+            true => KvReserve { kv: self.probe, blocks: self.random.random_range(0..units) },
+            false => KvReserve { kv: self.deployments[index].kv, blocks: self.random.random_range(0..9) },
+        };
+        let (had, can) = (self.pool.has_room(&[one]), self.pool.can_reserve(&[one]));
+        self.reference.settle();
+        self.pool.reclaim(&[one]);
+        self.note(|| format!("reclaim {one:?}: there is room: {had}, can be: {can}"));
+        self.counts.add("reclaims", 1);
+        // Blocks as large as what is counted find room wherever there is some; so does any in pages.
+        if can && (probes || self.universe.backend == Backend::Paged) {
+            assert!(self.pool.has_room(&[one]), "{one:?} found no room although there is some");
+        }
+        assert_eq!(self.pool.stats().moved_total, self.reference.moved_total, "reclaiming moves nothing");
+        Some(if had { Evictions::Forbidden } else { Evictions::Allowed })
     }
 
     fn use_again(&mut self) -> Option<Evictions> {
         let index = self.any(self.leases.len())?;
         let held = &self.leases[index];
+        if held.fetched {
+            return None;
+        }
         self.pool.used_again(&held.lease, self.now);
         let bytes = held.lease.tensors().iter().map(|tensor| tensor.len() as u64).sum::<u64>();
         self.reference.reused_total += bytes;
@@ -382,7 +541,7 @@ impl Program {
     }
 
     fn release_lease(&mut self, index: usize) {
-        let Held { contents, lease } = self.leases.swap_remove(index);
+        let Held { contents, lease, .. } = self.leases.swap_remove(index);
         self.note(|| format!("release a lease on {contents:?}"));
         for content in contents {
             self.reference.resident_mut(content).wanted -= 1;
@@ -531,34 +690,45 @@ impl Program {
     fn grow_sequence(&mut self) -> Option<Evictions> {
         let index = self.any(self.sequences.len())?;
         let (kv, identity) = (self.sequences[index].kv, self.sequences[index].identity);
+        let bytes = self.universe.block_bytes[identity];
+        let count = self.random.random_range(1..9usize).saturating_sub(4).max(1);
+        let one = [KvReserve { kv, blocks: count }];
+        let (has, can) = (self.pool.has_room(&one), self.pool.can_reserve(&one));
+        assert!(can || !has, "there is room, and could not be");
         self.reference.settle();
-        let certain = match self.universe.backend {
-            Backend::Paged => paged::has_room_for_block(self, self.universe.block_bytes[identity]),
+        let fits = match self.universe.backend {
+            Backend::Paged => None,
+            Backend::Segment => segment::blocks_that_fit(self, bytes).map(|most| count <= most),
         };
-        let result = self.pool.take_kv(kv);
+        let before = self.pool.stats();
+        let result = self.pool.take_kv(kv, count).map_err(short);
         self.note(|| {
-            format!(
-                "take a block of identity {identity}: {:?}",
-                result.as_ref().map(Extent::offset).map_err(|s| *s)
-            )
+            let outcome = result.as_ref().map(|blocks| blocks.iter().map(Extent::offset).collect::<Vec<_>>());
+            format!("take {count} blocks of identity {identity}: {outcome:?}")
         });
         match result {
-            Ok(mut block) => {
-                assert_eq!(block.len(), self.universe.block_bytes[identity]);
-                let bytes = block.host_bytes_mut().unwrap();
-                assert!(bytes.iter().all(|&byte| byte == 0), "leftovers in a block");
-                self.tag += 1;
-                write_words(bytes, self.tag);
-                self.sequences[index].own.push((block, self.tag));
-                self.counts.add("blocks taken", 1);
+            Ok(blocks) => {
+                assert!(fits != Some(false), "blocks out of nothing");
+                assert_eq!(blocks.len(), count);
+                for mut block in blocks {
+                    assert_eq!(block.len(), bytes);
+                    let room = block.host_bytes_mut().unwrap();
+                    assert!(room.iter().all(|&byte| byte == 0), "leftovers in a block");
+                    self.tag += 1;
+                    write_words(room, self.tag);
+                    self.sequences[index].own.push((block, self.tag));
+                }
+                self.counts.add("blocks taken", count as u64);
+                Some(if has { Evictions::Forbidden } else { Evictions::Allowed })
             }
-            Err(Shortage { .. }) => {
-                assert!(!certain, "no block although there is room");
-                self.counts.add("blocks refused", 1);
+            Err(shortage) => {
+                assert!(!can && fits != Some(true), "{shortage:?} although there is room");
+                assert!(shortage.needed > 0, "{shortage:?} of nothing");
+                self.nothing_changed(before);
+                self.counts.add("blocks refused", count as u64);
+                Some(Evictions::Forbidden)
             }
         }
-        // Even where it is refused, cached blocks may have gone without making room where it was needed.
-        Some(Evictions::Allowed)
     }
 
     fn publish_block(&mut self) -> Option<Evictions> {
@@ -618,15 +788,20 @@ impl Program {
     fn refuse_nonsense(&mut self) -> Option<Evictions> {
         let deployment = self.any(self.deployments.len())?;
         self.reference.settle();
-        let keys = self.deployments[deployment].keys.clone();
+        let Deployment { keys, kv, .. } = &self.deployments[deployment];
+        let (keys, kv) = (keys.clone(), *kv);
         let before = self.pool.stats();
-        assert!(self.pool.activate(&keys, self.universe.pages + 1, self.now).is_err());
+        let smallest = self.universe.block_bytes.iter().min().unwrap();
+        let reserve = [KvReserve { kv, blocks: self.universe.bytes() / smallest + 1 }];
+        assert!(self.pool.activate(&keys, &reserve, self.now).is_err());
+        assert!(self.pool.take_kv(kv, reserve[0].blocks).is_err());
+        assert!(!self.pool.can_reserve(&reserve) && !self.pool.has_room(&reserve));
         self.note(|| "ask for more than the device has".to_owned());
         self.nothing_changed(before);
         Some(Evictions::Forbidden)
     }
 
-    /// Gives everything back: then every page must be free.
+    /// Gives everything back: then every byte must be free.
     fn drain(&mut self) {
         while !self.sequences.is_empty() {
             self.end(0);
@@ -646,8 +821,15 @@ impl Program {
         let left = [resident_bytes, leased_bytes, kv_bytes, kv_blocks, kv_cached_bytes];
         assert_eq!(left, [0; 5], "left in the accounts of an empty pool");
         assert!(self.reference.slots.is_empty(), "left in the catalogue of an empty pool");
-        assert_eq!(self.pool.memory().free_pages(), self.universe.pages, "pages of an empty pool");
-        assert_eq!(self.pool.available_pages(), self.universe.pages);
+        assert_eq!(self.pool.free_bytes(), self.universe.bytes() as u64, "bytes of an empty pool");
+    }
+}
+
+/// No program does anything that the device refuses.
+pub fn short(refusal: Refusal) -> Shortage {
+    match refusal {
+        Refusal::Short(shortage) => shortage,
+        Refusal::Device(error) => panic!("{error}"),
     }
 }
 

@@ -36,8 +36,8 @@ pub struct Resident {
     pub parts: Vec<(Range<usize>, bool)>,
     unfinished: usize,
     failure: Option<Failure>,
-    /// Where its first byte is.
-    pub address: usize,
+    /// Where its first byte is, as of when it was last leased; what is idle may move. `None` if nobody was told.
+    pub address: Option<usize>,
 }
 
 /// A catalogued tensor.
@@ -49,6 +49,10 @@ pub struct Slot {
     /// (checkpoint, offset) of whoever brought it into the catalogue.
     pub home: (usize, usize),
     pub resident: Option<Resident>,
+    /// Whether a request has ever asked for it.
+    pub used: bool,
+    /// Whether its bytes could not be read the last time.
+    pub damaged: bool,
     /// Where it was last, for backends with stable addresses.
     pub last_address: Option<usize>,
 }
@@ -78,10 +82,13 @@ pub struct Reference {
     pub slots: BTreeMap<usize, Slot>,
     pub kv: [Kv; 3],
     pub loaded_total: u64,
+    pub fetched_total: u64,
     pub reused_total: u64,
     pub evicted_total: u64,
     /// Bytes of tensors that had room and never arrived.
     pub failed_total: u64,
+    /// As of the pool's last word.
+    pub moved_total: u64,
     /// Bytes of cached blocks, as of the pool's last word.
     pub cached_bytes: u64,
 }
@@ -115,7 +122,10 @@ impl Reference {
             let Some(resident) = &mut slot.resident else { continue };
             resident.idle = resident.stage == Stage::Ready && resident.wanted == 0;
             match resident.stage {
-                Stage::Failed(_) if resident.wanted == 0 => self.failed_total += slot.len as u64,
+                Stage::Failed(failure) if resident.wanted == 0 => {
+                    self.failed_total += slot.len as u64;
+                    slot.damaged = failure == Failure::Failed;
+                }
                 Stage::Ready if resident.wanted == 0 && slot.models == 0 => {
                     self.evicted_total += slot.len as u64;
                 }
@@ -145,8 +155,8 @@ impl Reference {
         self.slots.remove(&content);
     }
 
-    /// Room was made for a tensor, cut into parts of `part_bytes`, and somebody waits for it.
-    pub fn arriving(&mut self, content: usize, address: usize, part_bytes: usize) {
+    /// Room was made for a tensor, cut into parts of `part_bytes`, and somebody waits for it: a request, or nobody yet.
+    pub fn arriving(&mut self, content: usize, address: Option<usize>, part_bytes: usize, fetched: bool) {
         let slot = self.slots.get_mut(&content).expect("catalogued");
         let len = slot.len;
         let parts: Vec<(Range<usize>, bool)> =
@@ -164,7 +174,9 @@ impl Reference {
             failure: None,
             address,
         });
-        self.loaded_total += len as u64;
+        slot.used |= !fetched;
+        slot.damaged &= fetched;
+        *(if fetched { &mut self.fetched_total } else { &mut self.loaded_total }) += len as u64;
     }
 
     /// The tensor is arriving or failing.
@@ -179,11 +191,16 @@ impl Reference {
         resident.given_up || resident.failure.is_some()
     }
 
-    /// One lease more.
-    pub fn lease(&mut self, content: usize) {
+    /// A request more has a lease; the tensor, if it can be read, is at `address`. Gives the address from before if the
+    /// tensor had to stay there.
+    pub fn lease(&mut self, content: usize, address: Option<usize>) -> Option<usize> {
+        self.slots.get_mut(&content).expect("catalogued").used = true;
         let resident = self.resident_mut(content);
+        let bound = resident.address.filter(|_| !resident.idle);
+        resident.address = address.or(resident.address);
         resident.wanted += 1;
         resident.idle = false;
+        bound
     }
 
     /// A part is finished; `true` if that settled the tensor.

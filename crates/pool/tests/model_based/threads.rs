@@ -10,8 +10,9 @@ use rand::{RngExt, SeedableRng};
 use tangram_checkpoint::Hash;
 use tangram_device::Extent;
 use tangram_policy::TensorKey;
-use tangram_pool::{KvKey, Lease, LoadFailure, Part, Pool, Vacancy};
+use tangram_pool::{Fetch, KvKey, Lease, LoadFailure, Part, Pool, Vacancy};
 
+use crate::program::short;
 use crate::universe::{Universe, pool};
 
 struct Race {
@@ -19,7 +20,11 @@ struct Race {
     pool: Pool,
     models: Vec<Vec<TensorKey>>,
     kv: KvKey,
-    leases: Vec<(usize, Lease)>,
+    /// What tensors have in them, by their keys.
+    contents: BTreeMap<TensorKey, usize>,
+    leases: Vec<Lease>,
+    /// Where tensors are that were leased and could be read after the last step.
+    addresses: BTreeMap<TensorKey, usize>,
     blocks: Vec<(Extent, u8)>,
     random: Xoshiro256PlusPlus,
 }
@@ -42,14 +47,19 @@ impl Race {
             let entries: Vec<_> = model.contents.iter().map(|&content| universe.entry(content, 0)).collect();
             pool.catalogue(&entries, |name| universe.file_bytes(name)).unwrap()
         };
-        let models = universe.models.iter().map(deploy).collect();
+        let models: Vec<Vec<TensorKey>> = universe.models.iter().map(deploy).collect();
+        let pairs = |(keys, model): (&Vec<TensorKey>, &crate::universe::Model)| {
+            keys.iter().copied().zip(model.contents.clone()).collect::<Vec<_>>()
+        };
+        let contents = models.iter().zip(&universe.models).flat_map(pairs).collect();
         let kv = pool.add_kv(Hash([1; 32]), universe.block_bytes[0]).unwrap();
         let (leases, blocks) = (Vec::new(), Vec::new());
-        Race { universe: Arc::new(universe), pool, models, kv, leases, blocks, random }
+        let (universe, addresses) = (Arc::new(universe), BTreeMap::new());
+        Race { universe, pool, models, kv, contents, leases, addresses, blocks, random }
     }
 
-    fn submit(&mut self, vacancy: Vacancy, content: usize) {
-        let len = vacancy.tensor().len();
+    fn submit(&mut self, vacancy: Vacancy) {
+        let (content, len) = (self.contents[&vacancy.tensor().key()], vacancy.tensor().len());
         let part_bytes = self.random.random_range(len.div_ceil(6)..=len);
         for part in vacancy.into_parts(part_bytes) {
             let (universe, from) = (self.universe.clone(), part.index() * part_bytes);
@@ -66,26 +76,30 @@ impl Race {
 
     fn activate(&mut self, now: f64) {
         let model = self.random.random_range(0..self.models.len());
-        let Ok(activation) = self.pool.activate(&self.models[model], 0, now) else { return };
-        let mut missing = activation.missing.into_iter().peekable();
-        for (&content, tensor) in
-            self.universe.clone().models[model].contents.iter().zip(activation.lease.tensors())
-        {
-            if let Some(vacancy) = missing.next_if(|vacancy| vacancy.tensor().key() == tensor.key()) {
-                self.submit(vacancy, content);
-            }
-        }
-        assert!(missing.next().is_none());
-        self.leases.push((model, activation.lease));
+        let Ok(activation) = self.pool.activate(&self.models[model], &[], now).map_err(short) else { return };
+        activation.missing.into_iter().for_each(|vacancy| self.submit(vacancy));
+        self.leases.push(activation.lease);
+    }
+
+    fn fetch(&mut self) {
+        let model = self.random.random_range(0..self.models.len());
+        let log2 = self.random.random_range(-20.0..20.0);
+        self.pool.expect(&self.models[model], |_| log2);
+        let Some(Fetch { lease, missing }) = self.pool.fetch(3 * self.universe.page_bytes as u64) else {
+            return;
+        };
+        missing.into_iter().for_each(|vacancy| self.submit(vacancy));
+        self.leases.push(lease);
     }
 
     fn release(&mut self, index: usize) {
-        let (_, lease) = self.leases.swap_remove(index);
+        let lease = self.leases.swap_remove(index);
         self.pool.release(lease);
     }
 
     fn take_block(&mut self, tag: u8) {
-        if let Ok(mut block) = self.pool.take_kv(self.kv) {
+        let Ok(blocks) = self.pool.take_kv(self.kv, 1).map_err(short) else { return };
+        for mut block in blocks {
             let bytes = block.host_bytes_mut().unwrap();
             assert!(bytes.iter().all(|&byte| byte == 0), "leftovers in a block");
             bytes.fill(tag);
@@ -93,16 +107,23 @@ impl Race {
         }
     }
 
-    fn check(&self) {
+    fn check(&mut self) {
         let mut leased: BTreeMap<TensorKey, u64> = BTreeMap::new();
-        for (model, lease) in &self.leases {
-            for (&content, tensor) in self.universe.models[*model].contents.iter().zip(lease.tensors()) {
-                if let Some(bytes) = tensor.bytes() {
-                    assert!(bytes == self.universe.contents[content].bytes, "content {content}");
-                }
-                leased.insert(tensor.key(), tensor.len() as u64);
+        let mut addresses = BTreeMap::new();
+        for tensor in self.leases.iter().flat_map(|lease| lease.tensors()) {
+            let content = self.contents[&tensor.key()];
+            if let Some(bytes) = tensor.bytes() {
+                assert!(bytes == self.universe.contents[content].bytes, "content {content}");
+                addresses.insert(tensor.key(), bytes.as_ptr() as usize);
             }
+            leased.insert(tensor.key(), tensor.len() as u64);
         }
+        // Between two steps a lease can end or begin, not both.
+        for (key, address) in &addresses {
+            let before = self.addresses.get(key).unwrap_or(address);
+            assert_eq!(before, address, "content {} moved under a lease", self.contents[key]);
+        }
+        self.addresses = addresses;
         for (block, tag) in &self.blocks {
             assert!(block.host_bytes().unwrap().iter().all(|byte| byte == tag), "a block changed");
         }
@@ -118,14 +139,14 @@ impl Race {
             stream.record().wait();
         }
         let failed = |lease: &Lease| lease.tensors().iter().any(|tensor| tensor.failure().is_some());
-        for (_, lease) in &self.leases {
+        for lease in &self.leases {
             assert!(lease.tensors().iter().all(|tensor| tensor.is_ready() || tensor.failure().is_some()));
         }
-        while let Some(index) = self.leases.iter().position(|(_, lease)| failed(lease)) {
+        while let Some(index) = self.leases.iter().position(failed) {
             self.release(index);
         }
         let model = self.random.random_range(0..self.models.len());
-        match self.pool.activate(&self.models[model], 0, now) {
+        match self.pool.activate(&self.models[model], &[], now).map_err(short) {
             Ok(activation) => {
                 // Dropping the room fails what was missing.
                 drop(activation.missing);
@@ -146,7 +167,7 @@ impl Race {
         }
         self.pool.remove_kv(self.kv);
         assert_eq!(self.pool.stats().resident_bytes, 0);
-        assert_eq!(self.pool.memory().free_pages(), self.universe.pages);
+        assert_eq!(self.pool.free_bytes(), self.universe.bytes() as u64);
     }
 }
 
@@ -156,7 +177,8 @@ pub fn race(universe: Universe, seed: u64, steps: usize) {
     for step in 0..steps {
         let now = step as f64;
         match race.random.random_range(0..100) {
-            0..=39 => race.activate(now),
+            0..=34 => race.activate(now),
+            35..=39 => race.fetch(),
             40..=79 if !race.leases.is_empty() => {
                 let index = race.random.random_range(0..race.leases.len());
                 race.release(index);

@@ -5,20 +5,11 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, RngExt};
 use tangram_checkpoint::{ContentId, Hash};
 use tangram_device::cpu::CpuDevice;
-use tangram_pool::{CatalogueEntry, Pool};
-
-/// How the pool keeps its extents.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    /// Physical pages mapped under stable virtual ranges.
-    Paged,
-}
+use tangram_pool::{Backend, CatalogueEntry, Pool};
 
 /// The pool under test, over `pages` pages of `page_bytes`.
 pub fn pool(backend: Backend, page_bytes: usize, pages: usize) -> Pool {
-    match backend {
-        Backend::Paged => Pool::new(CpuDevice::open(pages * page_bytes, page_bytes).unwrap()),
-    }
+    Pool::new(CpuDevice::open(pages * page_bytes, page_bytes).unwrap(), backend).unwrap()
 }
 
 /// A tensor: what is in it, and in which files it can be found.
@@ -45,7 +36,8 @@ pub struct Universe {
     /// Bytes of each checkpoint's file.
     pub files: Vec<usize>,
     pub models: Vec<Model>,
-    /// Bytes of a KV block, per identity.
+    /// Bytes of a KV block, per identity. What they lack to a multiple of the alignment is so little that all blocks
+    /// that there is room for together lack less than one unit of it.
     pub block_bytes: [usize; 3],
 }
 
@@ -81,9 +73,14 @@ impl Universe {
             Model { contents, identity: number % 3 }
         });
         let models = models.collect();
-        let block_bytes = [page_bytes * 3 / 8 + 20, page_bytes, page_bytes * 5 / 4];
+        let block_bytes = [page_bytes * 3 / 8 + 255, page_bytes, page_bytes * 5 / 4 - 2];
         let pages = random.random_range(12..40);
         Universe { backend, page_bytes, pages, contents, files, models, block_bytes }
+    }
+
+    /// Bytes of the device.
+    pub fn bytes(&self) -> usize {
+        self.pages * self.page_bytes
     }
 
     pub fn checkpoint_name(file: usize) -> String {
