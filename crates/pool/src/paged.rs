@@ -31,13 +31,14 @@ struct KvArena {
 }
 
 impl KvArena {
-    /// The lowest `count` numbers that are free, or that `cached` blocks would free.
-    fn lowest(&self, count: usize, cached: impl Iterator<Item = usize>) -> Vec<usize> {
+    /// The lowest `count` numbers that are free, or that `cached` blocks would free. `None` if the range has not so many:
+    /// in one that is as large as the device, cached blocks may hold addresses although their pages would do.
+    fn lowest(&self, count: usize, cached: impl Iterator<Item = usize>) -> Option<Vec<usize>> {
         let mut numbers: Vec<usize> = self.free.iter().copied().take(count).chain(cached).collect();
         numbers.sort_unstable();
         numbers.truncate(count);
-        numbers.extend((self.next..).take(count - numbers.len()));
-        numbers
+        numbers.extend((self.next..self.arena.bytes() / self.block_bytes).take(count - numbers.len()));
+        (numbers.len() == count).then_some(numbers)
     }
 
     fn claims(&self, numbers: &[usize]) -> Vec<Claim> {
@@ -321,10 +322,14 @@ impl Pool {
     fn plan_blocks(&mut self, key: KvKey, count: usize) -> Result<BlockPlan, Shortage> {
         let Some(paged) = self.paged() else { return Err(Shortage::NOTHING) };
         let Some(kv) = paged.kv.get(&key) else { return Err(Shortage::NOTHING) };
-        let (block_bytes, numbers) = (kv.block_bytes, kv.lowest(count, std::iter::empty()));
-        let Err(shortage) = paged.check_blocks(key, &numbers, &BTreeSet::new()) else {
-            return Ok(BlockPlan { numbers, victims: Vec::new() });
-        };
+        let block_bytes = kv.block_bytes;
+        let mut shortage = paged.shortage(paged.pages_for(&[KvReserve { kv: key, blocks: count }]));
+        if let Some(numbers) = kv.lowest(count, std::iter::empty()) {
+            match paged.check_blocks(key, &numbers, &BTreeSet::new()) {
+                Ok(()) => return Ok(BlockPlan { numbers, victims: Vec::new() }),
+                Err(found) => shortage = found,
+            }
+        }
         let own = |block: TensorKey| {
             let published = self.published.get(&block).filter(|published| published.kv == key)?;
             Some((published.extent.offset() / block_bytes, block))
@@ -336,7 +341,7 @@ impl Pool {
             let cached: BTreeSet<usize> = own[..tried].iter().map(|&(number, _)| number).collect();
             let Some(paged) = self.paged() else { break };
             let Some(kv) = paged.kv.get(&key) else { break };
-            let numbers = kv.lowest(count, cached.iter().copied());
+            let Some(numbers) = kv.lowest(count, cached.iter().copied()) else { continue };
             if paged.check_blocks(key, &numbers, &cached).is_ok() {
                 let taken = |(number, _): &&(usize, TensorKey)| numbers.binary_search(number).is_ok();
                 let victims = own[..tried].iter().filter(taken).map(|&(_, block)| block).collect();

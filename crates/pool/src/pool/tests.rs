@@ -385,6 +385,22 @@ fn a_take_that_is_refused_evicts_none_of_its_own_cached_blocks() {
     assert_eq!(world.pool.lease_prefix(kv, &[[1; 32]], 0.0, 0.0).len(), 1);
 }
 
+/// A model's range has addresses for what the device can hold and one block more. Cached blocks hold some of them.
+#[test]
+fn cached_blocks_make_room_for_their_model_where_only_addresses_are_short() {
+    let mut world = World::new(3);
+    let kv = world.pool.add_kv(Hash([1; 32]), PAGE).unwrap();
+    for (hash, block) in (0..).zip(world.pool.take_kv(kv, 3).unwrap()) {
+        let mut prefix = crate::Prefix::default();
+        world.pool.publish(kv, &mut prefix, [hash; 32], block, 0.01, 0.0);
+        world.pool.release_prefix(prefix);
+    }
+    let mut blocks = world.pool.take_kv(kv, 1).unwrap();
+    blocks.extend(world.pool.take_kv(kv, 2).unwrap());
+    assert_eq!(world.pool.stats().kv_cached_bytes, 0);
+    world.pool.give_kv(kv, blocks);
+}
+
 /// A tensor that reaches beyond its file can never be placed: that is no want of room, for which a request would wait.
 #[test]
 fn what_the_device_refuses_is_told_from_a_shortage() {
