@@ -78,6 +78,7 @@ impl Program {
         let gone = reference.evicted_total + reference.failed_total;
         let came = reference.loaded_total + reference.fetched_total;
         assert_eq!(resident_bytes, came - gone, "bytes that came are here or have gone");
+        assert!(reference.relocated_total <= reference.moved_total, "more moved than was counted");
         let shared = |slot: &Slot| if slot.models > 1 { slot.len as u64 } else { 0 };
         for slot in reference.slots.values() {
             assert_eq!(self.pool.shared_bytes(&[slot.key]), shared(slot));

@@ -344,7 +344,8 @@ impl Program {
                 let fits = shortage.needed <= shortage.available;
                 match self.universe.backend {
                     Backend::Paged => assert!(blocked || !fits, "{shortage:?} is none"),
-                    Backend::Segment => assert!(blocked || shortage.needed > 0, "{shortage:?} of nothing"),
+                    Backend::Segment if blocked => {}
+                    Backend::Segment => assert_eq!(shortage, segment::shortage(self, &contents, &identities)),
                 }
                 let why = match (shortage.needed, fits) {
                     (0, _) => "refused because of a loader",
@@ -671,7 +672,11 @@ impl Program {
             let block = known.get_mut(&blocks[..end]).expect("a cached block was published");
             if block.leases == 0 {
                 self.reference.cached_bytes -= self.universe.block_bytes[identity] as u64;
-                block.offset = prefix.blocks()[end - 1].offset();
+                let offset = prefix.blocks()[end - 1].offset();
+                if block.offset != offset {
+                    self.reference.relocated_total += self.universe.block_bytes[identity] as u64;
+                }
+                block.offset = offset;
             }
             block.leases += 1;
         }
@@ -723,7 +728,12 @@ impl Program {
             }
             Err(shortage) => {
                 assert!(!can && fits != Some(true), "{shortage:?} although there is room");
-                assert!(shortage.needed > 0, "{shortage:?} of nothing");
+                match self.universe.backend {
+                    Backend::Paged => assert!(shortage.needed > 0, "{shortage:?} of nothing"),
+                    Backend::Segment => {
+                        assert_eq!(shortage, segment::shortage(self, &[], &[(identity, count)]))
+                    }
+                }
                 self.nothing_changed(before);
                 self.counts.add("blocks refused", count as u64);
                 Some(Evictions::Forbidden)

@@ -89,6 +89,8 @@ pub struct Reference {
     pub failed_total: u64,
     /// As of the pool's last word.
     pub moved_total: u64,
+    /// Bytes of what was found in another place than before: the least that must have been moved.
+    pub relocated_total: u64,
     /// Bytes of cached blocks, as of the pool's last word.
     pub cached_bytes: u64,
 }
@@ -197,9 +199,11 @@ impl Reference {
         self.slots.get_mut(&content).expect("catalogued").used = true;
         let resident = self.resident_mut(content);
         let bound = resident.address.filter(|_| !resident.idle);
+        let relocated = resident.idle && resident.address != address;
         resident.address = address.or(resident.address);
         resident.wanted += 1;
         resident.idle = false;
+        self.relocated_total += if relocated { self.slots[&content].len as u64 } else { 0 };
         bound
     }
 

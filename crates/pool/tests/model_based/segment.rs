@@ -2,7 +2,7 @@
 //! free; what is leased, arriving or written by a sequence is a wall that stays where it is, whatever moves around it;
 //! room is what lies between the walls.
 
-use tangram_pool::ALIGNMENT;
+use tangram_pool::{ALIGNMENT, Shortage};
 
 use crate::program::Program;
 
@@ -42,19 +42,32 @@ fn compartments(program: &Program) -> Option<Vec<usize>> {
     Some(compartments)
 }
 
+/// Footprints of what of these tensors is missing and of these blocks (identity, how many).
+fn wanted(program: &Program, contents: &[usize], reserve: &[(usize, usize)]) -> Vec<usize> {
+    let slots = contents.iter().map(|content| &program.reference.slots[content]);
+    let missing = slots.filter(|slot| slot.resident.is_none()).map(|slot| footprint(slot.len));
+    let blocks = reserve.iter().flat_map(|&(identity, count)| {
+        std::iter::repeat_n(footprint(program.universe.block_bytes[identity]), count)
+    });
+    missing.chain(blocks).collect()
+}
+
+/// What the pool says when it refuses these.
+pub fn shortage(program: &Program, contents: &[usize], reserve: &[(usize, usize)]) -> Shortage {
+    let walled: usize = walls(program).iter().map(|&(_, bytes)| bytes).sum();
+    let needed = wanted(program, contents, reserve).iter().sum::<usize>() as u64;
+    Shortage { needed, available: (program.universe.bytes() - walled) as u64 }
+}
+
 /// Whether there is room for these tensors and for further blocks (identity, how many) when everything else that is idle
 /// goes; `None` where that is a puzzle, or depends on where idle tensors of the request lie.
 ///
 /// The pool tries first fit by falling size over the compartments among other things, so where nothing has to stay but
 /// the walls and first fit succeeds, the pool must.
 pub fn fits(program: &Program, contents: &[usize], reserve: &[(usize, usize)]) -> Option<bool> {
-    let slots = || contents.iter().map(|content| &program.reference.slots[content]);
-    let staying: usize = slots().filter(|slot| slot.is_idle()).map(|slot| footprint(slot.len)).sum();
-    let missing = slots().filter(|slot| slot.resident.is_none()).map(|slot| footprint(slot.len));
-    let blocks = reserve.iter().flat_map(|&(identity, count)| {
-        std::iter::repeat_n(footprint(program.universe.block_bytes[identity]), count)
-    });
-    let mut sizes: Vec<usize> = missing.chain(blocks).collect();
+    let slots = contents.iter().map(|content| &program.reference.slots[content]);
+    let staying: usize = slots.filter(|slot| slot.is_idle()).map(|slot| footprint(slot.len)).sum();
+    let mut sizes = wanted(program, contents, reserve);
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let walled: usize = walls(program).iter().map(|&(_, bytes)| bytes).sum();
     let total: usize = sizes.iter().sum();
