@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 
 use tangram_pool::{Backend, LoadFailure, PoolStats};
 
-use crate::program::{Evictions, Held, Program, hash, word};
+use crate::program::{Evictions, Held, Program};
 use crate::reference::{Failure, Slot, Stage};
+use crate::sequences::{hash, word};
 use crate::{paged, segment};
 
 impl Program {

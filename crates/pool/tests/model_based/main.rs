@@ -10,6 +10,7 @@ mod paged;
 mod program;
 mod reference;
 mod segment;
+mod sequences;
 mod threads;
 mod universe;
 
