@@ -1,7 +1,8 @@
 //! Random programs of deployments, requests, loads, KV growth, prefix sharing, failures and removals against the real
 //! pool and a plain model of it; every byte that anybody holds is read after every step.
 //!
-//! `TANGRAM_MODEL_OPS` sets the operations per page size, `TANGRAM_MODEL_SEED` the first seed; see `docs/testing.md`.
+//! `TANGRAM_MODEL_OPS` sets the operations per layout and page size, `TANGRAM_MODEL_SEED` the first seed; see
+//! `docs/testing.md`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
