@@ -436,10 +436,10 @@ impl Program {
         assert_eq!(kv(after), kv(before), "a refused request changes nothing");
     }
 
-    /// Somebody foretells what a model's tensors are worth.
+    /// Somebody foretells what a model's tensors are worth, or says what their absence would cost.
     fn expect_some(&mut self) -> Option<Evictions> {
         let index = self.any(self.deployments.len())?;
-        let log2 = self.random.random_range(-20.0..20.0);
+        let (log2, appraised) = (self.random.random_range(-20.0..20.0), self.random.random_bool(0.5));
         let Deployment { model, keys, .. } = &self.deployments[index];
         let contents = &self.universe.models[*model].contents;
         let known: BTreeMap<usize, usize> = contents
@@ -451,8 +451,11 @@ impl Program {
             assert!(known.contains_key(&(models as usize)), "{models} models");
             log2 / f64::from(models)
         });
+        if appraised {
+            self.pool.appraise(keys.iter().map(|&key| (key, f64::exp2(-log2))));
+        }
         let model = *model;
-        self.note(|| format!("expect {log2} of model {model}"));
+        self.note(|| format!("expect {log2} of model {model}, appraised: {appraised}"));
         Some(Evictions::Forbidden)
     }
 
