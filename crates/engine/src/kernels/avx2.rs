@@ -77,6 +77,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: __m256) {
+        // SAFETY: see above.
+        unsafe {
+            let words = _mm256_cvtps_epi32(v);
+            let halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(halves, halves));
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_nibbles(self, p: *const u8) -> [__m256; 4] {
         // SAFETY: see above.
         unsafe {

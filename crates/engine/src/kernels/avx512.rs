@@ -56,6 +56,7 @@ impl Simd for Avx512 {
         unsafe fn store_f16(p: *mut u8, v: __m256) -> ();
         unsafe fn load_bf16(p: *const u8) -> __m256;
         unsafe fn load_i8(p: *const u8) -> __m256;
+        unsafe fn store_i8(p: *mut i8, v: __m256) -> ();
         unsafe fn load_nibbles(p: *const u8) -> [__m256; 4];
         unsafe fn load_bytes(p: *const u8) -> __m256i;
         unsafe fn load_nibble_bytes(p: *const u8) -> __m256i;

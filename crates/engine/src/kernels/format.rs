@@ -57,7 +57,6 @@ macro_rules! with_format {
         }
     };
 }
-pub(crate) use with_format;
 
 /// A format whose blocks are single groups with nothing to make ready.
 macro_rules! single_groups {

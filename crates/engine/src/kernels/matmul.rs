@@ -17,12 +17,10 @@ use std::ops::Range;
 use tangram_checkpoint::DType;
 
 use super::buffer::{Buffer, Disjoint};
-use super::format::{
-    Bf16, F16, F32, Format, GROUP, Iq4Nl, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, load_tail, with_format,
-};
+use super::format::{Bf16, F16, F32, Format, GROUP, load_tail};
+use super::lanes::MOST_LANES;
 use super::simd::{LANES, PANEL_ROWS, PANEL_TOKENS, PARTS, Simd};
-use super::super_blocks::{Q2K, Q3K, Q4K, Q5K, Q6K};
-use super::{Isa, Kernel};
+use super::{Isa, Kernel, blocks, quantised};
 use crate::pool::Pool;
 
 /// How far ahead of the reading position the single-token path prefetches, in bytes.
@@ -33,6 +31,18 @@ const TOKEN_BLOCK_BYTES: usize = 512 << 10;
 const MIN_TOKEN_BLOCK: usize = 24;
 /// Weights that make a task worth handing to another thread.
 const TASK_WEIGHTS: usize = 1 << 15;
+
+/// Chooses the format of a plain type: `$run` is a macro that is given the format.
+macro_rules! with_plain_format {
+    ($dtype:expr, $run:ident) => {
+        match $dtype {
+            DType::F32 => $run!(F32),
+            DType::F16 => $run!(F16),
+            DType::BF16 => $run!(Bf16),
+            quantised => unreachable!("{quantised} has a product of its own"),
+        }
+    };
+}
 
 /// One product over the tokens of a [`matmul`].
 pub struct Linear<'a> {
@@ -96,37 +106,51 @@ pub fn matmul<const N: usize>(
             row_tasks: linear.rows.div_ceil(rows_per_task),
         }
     });
-    let row_tasks: usize = products.iter().map(|product| product.row_tasks).sum();
-    let find = |mut task: usize| {
-        for product in &products {
-            if task < product.row_tasks {
-                let first = task * product.rows_per_task;
-                return Some((product, first..product.rows.min(first + product.rows_per_task)));
-            }
-            task -= product.row_tasks;
-        }
-        None
-    };
-    let work = products.iter().map(|product| product.rows * columns * tokens / LANES).sum();
-    if tokens == 1 {
-        pool.run(row_tasks, 0, work, &|task, _| {
-            if let Some((product, rows)) = find(task) {
-                product.one_token(isa, x, rows);
-            }
-        });
-        return;
-    }
-
+    let quantised = products.iter().any(|product| product.dtype.is_quantised());
+    let plain = products.iter().any(|product| !product.dtype.is_quantised());
+    let padded = padded_columns(columns);
     let groups = Groups { tokens, count: tokens.div_ceil(PANEL_TOKENS) };
-    let packed = packed.get_mut(tokens * padded_columns(columns));
-    pack(isa, pool, x, columns, &groups, packed);
-    let packed = &*packed;
-    let (blocks, panel_elements) = (token_blocks(columns, tokens), panel_elements(columns));
-    pool.run(blocks * row_tasks, panel_elements, work, &|task, panel| {
-        if let Some((product, rows)) = find(task % row_tasks) {
-            let block = task / row_tasks;
-            let range = block * groups.count / blocks..(block + 1) * groups.count / blocks;
-            product.many_tokens(isa, packed, columns, &groups, range, rows, &mut panel[..panel_elements]);
+    let layout = quantised::Layout::new(padded, tokens);
+    let record_elements = if quantised { layout.elements() } else { 0 };
+    let plain_elements = if plain && tokens > 1 { tokens * padded } else { 0 };
+    let (records, packed) = packed.get_mut(record_elements + plain_elements).split_at_mut(record_elements);
+    if quantised {
+        quantised::pack(isa, pool, layout, x, records);
+    }
+    if !packed.is_empty() {
+        pack(isa, pool, x, columns, &groups, packed);
+    }
+    let (records, packed) = (&*records, &*packed);
+
+    // A task is some rows of a product and a block of tokens.
+    let plain_blocks = if tokens == 1 { 1 } else { token_blocks(columns, tokens) };
+    let blocks =
+        |product: &Product<'_>| if product.dtype.is_quantised() { layout.blocks } else { plain_blocks };
+    let tasks = products.iter().map(|product| product.row_tasks * blocks(product)).sum();
+    let work = products.iter().map(|product| product.rows * columns * tokens / LANES).sum();
+    let row_bytes = products.iter().filter(|product| product.dtype.is_quantised());
+    let scratch = row_bytes.map(|product| layout.scratch(product.row_bytes)).max().unwrap_or(0);
+    let scratch = scratch.max(if plain_elements > 0 { panel_elements(columns) } else { 0 });
+    pool.run(tasks, scratch, work, &|mut task, scratch| {
+        for product in &products {
+            let blocks = blocks(product);
+            if task >= product.row_tasks * blocks {
+                task -= product.row_tasks * blocks;
+                continue;
+            }
+            let first = task % product.row_tasks * product.rows_per_task;
+            let rows = first..product.rows.min(first + product.rows_per_task);
+            let block = task / product.row_tasks;
+            if product.dtype.is_quantised() {
+                product.quantised(isa, layout, block, records, rows, scratch);
+            } else if tokens == 1 {
+                product.one_token(isa, x, rows);
+            } else {
+                let range = block * groups.count / blocks..(block + 1) * groups.count / blocks;
+                let panel = &mut scratch[..PANEL_ROWS * padded];
+                product.many_tokens(isa, packed, columns, &groups, range, rows, panel);
+            }
+            return;
         }
     });
 }
@@ -152,7 +176,7 @@ fn rows_per_task(rows: usize, columns: usize, threads: usize) -> usize {
     let worth = TASK_WEIGHTS.div_ceil(columns.max(1));
     let level = rows.div_ceil(threads * 4);
     let most = (TASK_WEIGHTS * 8).div_ceil(columns.max(1));
-    level.clamp(worth, most).max(1).next_multiple_of(PANEL_ROWS)
+    level.clamp(worth, most).max(1).next_multiple_of(MOST_LANES)
 }
 
 /// How tokens are divided into groups of two or three (one only where there is a single token).
@@ -168,6 +192,45 @@ impl Groups {
 }
 
 impl Product<'_> {
+    fn quantised(
+        &self,
+        isa: Isa,
+        layout: quantised::Layout,
+        block: usize,
+        records: &[f32],
+        rows: Range<usize>,
+        scratch: &mut [f32],
+    ) {
+        let product = quantised::Product {
+            weight: &self.weight[rows.start * self.row_bytes..rows.end * self.row_bytes],
+            rows,
+            out: &self.out,
+            all_rows: self.rows,
+            bias: self.bias,
+            accumulate: self.accumulate,
+        };
+        macro_rules! multiply {
+            ($format:ident) => {
+                // SAFETY: tasks take disjoint rows or disjoint tokens.
+                unsafe { product.multiply::<blocks::$format>(isa, layout, block, records, scratch) }
+            };
+        }
+        match self.dtype {
+            DType::F32 | DType::F16 | DType::BF16 => unreachable!("{} is not quantised", self.dtype),
+            DType::Q8_0 => multiply!(Q8_0),
+            DType::Q4_0 => multiply!(Q4_0),
+            DType::Q4_1 => multiply!(Q4_1),
+            DType::Q5_0 => multiply!(Q5_0),
+            DType::Q5_1 => multiply!(Q5_1),
+            DType::Q2K => multiply!(Q2K),
+            DType::Q3K => multiply!(Q3K),
+            DType::Q4K => multiply!(Q4K),
+            DType::Q5K => multiply!(Q5K),
+            DType::Q6K => multiply!(Q6K),
+            DType::Iq4Nl => multiply!(Iq4Nl),
+        }
+    }
+
     fn one_token(&self, isa: Isa, x: &[f32], rows: Range<usize>) {
         // SAFETY: tasks take disjoint ranges of rows.
         let out = unsafe { self.out.part(rows.start, rows.len()) };
@@ -182,7 +245,7 @@ impl Product<'_> {
                 })
             };
         }
-        with_format!(self.dtype, run)
+        with_plain_format!(self.dtype, run)
     }
 
     #[expect(clippy::too_many_arguments, reason = "a kernel's operands")]
@@ -210,7 +273,7 @@ impl Product<'_> {
                     })
                 };
             }
-            with_format!(self.dtype, widen);
+            with_plain_format!(self.dtype, widen);
             isa.dispatch(ManyTokens {
                 product: self,
                 packed,

@@ -75,6 +75,12 @@ pub(crate) trait Simd: Copy {
     /// `p` is readable for 8 bytes.
     unsafe fn load_i8(self, p: *const u8) -> Self::V;
 
+    /// Integral lanes in −128..=127 as signed bytes.
+    ///
+    /// # Safety
+    /// `p` is writable for 8 bytes.
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V);
+
     /// Sixteen bytes as 32 nibbles: first the low nibble of every byte, then the high ones, as numbers 0..=15.
     ///
     /// # Safety
@@ -260,6 +266,12 @@ impl Simd for Scalar {
         // SAFETY: 8 readable bytes by contract.
         let bytes = unsafe { p.cast::<[i8; 8]>().read_unaligned() };
         bytes.map(f32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V) {
+        // SAFETY: 8 writable bytes by contract.
+        unsafe { p.cast::<[i8; 8]>().write_unaligned(v.map(|x| x as i8)) }
     }
 
     #[inline(always)]
