@@ -282,12 +282,12 @@ impl Lanes for Lanes8 {
             let together = if BITS == 8 { 1 } else { 1 << (7 - BITS).min(2) };
             for j in (0..8).step_by(together) {
                 let mut pairs = _mm256_setzero_si256();
-                for k in j..j + together {
+                for (k, &w) in weights.iter().enumerate().skip(j).take(together) {
                     let x = broadcast_four(x, k);
                     let products = if BITS == 8 {
-                        _mm256_maddubs_epi16(_mm256_abs_epi8(weights[k]), _mm256_sign_epi8(x, weights[k]))
+                        _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
                     } else {
-                        _mm256_maddubs_epi16(weights[k], x)
+                        _mm256_maddubs_epi16(w, x)
                     };
                     pairs = _mm256_add_epi16(pairs, products);
                 }
