@@ -10,8 +10,8 @@ use tangram_checkpoint::{Attention, DType, Output};
 use crate::kernels::Buffer;
 use crate::kernels::attention::{piece_scratch, pieces};
 use crate::kernels::kv::BLOCK_TOKENS;
-use crate::kernels::matmul::{padded_columns, panel_elements, token_blocks};
-use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Tensor};
+use crate::kernels::matmul::{Packing, scratch_elements, token_blocks};
+use crate::model::{FeedForward, Layer, MlpTensors, Model, NormTensors, Tensor};
 
 /// The size of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,10 +27,8 @@ pub struct PassShape {
 /// The work of a stage, in the units that [`crate::Rates`] has times for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StageWork {
-    /// Per weight type: weights multiplied with a single token, and weights widened for several.
+    /// Per weight type: what is done with the weights.
     pub weights: Vec<(DType, WeightWork)>,
-    /// Multiplications of a widened weight with a token's element.
-    pub products: f64,
     /// Multiplications in attention: of query elements with keys, and as many with values.
     pub attention: f64,
     /// Elements that pass through norms, rotations, rearrangements and sums.
@@ -48,8 +46,10 @@ pub struct StageWork {
 pub struct WeightWork {
     /// Weights multiplied with one token as they stream by.
     pub single: f64,
-    /// Weights widened into a panel, once per block of tokens.
+    /// Weights read and unpacked for several tokens, once per block of them.
     pub widened: f64,
+    /// Multiplications of an unpacked weight with a token's element.
+    pub products: f64,
 }
 
 impl StageWork {
@@ -68,27 +68,20 @@ impl StageWork {
             0 => {}
             1 => self.weights(tensor.dtype).single += weights,
             tokens => {
-                self.weights(tensor.dtype).widened += weights * token_blocks(tensor.columns, tokens) as f64;
-                self.products += weights * tokens as f64;
+                let work = self.weights(tensor.dtype);
+                work.widened += weights * token_blocks(tensor.dtype, tensor.columns, tokens) as f64;
+                work.products += weights * tokens as f64;
             }
         }
     }
 
-    /// Adds a block of matrices that read the same `columns` elements of `tokens` tokens.
-    fn products<'a>(
-        &mut self,
-        tensors: impl IntoIterator<Item = &'a LinearTensors>,
-        columns: usize,
-        tokens: usize,
-        times: f64,
-    ) {
-        tensors.into_iter().for_each(|linear| self.product(&linear.weight, tokens, times));
-        if tokens > 1 {
-            // Several tokens are rearranged first.
-            self.elements += (columns * tokens) as f64 * times;
-            self.phases += times;
-        }
-        self.phases += times;
+    /// Adds `times` products of matrices that read the same elements of `tokens` tokens.
+    fn products(&mut self, tensors: &[&Tensor], tokens: usize, times: f64) {
+        tensors.iter().for_each(|tensor| self.product(tensor, tokens, times));
+        // Tokens are rearranged first.
+        let packing = packing(tensors, tokens);
+        self.elements += packing.elements() as f64 * times;
+        self.phases += (packing.phases() + 1) as f64 * times;
     }
 }
 
@@ -111,9 +104,9 @@ impl Model {
         let mut head = StageWork::default();
         match (&self.output, spec.output) {
             (Some(tensor), _) if output_rows > 0 => {
-                head.product(tensor, output_rows, 1.0);
-                head.elements += 2.0 * output_rows as f64 * hidden;
-                head.phases += 2.0;
+                head.elements += output_rows as f64 * hidden;
+                head.phases += 1.0;
+                head.products(&[tensor], output_rows, 1.0);
             }
             (_, Output::Embedding { .. }) => head.elements += rows * hidden,
             _ => {}
@@ -127,8 +120,8 @@ impl Model {
         let rows = tokens as f64;
         let (hidden, queries) = (spec.hidden, spec.heads * spec.head_dim);
         let mut work = StageWork::default();
-        work.products([&layer.query, &layer.key, &layer.value], hidden, tokens, 1.0);
-        work.products([&layer.attn_out], queries, tokens, 1.0);
+        work.products(&[&layer.query.weight, &layer.key.weight, &layer.value.weight], tokens, 1.0);
+        work.products(&[&layer.attn_out.weight], tokens, 1.0);
         let keys = 2 * spec.kv_heads * spec.head_dim;
         work.elements += rows * (queries + keys) as f64;
         // Positions that the tokens look at, all together.
@@ -144,7 +137,7 @@ impl Model {
         match &layer.mlp {
             MlpTensors::Dense(tensors) => feed_forward(&mut work, tensors, tokens, 1.0),
             MlpTensors::Sparse { router, experts } => {
-                work.products([router], hidden, tokens, 1.0);
+                work.products(&[&router.weight], tokens, 1.0);
                 let chosen = spec.experts.as_ref().map_or(0, |experts| experts.per_token) as f64;
                 let count = experts.len() as f64;
                 let touched = count * (1.0 - (1.0 - chosen / count).powf(rows));
@@ -202,7 +195,7 @@ impl Model {
             tokens * keys,
             if spec.mlp.gated() { tokens * inner } else { 0 },
             tokens * inner,
-            if tokens > 1 { tokens * padded_columns(self.widest_columns()) } else { 0 },
+            self.most_of_products(shape, |tensors, tokens| packing(tensors, tokens).elements()),
             tokens * self.rotation.frequencies.len() * 2,
             tokens * local_pairs * 2,
             if apart || sparse { tokens * spec.hidden } else { 0 },
@@ -250,11 +243,15 @@ impl Model {
         outer.chain(self.layers.iter().map(layer)).max().unwrap_or(0)
     }
 
-    /// Most elements that a thread works in: a panel of widened weights, or a piece of attention.
+    /// Most elements that a thread works in: the sums and rows of a matrix product, or a piece of attention.
     fn thread_elements(&self, shape: PassShape) -> usize {
         let PassShape { tokens, longest, .. } = shape;
         let spec = &self.spec;
-        let panel = if tokens > 1 { panel_elements(self.widest_columns()) } else { 0 };
+        let products = self.most_of_products(shape, |tensors, tokens| {
+            let of =
+                |tensor: &&Tensor| scratch_elements(tensor.dtype, tensor.row_bytes(), tensor.columns, tokens);
+            tensors.iter().map(of).max().unwrap_or(0)
+        });
         let group = spec.heads / spec.kv_heads;
         let windows = self.layers.iter().map(|layer| layer.window);
         let attention = windows.collect::<std::collections::BTreeSet<_>>().into_iter().map(|window| {
@@ -271,27 +268,52 @@ impl Model {
                 .max()
                 .unwrap_or(0)
         });
-        attention.max().unwrap_or(0).max(panel)
+        attention.max().unwrap_or(0).max(products)
     }
 
-    /// Columns of the widest matrix.
-    fn widest_columns(&self) -> usize {
-        let inner = |layer: &Layer| match &layer.mlp {
-            MlpTensors::Dense(tensors) => tensors.down.weight.columns,
-            MlpTensors::Sparse { experts, .. } => {
-                experts.first().map_or(0, |tensors| tensors.down.weight.columns)
-            }
+    /// The most that a product in a pass of this shape needs, by `need` of the matrices that are multiplied together and
+    /// of the tokens. An expert may get every token.
+    fn most_of_products(&self, shape: PassShape, need: impl Fn(&[&Tensor], usize) -> usize) -> usize {
+        let PassShape { tokens, output_rows, .. } = shape;
+        let feed_forward = |tensors: &FeedForward| {
+            let up = &tensors.up.weight;
+            let widen = match &tensors.gate {
+                Some(gate) => need(&[&gate.weight, up], tokens),
+                None => need(&[up], tokens),
+            };
+            widen.max(need(&[&tensors.down.weight], tokens))
         };
-        let widest = self.layers.iter().map(inner).max().unwrap_or(0);
-        widest.max(self.spec.hidden).max(self.spec.heads * self.spec.head_dim)
+        let layer = |layer: &Layer| {
+            let mlp = match &layer.mlp {
+                MlpTensors::Dense(tensors) => feed_forward(tensors),
+                MlpTensors::Sparse { router, experts } => {
+                    let experts = experts.iter().map(feed_forward).max().unwrap_or(0);
+                    experts.max(need(&[&router.weight], tokens))
+                }
+            };
+            mlp.max(need(&[&layer.query.weight, &layer.key.weight, &layer.value.weight], tokens))
+                .max(need(&[&layer.attn_out.weight], tokens))
+        };
+        let head = self.output.as_ref().filter(|_| output_rows > 0);
+        let head = head.map_or(0, |tensor| need(&[tensor], output_rows));
+        self.layers.iter().map(layer).max().unwrap_or(0).max(head)
     }
+}
+
+/// How the input of matrices that are multiplied together is rearranged.
+fn packing(tensors: &[&Tensor], tokens: usize) -> Packing {
+    let columns = tensors.first().map_or(0, |tensor| tensor.columns);
+    Packing::new(tensors.iter().map(|tensor| tensor.dtype), columns, tokens)
 }
 
 /// The work of a feed-forward block, or of `times` such blocks.
 fn feed_forward(work: &mut StageWork, tensors: &FeedForward, tokens: usize, times: f64) {
-    let Tensor { rows: inner, columns: hidden, .. } = tensors.up.weight;
-    work.products(tensors.gate.iter().chain([&tensors.up]), hidden, tokens, times);
-    work.activations += (tokens * inner) as f64 * times;
-    work.products([&tensors.down], inner, tokens, times);
+    let up = &tensors.up.weight;
+    match &tensors.gate {
+        Some(gate) => work.products(&[&gate.weight, up], tokens, times),
+        None => work.products(&[up], tokens, times),
+    }
+    work.activations += (tokens * up.rows) as f64 * times;
+    work.products(&[&tensors.down.weight], tokens, times);
     work.phases += times;
 }

@@ -428,7 +428,9 @@ fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
 
 #[cfg(test)]
 mod tests {
-    use tangram_checkpoint::{DType, Mlp, ModelSpec, Norm, NormPlacement, Output, Rope, RopeScaling};
+    use tangram_checkpoint::{
+        DType, LayerRole, Mlp, ModelSpec, Norm, NormPlacement, Output, Role, Rope, RopeScaling,
+    };
     use tangram_device::cpu::CpuDevice;
     use tangram_device::{Arena, Extent};
 
@@ -445,6 +447,11 @@ mod tests {
     }
 
     fn model() -> (Model, Zeros) {
+        model_of(|_| DType::BF16)
+    }
+
+    /// A model with matrices of these types.
+    fn model_of(dtype: impl Fn(Role) -> DType) -> (Model, Zeros) {
         let spec = ModelSpec {
             family: "llama".into(),
             vocab: 1000,
@@ -466,10 +473,12 @@ mod tests {
             output: Output::Logits { tied: true },
             ..ModelSpec::default()
         };
-        let dtype = DType::BF16;
-        let describe = |role| TensorDesc { role, dtype, shape: spec.shape(role) };
+        let describe = |role| {
+            let shape = spec.shape(role);
+            TensorDesc { role, dtype: if shape.len() == 1 { DType::F32 } else { dtype(role) }, shape }
+        };
         let tensors: Vec<TensorDesc> = spec.required_roles().into_iter().map(describe).collect();
-        let bytes = |tensor: &TensorDesc| dtype.tensor_bytes(&tensor.shape).unwrap() as usize;
+        let bytes = |tensor: &TensorDesc| tensor.dtype.tensor_bytes(&tensor.shape).unwrap() as usize;
         let zeros = tensors.iter().map(|tensor| vec![0; bytes(tensor)]).collect();
         (Model::new(spec, &tensors).unwrap(), Zeros(zeros))
     }
@@ -490,17 +499,27 @@ mod tests {
 
     #[test]
     fn an_executor_holds_what_was_foretold() {
-        let (model, weights) = model();
-        for (tokens, logits, rows) in
-            [(96, LogitRows::All, 96), (96, LogitRows::Last, 1), (1, LogitRows::None, 0)]
-        {
-            let shape = PassShape { tokens, output_rows: rows, longest: tokens };
-            let executor = Executor::new(1);
-            executor.recycle(run(&executor, &model, &weights, tokens, logits));
-            assert_eq!(executor.scratch_bytes(), model.scratch_bytes(shape, 1), "{shape:?}");
-            let executor = Executor::new(3);
-            executor.recycle(run(&executor, &model, &weights, tokens, logits));
-            assert!(executor.scratch_bytes() <= model.scratch_bytes(shape, 3), "{shape:?}");
+        // Values of another type than queries and keys: the input of all three is rearranged in two ways.
+        let mixed = |role| match role {
+            Role::Layer(_, LayerRole::Value) => DType::BF16,
+            Role::Layer(_, LayerRole::Down) => DType::F32,
+            _ => DType::Q5_1,
+        };
+        for (model, weights) in [model(), model_of(|_| DType::Q8_0), model_of(mixed)] {
+            for (tokens, logits, rows) in [
+                (96, LogitRows::All, 96),
+                (96, LogitRows::Last, 1),
+                (1, LogitRows::Last, 1),
+                (1, LogitRows::None, 0),
+            ] {
+                let shape = PassShape { tokens, output_rows: rows, longest: tokens };
+                let executor = Executor::new(1);
+                executor.recycle(run(&executor, &model, &weights, tokens, logits));
+                assert_eq!(executor.scratch_bytes(), model.scratch_bytes(shape, 1), "{shape:?}");
+                let executor = Executor::new(3);
+                executor.recycle(run(&executor, &model, &weights, tokens, logits));
+                assert!(executor.scratch_bytes() <= model.scratch_bytes(shape, 3), "{shape:?}");
+            }
         }
     }
 

@@ -29,6 +29,8 @@ const COLUMNS: usize = 1024;
 const STREAMED_BYTES: usize = 48 << 20;
 /// Bytes of weights that are widened.
 const WIDENED_BYTES: usize = 6 << 20;
+/// Rows of the matrices that are multiplied with many tokens.
+const ROWS: usize = 1024;
 /// Tokens of the products by which widening is measured; few, so that it shows.
 const FEW: usize = 3;
 /// Tokens of the other measurements.
@@ -38,7 +40,6 @@ const TOKENS: usize = 96;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rates {
     weights: Vec<(DType, WeightSeconds)>,
-    product: f64,
     attention: f64,
     element: f64,
     activation: f64,
@@ -51,6 +52,8 @@ pub struct Rates {
 struct WeightSeconds {
     single: f64,
     widened: f64,
+    /// Of a product with an element of one of several tokens.
+    product: f64,
 }
 
 impl Rates {
@@ -81,9 +84,6 @@ impl Rates {
         });
         let products = (TOKENS * (TOKENS + 1) * COLUMNS) as f64;
 
-        let few = product_seconds(executor, DType::F32, &vec![0x2c; COLUMNS * COLUMNS * 4], FEW);
-        let many = product_seconds(executor, DType::F32, &vec![0x2c; COLUMNS * COLUMNS * 4], TOKENS);
-        let multiplied = ((TOKENS - FEW) * COLUMNS * COLUMNS) as f64;
         let angles = 1024;
         let angle = best(|| {
             (0..angles).for_each(|i| {
@@ -94,7 +94,6 @@ impl Rates {
         let after = |seconds: f64| (seconds - phase).max(seconds / 4.0);
         Rates {
             weights: Vec::new(),
-            product: (many - few).max(many / 4.0) / multiplied,
             attention: after(attention) / products,
             element: after(element) / elements,
             activation: after(activation) / elements,
@@ -120,9 +119,14 @@ impl Rates {
             let matrix = |most: usize| &bytes[..most / (row_bytes as usize * 4) * row_bytes as usize * 4];
             let weights = |matrix: &[u8]| (matrix.len() / row_bytes as usize * COLUMNS) as f64;
             let (streamed, widened) = (matrix(STREAMED_BYTES), matrix(WIDENED_BYTES));
-            let single = product_seconds(executor, dtype, streamed, 1) / weights(streamed);
-            let few = product_seconds(executor, dtype, widened, FEW) / weights(widened);
-            let seconds = WeightSeconds { single, widened: (few - FEW as f64 * self.product).max(few / 8.0) };
+            let multiplied = &bytes[..ROWS * row_bytes as usize];
+            let seconds =
+                |matrix: &[u8], tokens| product_seconds(executor, dtype, matrix, tokens) / weights(matrix);
+            let single = seconds(streamed, 1);
+            let (few, many) = (seconds(widened, FEW), seconds(multiplied, TOKENS));
+            let product = (many - few).max(many / 4.0) / (TOKENS - FEW) as f64;
+            let widened = (few - FEW as f64 * product).max(few / 8.0);
+            let seconds = WeightSeconds { single, widened, product };
             self.weights.retain(|(known, _)| *known != dtype);
             self.weights.push((dtype, seconds));
         }
@@ -130,15 +134,16 @@ impl Rates {
 
     /// Seconds that a stage computes; `None` if it has weights of a type that has not been measured.
     pub fn seconds(&self, work: &StageWork) -> Option<f64> {
-        let mut seconds = work.products * self.product
-            + work.attention * self.attention
+        let mut seconds = work.attention * self.attention
             + work.elements * self.element
             + work.activations * self.activation
             + work.angles * self.angle
             + work.phases * self.phase;
         for (dtype, weights) in &work.weights {
             let (_, rate) = self.weights.iter().find(|(known, _)| known == dtype)?;
-            seconds += weights.single * rate.single + weights.widened * rate.widened;
+            seconds += weights.single * rate.single
+                + weights.widened * rate.widened
+                + weights.products * rate.product;
         }
         Some(seconds)
     }
@@ -189,15 +194,17 @@ mod tests {
     fn what_was_not_measured_has_no_time() {
         let executor = Executor::new(2);
         let mut rates = Rates::measure(&executor);
-        let weights = vec![(DType::Q4_0, WeightWork { single: 1e6, widened: 1e6 })];
-        let work = StageWork { weights, products: 3e6, phases: 2.0, ..StageWork::default() };
+        let with_products = |products| {
+            let weights = vec![(DType::Q4_0, WeightWork { single: 1e6, widened: 1e6, products })];
+            StageWork { weights, phases: 2.0, ..StageWork::default() }
+        };
+        let work = with_products(3e6);
         assert_eq!(rates.seconds(&work), None);
         rates.measure_weights(&executor, &[DType::Q4_0]);
         assert!(rates.knows(DType::Q4_0) && !rates.knows(DType::F16));
         let seconds = rates.seconds(&work).unwrap();
         assert!(seconds.is_finite() && seconds > 0.0);
-        let twice = StageWork { products: 6e6, ..work.clone() };
-        assert!(rates.seconds(&twice).unwrap() > seconds);
+        assert!(rates.seconds(&with_products(6e6)).unwrap() > seconds);
         let copy: Rates = serde_json::from_str(&serde_json::to_string(&rates).unwrap()).unwrap();
         // Written out in decimals and read back, a rate may differ in its last bit.
         let ratio = copy.seconds(&work).unwrap() / rates.seconds(&work).unwrap();

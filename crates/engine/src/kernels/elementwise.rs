@@ -1,7 +1,8 @@
 //! Norms, activations, head preparation (head norm and rotation), and sums of rows.
 //!
 //! Every function gives an element the same value wherever it sits: the last, incomplete vector of a row goes through
-//! the same vector code, padded. Sums over a row have the order of additions of [`super::matmul`].
+//! the same vector code, padded. Sums over a row have one order of additions: element `k`
+//! goes, in ascending order, into partial sum `k mod 32`, and the partial sums are combined by one fixed tree.
 #![allow(unsafe_code)]
 
 use tangram_checkpoint::{Mlp, Norm};

@@ -1,4 +1,4 @@
-//! The vector operations of the quantised matrix product: a lane is a row of the matrix.
+//! The vector operations of the matrix products: a lane is a row of the matrix.
 //!
 //! A kernel is generic over [`Lanes`] and compiled once per instruction set by [`super::Isa::dispatch_lanes`]. Sums of
 //! integers are exact, and every floating-point operation works on each lane alone, so all implementations give the
@@ -18,6 +18,8 @@ pub(crate) trait Lanes: Copy {
     type I: Copy;
     /// Lanes, at most [`MOST_LANES`].
     const ROWS: usize;
+    /// Vectors of eight weights that the registers have room for, 1 or 2.
+    const VECTORS: usize = 1;
 
     /// The same number in all lanes.
     fn splat(self, x: f32) -> Self::F;
@@ -64,6 +66,13 @@ pub(crate) trait Lanes: Copy {
     fn lower_half(self, v: Self::I) -> Self::F;
     /// The upper two bytes of every lane as binary16, widened.
     fn upper_half(self, v: Self::I) -> Self::F;
+
+    /// The lower two bytes of every lane as bfloat16, widened.
+    fn lower_bf16(self, v: Self::I) -> Self::F;
+    /// The upper two bytes of every lane as bfloat16, widened.
+    fn upper_bf16(self, v: Self::I) -> Self::F;
+    /// Every lane as an f32.
+    fn bits(self, v: Self::I) -> Self::F;
 
     /// `(v >> shift) & mask`, in lanes of 32 bits.
     fn field(self, v: Self::I, shift: u32, mask: u32) -> Self::I;
@@ -189,6 +198,21 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn upper_half(self, v: [u32; 8]) -> [f32; 8] {
         v.map(|x| f16::from_bits((x >> 16) as u16).to_f32())
+    }
+
+    #[inline(always)]
+    fn lower_bf16(self, v: [u32; 8]) -> [f32; 8] {
+        v.map(|x| f32::from_bits(x << 16))
+    }
+
+    #[inline(always)]
+    fn upper_bf16(self, v: [u32; 8]) -> [f32; 8] {
+        v.map(|x| f32::from_bits(x & 0xffff_0000))
+    }
+
+    #[inline(always)]
+    fn bits(self, v: [u32; 8]) -> [f32; 8] {
+        v.map(f32::from_bits)
     }
 
     #[inline(always)]

@@ -131,6 +131,24 @@ macro_rules! shared {
         }
 
         #[inline(always)]
+        fn lower_bf16(self, v: __m256i) -> __m256 {
+            // SAFETY: see below.
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(v)) }
+        }
+
+        #[inline(always)]
+        fn upper_bf16(self, v: __m256i) -> __m256 {
+            // SAFETY: see below.
+            unsafe { _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff_0000_u32 as i32))) }
+        }
+
+        #[inline(always)]
+        fn bits(self, v: __m256i) -> __m256 {
+            // SAFETY: see below.
+            unsafe { _mm256_castsi256_ps(v) }
+        }
+
+        #[inline(always)]
         fn field(self, v: __m256i, shift: u32, mask: u32) -> __m256i {
             // SAFETY: see below.
             unsafe {

@@ -1,4 +1,5 @@
-//! [`Lanes`] with sixteen rows by AVX-512 VNNI (Intel since Cascade Lake, AMD since Zen 4).
+//! [`Lanes`] with sixteen rows by AVX-512, with VNNI where the processor has it (Intel since Cascade Lake, AMD since
+//! Zen 4).
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
@@ -7,13 +8,19 @@ use super::avx512::Avx512;
 use super::lanes::Lanes;
 use super::lanes_avx2::{eight_halves, four_words};
 
-/// Proof that this processor has AVX-512 VNNI, and all that [`Avx512`] proves.
+/// Proof that this processor has what [`Avx512`] proves, and AVX-512 VNNI if `VNNI`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Lanes16(());
+pub(crate) struct Lanes16<const VNNI: bool>(());
 
-impl Lanes16 {
+impl Lanes16<false> {
+    pub(crate) fn new(_: Avx512) -> Lanes16<false> {
+        Lanes16(())
+    }
+}
+
+impl Lanes16<true> {
     /// The proof, if the processor and the operating system support it.
-    pub(crate) fn detect() -> Option<Lanes16> {
+    pub(crate) fn detect() -> Option<Lanes16<true>> {
         Avx512::detect().filter(|_| is_x86_feature_detected!("avx512vnni")).map(|_| Lanes16(()))
     }
 }
@@ -33,12 +40,23 @@ unsafe fn quartet(p: *const u8, stride: usize) -> __m512i {
     }
 }
 
+/// Four bytes of `x` in every lane.
+///
+/// # Safety
+/// The processor has AVX-512 F; `x` is readable for `4 j + 4` bytes.
+#[inline(always)]
+unsafe fn broadcast_four(x: *const i8, j: usize) -> __m512i {
+    // SAFETY: by contract.
+    unsafe { _mm512_set1_epi32(x.add(4 * j).cast::<i32>().read_unaligned()) }
+}
+
 // SAFETY (for every block below): a `Lanes16` exists only where `detect` found the instructions; memory operands are
 // readable or writable by the contract of the trait, and all loads and stores are the unaligned kind.
-impl Lanes for Lanes16 {
+impl<const VNNI: bool> Lanes for Lanes16<VNNI> {
     type F = __m512;
     type I = __m512i;
     const ROWS: usize = 16;
+    const VECTORS: usize = 2;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -141,6 +159,24 @@ impl Lanes for Lanes16 {
     }
 
     #[inline(always)]
+    fn lower_bf16(self, v: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(v)) }
+    }
+
+    #[inline(always)]
+    fn upper_bf16(self, v: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32))) }
+    }
+
+    #[inline(always)]
+    fn bits(self, v: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_castsi512_ps(v) }
+    }
+
+    #[inline(always)]
     fn field(self, v: __m512i, shift: u32, mask: u32) -> __m512i {
         // SAFETY: see above.
         unsafe {
@@ -194,7 +230,15 @@ impl Lanes for Lanes16 {
 
     #[inline(always)]
     fn ready<const BITS: u32>(self, weights: [__m512i; 8]) -> [__m512i; 8] {
-        weights
+        if VNNI || BITS < 8 {
+            return weights;
+        }
+        // Signed, for what `dot` does with them.
+        let mut signed = weights;
+        for weight in &mut signed {
+            *weight = self.flip(*weight, 0x8080_8080);
+        }
+        signed
     }
 
     #[inline(always)]
@@ -202,14 +246,32 @@ impl Lanes for Lanes16 {
         self,
         weights: &[__m512i; 8],
         x: *const i8,
-        _: *const i32,
+        sum: *const i32,
     ) -> [__m512i; 2] {
+        // Without VNNI as in `lanes_avx2`.
         // SAFETY: see above.
         unsafe {
             let mut sums = [_mm512_setzero_si512(); 2];
-            for j in 0..8 {
-                let x = _mm512_set1_epi32(x.add(4 * j).cast::<i32>().read_unaligned());
-                sums[j / 4] = _mm512_dpbusd_epi32(sums[j / 4], weights[j], x);
+            if VNNI {
+                for (j, &weight) in weights.iter().enumerate() {
+                    sums[j / 4] = _mm512_dpbusd_epi32(sums[j / 4], weight, broadcast_four(x, j));
+                }
+                return sums;
+            }
+            if BITS == 8 {
+                sums[0] = _mm512_slli_epi32::<7>(_mm512_set1_epi32(sum.read_unaligned()));
+            }
+            let ones = _mm512_set1_epi16(1);
+            for (j, &weight) in weights.iter().enumerate() {
+                let x = broadcast_four(x, j);
+                let products = if BITS == 8 {
+                    let negative = _mm512_movepi8_mask(weight);
+                    let x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+                    _mm512_maddubs_epi16(_mm512_abs_epi8(weight), x)
+                } else {
+                    _mm512_maddubs_epi16(weight, x)
+                };
+                sums[j / 4] = _mm512_add_epi32(sums[j / 4], _mm512_madd_epi16(products, ones));
             }
             sums
         }

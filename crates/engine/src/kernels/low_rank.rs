@@ -1,8 +1,9 @@
 //! Grouped low-rank products: `out[t] += scale · B (A x[t])`, each row of a batch with the factors of its own adapter.
 //!
 //! Rows with the same adapter are taken together, so that its factors are read once for several of them. **The order
-//! of additions**: an element of `A x` has the order of [`super::matmul`]; an element of the product adds the elements
-//! of `A x` in ascending order and is then added to `out`. So a row's result does not depend on the other rows.
+//! of additions**: in an element of `A x`, product `k` goes, in ascending order, into partial sum `k mod 32`, and the
+//! partial sums are combined by one fixed tree; an element of the product adds the elements of `A x` in ascending order
+//! and is then added to `out`. So a row's result does not depend on the other rows.
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;

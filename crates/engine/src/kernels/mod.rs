@@ -22,6 +22,8 @@ mod lanes_avx2;
 mod lanes_avx512;
 pub mod low_rank;
 pub mod matmul;
+mod panels;
+mod plain;
 mod quantised;
 pub mod routing;
 mod simd;
@@ -51,7 +53,7 @@ enum Kind {
     Avx512(avx512::Avx512),
 }
 
-/// Instructions for products of integers.
+/// Instructions for matrix products.
 #[derive(Clone, Copy, Debug)]
 enum LanesKind {
     Scalar,
@@ -60,7 +62,9 @@ enum LanesKind {
     #[cfg(target_arch = "x86_64")]
     AvxVnni(lanes_avx2::Lanes8Vnni),
     #[cfg(target_arch = "x86_64")]
-    Avx512Vnni(lanes_avx512::Lanes16),
+    Avx512(lanes_avx512::Lanes16<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(lanes_avx512::Lanes16<true>),
 }
 
 impl Isa {
@@ -80,7 +84,9 @@ impl Isa {
             available.push(Isa { name: "avx2", kind, lanes });
             let vnni = lanes_avx2::Lanes8Vnni::detect().map(LanesKind::AvxVnni);
             available.extend(vnni.map(|lanes| Isa { name: "avx2-vnni", kind, lanes }));
-            if let Some(kind) = avx512::Avx512::detect().map(Kind::Avx512) {
+            if let Some(proof) = avx512::Avx512::detect() {
+                let (kind, lanes) =
+                    (Kind::Avx512(proof), LanesKind::Avx512(lanes_avx512::Lanes16::new(proof)));
                 available.push(Isa { name: "avx512", kind, lanes });
                 let vnni = lanes_avx512::Lanes16::detect().map(LanesKind::Avx512Vnni);
                 available.extend(vnni.map(|lanes| Isa { name: "avx512-vnni", kind, lanes }));
@@ -108,7 +114,7 @@ impl Isa {
         }
     }
 
-    /// [`Isa::dispatch`] for products of integers.
+    /// [`Isa::dispatch`] for matrix products.
     #[inline]
     fn dispatch_lanes<K: LanesKernel>(self, kernel: K) -> K::Output {
         match self.lanes {
@@ -119,6 +125,9 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             LanesKind::AvxVnni(proof) => unsafe { lanes_on_avx_vnni(proof, kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            LanesKind::Avx512(proof) => unsafe { lanes_on_avx512(proof, kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             LanesKind::Avx512Vnni(proof) => unsafe { lanes_on_avx512_vnni(proof, kernel) },
@@ -166,10 +175,18 @@ unsafe fn lanes_on_avx_vnni<K: LanesKernel>(proof: lanes_avx2::Lanes8Vnni, kerne
 }
 
 /// # Safety
+/// The processor has AVX-512 F, VL, BW and DQ, AVX2, FMA and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
+unsafe fn lanes_on_avx512<K: LanesKernel>(proof: lanes_avx512::Lanes16<false>, kernel: K) -> K::Output {
+    kernel.run(proof)
+}
+
+/// # Safety
 /// The processor has AVX-512 F, VL, BW, DQ and VNNI, AVX2, FMA and F16C.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn lanes_on_avx512_vnni<K: LanesKernel>(proof: lanes_avx512::Lanes16, kernel: K) -> K::Output {
+unsafe fn lanes_on_avx512_vnni<K: LanesKernel>(proof: lanes_avx512::Lanes16<true>, kernel: K) -> K::Output {
     kernel.run(proof)
 }
 

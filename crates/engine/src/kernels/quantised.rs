@@ -9,17 +9,16 @@
 //! `(scale · Σ q·x) · factor` and then `minimum · (factor · Σ x)`, where the sums over integers are exact. It does not
 //! depend on the number of tokens or rows.
 //!
-//! A panel of as many rows as there are lanes is read once for a block of tokens: 32 weights of each row are unpacked
-//! into registers and multiplied with all tokens of the block.
+//! 32 weights of each row of a panel are unpacked into registers and multiplied with all tokens of a block.
 #![allow(unsafe_code)]
 
 use std::marker::PhantomData;
-use std::ops::Range;
 
 use super::blocks::{Blocks, Group};
 use super::buffer::Disjoint;
 use super::format::GROUP;
-use super::lanes::{Lanes, LanesKernel, MOST_LANES};
+use super::lanes::Lanes;
+use super::panels::{Ahead, Layout, PanelSums};
 use super::simd::{LANES, PARTS, Simd};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
@@ -33,66 +32,28 @@ const RECORD: usize = NUMBERS + 2 * GROUP / 4;
 /// Elements of the numbers of a record: the factor, the sums of the activations (all, first and last sixteen), the
 /// sums of upper and of lower bytes (as i32), two unused.
 const NUMBERS: usize = 8;
-/// The tokens of a block should take no more than this many bytes of the second-level cache.
-const BLOCK_BYTES: usize = 512 << 10;
-/// A block has at least this many tokens, so that unpacking the weights stays cheap against using them.
-const MIN_BLOCK: usize = 32;
 /// Activations that make a packing task worth handing to another thread.
 const TASK_ACTIVATIONS: usize = 1 << 14;
 
-/// How the tokens of a product are divided into blocks, and where their records are.
-#[derive(Clone, Copy)]
-pub(super) struct Layout {
-    columns: usize,
-    tokens: usize,
-    pub(super) blocks: usize,
-}
-
-impl Layout {
-    /// For `tokens` (at least one) rows of `columns` activations, a multiple of 32.
-    pub(super) fn new(columns: usize, tokens: usize) -> Layout {
-        let block = (BLOCK_BYTES / (columns / GROUP * RECORD * 4)).max(MIN_BLOCK);
-        Layout { columns, tokens, blocks: tokens.div_ceil(block) }
-    }
-
-    /// Elements of all records.
-    pub(super) fn elements(&self) -> usize {
-        self.tokens * self.token_elements()
-    }
-
-    fn token_elements(&self) -> usize {
-        self.columns / GROUP * RECORD
-    }
-
-    fn block_tokens(&self, block: usize) -> Range<usize> {
-        block * self.tokens / self.blocks..(block + 1) * self.tokens / self.blocks
-    }
-
-    /// Scratch elements that [`Product::multiply`] needs for rows of `row_bytes`.
-    pub(super) fn scratch(&self, row_bytes: usize) -> usize {
-        self.tokens.div_ceil(self.blocks) * MOST_LANES + (MOST_LANES * row_bytes).div_ceil(4)
-    }
+/// Elements of a token's records.
+pub(super) fn token_elements(columns: usize) -> usize {
+    columns / GROUP * RECORD
 }
 
 /// Rounds `x` (`[tokens, columns]`) to records, laid out as `[block][group][token of the block]`.
-pub(super) fn pack(isa: Isa, pool: &Pool, layout: Layout, x: &[f32], records: &mut [f32]) {
-    assert!(x.len() == layout.tokens * layout.columns && records.len() == layout.elements());
-    let Layout { columns, blocks, .. } = layout;
-    let work = x.len() / 2;
+pub(super) fn pack(isa: Isa, pool: &Pool, layout: Layout, x: &[f32], columns: usize, records: &mut [f32]) {
+    assert_eq!(records.len(), layout.elements());
     let per_task = (TASK_ACTIVATIONS / columns).max(1);
     let records = Disjoint::new(records);
-    for block in 0..blocks {
-        let tokens = layout.block_tokens(block);
-        let first = tokens.start * layout.token_elements();
-        pool.run(tokens.len().div_ceil(per_task), 0, work / blocks, &|task, _| {
+    for block in 0..layout.blocks {
+        let tokens = layout.tokens(block);
+        let step = tokens.len() * RECORD;
+        let work = tokens.len() * columns / 2;
+        pool.run(tokens.len().div_ceil(per_task), 0, work, &|task, _| {
             for token in task * per_task..tokens.len().min((task + 1) * per_task) {
                 let x = &x[(tokens.start + token) * columns..][..columns];
-                isa.dispatch(Pack {
-                    x,
-                    records: &records,
-                    first: first + token * RECORD,
-                    step: tokens.len() * RECORD,
-                });
+                let first = layout.place(block).start + token * RECORD;
+                isa.dispatch(Pack { x, records: &records, first, step });
             }
         });
     }
@@ -161,135 +122,40 @@ impl Kernel for Pack<'_> {
     }
 }
 
-/// One matrix and where its product goes.
-pub(super) struct Product<'a> {
-    /// Stored bytes of the rows that are to be multiplied, with their place in the matrix.
-    pub(super) weight: &'a [u8],
-    pub(super) rows: Range<usize>,
-    /// `[tokens, all rows]`.
-    pub(super) out: &'a Disjoint<'a>,
-    pub(super) all_rows: usize,
-    pub(super) bias: Option<&'a [f32]>,
-    pub(super) accumulate: bool,
-}
+/// [`PanelSums`] of a block format.
+pub(super) struct QuantisedSums<F>(PhantomData<F>);
 
-impl Product<'_> {
-    /// Multiplies the rows with the tokens of a block.
-    ///
-    /// # Safety
-    /// No other thread touches these rows of these tokens in `out`.
-    pub(super) unsafe fn multiply<F: Blocks>(
-        &self,
-        isa: Isa,
-        layout: Layout,
-        block: usize,
-        records: &[f32],
-        scratch: &mut [f32],
+impl<F: Blocks> PanelSums for QuantisedSums<F> {
+    #[inline(always)]
+    fn most_vectors<L: Lanes>(_: usize) -> usize {
+        1
+    }
+
+    #[inline(always)]
+    unsafe fn add<L: Lanes>(
+        l: L,
+        panel: *const u8,
+        row_bytes: usize,
+        _: usize,
+        tokens: usize,
+        x: &[f32],
+        sums: &mut [f32],
     ) {
-        let tokens = layout.block_tokens(block);
-        let records = &records[tokens.start * layout.token_elements()..tokens.end * layout.token_elements()];
-        let groups = layout.columns / GROUP;
-        let row_bytes = groups / F::GROUPS * F::BYTES;
-        assert!(groups.is_multiple_of(F::GROUPS) && self.weight.len() == self.rows.len() * row_bytes);
-        let (sums, copy) = scratch.split_at_mut(tokens.len() * MOST_LANES);
-        isa.dispatch_lanes(Multiply::<F> {
-            product: self,
-            tokens,
-            records,
-            row_bytes,
-            sums,
-            copy: &mut copy[..(MOST_LANES * row_bytes).div_ceil(4)],
-            format: PhantomData,
-        });
-    }
-}
-
-struct Multiply<'a, F> {
-    product: &'a Product<'a>,
-    tokens: Range<usize>,
-    /// `[group][token]`.
-    records: &'a [f32],
-    row_bytes: usize,
-    /// `[token][lane]`.
-    sums: &'a mut [f32],
-    /// Room for a panel that has fewer rows than there are lanes.
-    copy: &'a mut [f32],
-    format: PhantomData<F>,
-}
-
-impl<F: Blocks> LanesKernel for Multiply<'_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(mut self, l: L) {
-        let (rows, stride) = (self.product.rows.len(), self.row_bytes);
-        for first in (0..rows).step_by(L::ROWS) {
-            let count = L::ROWS.min(rows - first);
-            let bytes = &self.product.weight[first * stride..(first + count) * stride];
-            let panel = if count == L::ROWS { bytes.as_ptr() } else { self.copy_panel(bytes) };
-            // SAFETY: `panel` has as many rows as there are lanes.
-            unsafe { self.panel(l, panel) };
-            for (token, sums) in self.tokens.clone().zip(self.sums.chunks_exact(L::ROWS)) {
-                let row = self.product.rows.start + first;
-                // SAFETY: these rows of these tokens are this task's by the contract of `multiply`.
-                let out = unsafe { self.product.out.part(token * self.product.all_rows + row, count) };
-                match self.product.bias {
-                    Some(bias) => finish(out, sums, |i| bias[row + i], self.product.accumulate),
-                    None => finish(out, sums, |_| 0.0, self.product.accumulate),
-                }
-            }
-        }
-    }
-}
-
-/// What happens to finished sums.
-#[inline(always)]
-fn finish(out: &mut [f32], sums: &[f32], bias: impl Fn(usize) -> f32, accumulate: bool) {
-    for (i, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
-        let value = sum + bias(i);
-        *out = if accumulate { *out + value } else { value };
-    }
-}
-
-impl<F: Blocks> Multiply<'_, F> {
-    /// Rows to which zeros are added until there are as many as there may be lanes.
-    fn copy_panel(&mut self, bytes: &[u8]) -> *const u8 {
-        self.copy.fill(0.0);
-        let copy = self.copy.as_mut_ptr().cast::<u8>();
-        assert!(bytes.len() <= self.copy.len() * 4);
-        // SAFETY: the copy is long enough (asserted), any bytes are f32s, and the two do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy, bytes.len()) };
-        copy
-    }
-
-    /// The sums of a panel.
-    ///
-    /// # Safety
-    /// `panel` is readable for `L::ROWS` rows.
-    #[inline(always)]
-    unsafe fn panel<L: Lanes>(&mut self, l: L, panel: *const u8) {
-        let (stride, tokens) = (self.row_bytes, self.tokens.len());
-        let sums = &mut self.sums[..tokens * L::ROWS];
-        sums.fill(0.0);
-        let groups = stride / F::BYTES * F::GROUPS;
-        assert_eq!(self.records.len(), groups * tokens * RECORD);
-        let mut record = self.records.as_ptr();
-        // The next panel follows in memory; a share of it is asked for with every group of this one.
-        let share = L::ROWS * F::BYTES / F::GROUPS;
-        let mut ahead = panel.wrapping_add(L::ROWS * stride);
-        for block in 0..stride / F::BYTES {
+        let blocks = row_bytes / F::BYTES;
+        assert_eq!(sums.len(), tokens * L::ROWS);
+        assert_eq!(x.len(), blocks * F::GROUPS * tokens * RECORD);
+        let mut record = x.as_ptr();
+        let mut ahead = Ahead::new(panel.wrapping_add(L::ROWS * row_bytes), L::ROWS * F::BYTES / F::GROUPS);
+        for block in 0..blocks {
             // SAFETY: the block is inside every row; `record` advances over `groups · tokens` records, `sums` has a
             // sum per lane and token.
             unsafe {
                 let bytes = panel.add(block * F::BYTES);
-                let common = F::common(l, bytes, stride);
+                let common = F::common(l, bytes, row_bytes);
                 for first in (0..F::GROUPS).step_by(F::TOGETHER) {
-                    let raw = F::raw(l, bytes, stride, first);
+                    let raw = F::raw(l, bytes, row_bytes, first);
                     for index in first..first + F::TOGETHER {
-                        for line in (0..share).step_by(64) {
-                            l.prefetch(ahead.wrapping_add(line));
-                        }
-                        ahead = ahead.wrapping_add(share);
+                        ahead.next(l);
                         let group = F::group(l, &common, &raw, index);
                         let mut sum = sums.as_mut_ptr();
                         for _ in 0..tokens {

@@ -1,4 +1,4 @@
-//! The vector operations that every kernel is written in: eight f32 lanes, and a portable implementation.
+//! The vector operations that kernels are written in: eight f32 lanes, and a portable implementation.
 //!
 //! A kernel is generic over [`Simd`] and is compiled once per instruction set by [`super::Isa::dispatch`]. The order
 //! of additions is part of the contract of each operation: all implementations add in the same order, so results of
@@ -9,15 +9,8 @@ use half::{bf16, f16};
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 8;
-/// Weight rows that the inner loop of the matrix product works on.
-pub(crate) const PANEL_ROWS: usize = 4;
-/// Tokens that it works on, at most.
-pub(crate) const PANEL_TOKENS: usize = 3;
-/// Partial vectors per output element of the matrix product: 32 partial sums.
+/// Vectors of a group of 32 elements, and of the partial sums of what adds up whole rows.
 pub(crate) const PARTS: usize = 4;
-
-/// A vector per output of the inner loop, `[token][row]`; the rest of it is 0.
-pub(crate) type Totals<V> = [V; PANEL_ROWS * (PANEL_TOKENS + 1)];
 
 /// Eight f32 lanes. Implementations are tokens whose existence proves that the processor has the instructions.
 /// Pointers need no alignment.
@@ -26,9 +19,6 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// 32 bytes, from which formats make small integers.
     type Bytes: Copy;
-
-    /// Into how many passes over `k` [`Simd::panel_times_tokens`] divides the partial vectors.
-    const PASSES: usize = PARTS;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -120,9 +110,6 @@ pub(crate) trait Simd: Copy {
     /// Every byte minus `x`, as a signed number.
     fn widen(self, b: Self::Bytes, x: u8) -> [Self::V; 4];
 
-    /// Asks for the cache line at `p`, which may be any address.
-    fn prefetch(self, p: *const u8);
-
     /// a + b.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// a − b.
@@ -153,55 +140,6 @@ pub(crate) trait Simd: Copy {
 
     /// [`Simd::sum`] of eight vectors, in lanes.
     fn sums(self, v: [Self::V; 8]) -> Self::V;
-
-    /// The inner loop of the matrix product: (part 0 + part 1) + (part 2 + part 3) of the dot products of four rows
-    /// with `T` tokens. Rows and tokens are interleaved as `[pass][group of 32][row or token][lane]` with 32 /
-    /// [`Simd::PASSES`] lanes of a group in each pass. This one makes four passes, so that its 4 × 3 accumulators fit
-    /// 16 registers.
-    ///
-    /// # Safety
-    /// `panel` is readable for `groups` · 4 · 32 elements, `x` for `groups` · `T` · 32.
-    #[inline(always)]
-    unsafe fn panel_times_tokens<const T: usize>(
-        self,
-        panel: *const f32,
-        x: *const f32,
-        groups: usize,
-    ) -> Totals<Self::V> {
-        let zero = self.splat(0.0);
-        let mut totals = [zero; _];
-        let mut third = [zero; PANEL_ROWS * PANEL_TOKENS];
-        let (mut w, mut x) = (panel, x);
-        for part in 0..PARTS {
-            let mut acc = [[zero; PANEL_ROWS]; T];
-            for _ in 0..groups {
-                // SAFETY: over the four passes, the pointers advance by the readable lengths.
-                unsafe {
-                    let mut token = [zero; T];
-                    for (t, token) in token.iter_mut().enumerate() {
-                        *token = self.load(x.add(t * LANES));
-                    }
-                    for row in 0..PANEL_ROWS {
-                        let weight = self.load(w.add(row * LANES));
-                        for (acc, &token) in acc.iter_mut().zip(&token) {
-                            acc[row] = self.fma(weight, token, acc[row]);
-                        }
-                    }
-                    w = w.add(PANEL_ROWS * LANES);
-                    x = x.add(T * LANES);
-                }
-            }
-            for (i, &acc) in acc.as_flattened().iter().enumerate() {
-                match part {
-                    0 => totals[i] = acc,
-                    1 => totals[i] = self.add(totals[i], acc),
-                    2 => third[i] = acc,
-                    _ => totals[i] = self.add(totals[i], self.add(third[i], acc)),
-                }
-            }
-        }
-        totals
-    }
 }
 
 /// The portable implementation. It fuses no multiply-adds: without hardware that would be a slow library call.
@@ -329,9 +267,6 @@ impl Simd for Scalar {
         let eight = |from: usize| std::array::from_fn(|i| f32::from(b[from + i].wrapping_sub(x) as i8));
         [eight(0), eight(8), eight(16), eight(24)]
     }
-
-    #[inline(always)]
-    fn prefetch(self, _p: *const u8) {}
 
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
