@@ -125,6 +125,41 @@ impl<const VNNI: bool> Lanes for Lanes16<VNNI> {
     }
 
     #[inline(always)]
+    unsafe fn line(self, p: *const u8, stride: usize) -> [__m512i; 16] {
+        // SAFETY: see above.
+        unsafe {
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_loadu_si512(p.add(i * stride).cast());
+            }
+            // Of every four rows, words 4 q + m in quarter q of vector m.
+            for four in rows.as_chunks_mut::<4>().0 {
+                let [a, b, c, d] = *four;
+                let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+                let (ef, gh) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+                *four = [
+                    _mm512_unpacklo_epi64(ab, cd),
+                    _mm512_unpackhi_epi64(ab, cd),
+                    _mm512_unpacklo_epi64(ef, gh),
+                    _mm512_unpackhi_epi64(ef, gh),
+                ];
+            }
+            // Then a transposition of quarters.
+            let mut words = rows;
+            for m in 0..4 {
+                let (a, b, c, d) = (rows[m], rows[4 + m], rows[8 + m], rows[12 + m]);
+                let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+                let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+                words[m] = _mm512_shuffle_i32x4::<0x88>(even, even2);
+                words[8 + m] = _mm512_shuffle_i32x4::<0xdd>(even, even2);
+                words[4 + m] = _mm512_shuffle_i32x4::<0x88>(odd, odd2);
+                words[12 + m] = _mm512_shuffle_i32x4::<0xdd>(odd, odd2);
+            }
+            words
+        }
+    }
+
+    #[inline(always)]
     unsafe fn four(self, p: *const u8, stride: usize) -> __m512i {
         // SAFETY: see above.
         unsafe {

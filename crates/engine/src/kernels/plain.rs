@@ -12,7 +12,11 @@ use super::panels::{Ahead, Layout, MOST_ROWS, PanelSums};
 use crate::pool::Pool;
 
 /// Columns that are unpacked at a time.
+const GROUP: usize = 32;
+/// Columns of which the weights are in registers while tokens pass by.
 const STEP: usize = 8;
+/// Bytes of a group of the widest type.
+const MOST_GROUP_BYTES: usize = 4 * GROUP;
 /// Activations that make a packing task worth handing to another thread.
 const TASK_ACTIVATIONS: usize = 1 << 14;
 
@@ -21,11 +25,11 @@ pub(super) trait Plain {
     /// Bytes of an element.
     const SIZE: usize;
 
-    /// Eight consecutive weights of the row of every lane.
+    /// 32 consecutive weights of the row of every lane.
     ///
     /// # Safety
-    /// `8 · SIZE` bytes are readable at `p + row · stride` for each of the `ROWS` rows.
-    unsafe fn eight<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; STEP];
+    /// `32 · SIZE` bytes are readable at `p + row · stride` for each of the `ROWS` rows.
+    unsafe fn group<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; GROUP];
 }
 
 pub(super) struct F32;
@@ -36,10 +40,16 @@ impl Plain for F32 {
     const SIZE: usize = 4;
 
     #[inline(always)]
-    unsafe fn eight<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; STEP] {
-        // SAFETY: twice sixteen bytes.
-        let ([a, b, c, d], [e, f, g, h]) = unsafe { (l.sixteen(p, stride), l.sixteen(p.add(16), stride)) };
-        [l.bits(a), l.bits(b), l.bits(c), l.bits(d), l.bits(e), l.bits(f), l.bits(g), l.bits(h)]
+    unsafe fn group<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; GROUP] {
+        let mut weights = [l.splat(0.0); GROUP];
+        for (half, weights) in weights.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            // SAFETY: twice 64 bytes.
+            let words = unsafe { l.line(p.add(64 * half), stride) };
+            for (weight, word) in weights.iter_mut().zip(words) {
+                *weight = l.bits(word);
+            }
+        }
+        weights
     }
 }
 
@@ -47,11 +57,14 @@ impl Plain for F16 {
     const SIZE: usize = 2;
 
     #[inline(always)]
-    unsafe fn eight<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; STEP] {
-        // SAFETY: sixteen bytes.
-        let [a, b, c, d] = unsafe { l.sixteen(p, stride) };
-        let (low, high) = (L::lower_half, L::upper_half);
-        [low(l, a), high(l, a), low(l, b), high(l, b), low(l, c), high(l, c), low(l, d), high(l, d)]
+    unsafe fn group<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; GROUP] {
+        let mut weights = [l.splat(0.0); GROUP];
+        // SAFETY: 64 bytes.
+        let words = unsafe { l.line(p, stride) };
+        for (weights, word) in weights.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            *weights = [l.lower_half(word), l.upper_half(word)];
+        }
+        weights
     }
 }
 
@@ -59,23 +72,27 @@ impl Plain for Bf16 {
     const SIZE: usize = 2;
 
     #[inline(always)]
-    unsafe fn eight<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; STEP] {
-        // SAFETY: sixteen bytes.
-        let [a, b, c, d] = unsafe { l.sixteen(p, stride) };
-        let (low, high) = (L::lower_bf16, L::upper_bf16);
-        [low(l, a), high(l, a), low(l, b), high(l, b), low(l, c), high(l, c), low(l, d), high(l, d)]
+    unsafe fn group<L: Lanes>(l: L, p: *const u8, stride: usize) -> [L::F; GROUP] {
+        let mut weights = [l.splat(0.0); GROUP];
+        // SAFETY: 64 bytes.
+        let words = unsafe { l.line(p, stride) };
+        for (weights, word) in weights.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            *weights = [l.lower_bf16(word), l.upper_bf16(word)];
+        }
+        weights
     }
 }
 
 /// Elements of a token's rearranged activations.
 pub(super) fn token_elements(columns: usize) -> usize {
-    columns.next_multiple_of(STEP)
+    columns.next_multiple_of(GROUP)
 }
 
 /// Rearranges `x` (`[tokens, columns]`) to `[block][step of eight columns][token of the block][column]`, with zeros
-/// after the last column.
+/// after the last column up to a whole group.
 pub(super) fn pack(pool: &Pool, layout: Layout, x: &[f32], columns: usize, packed: &mut [f32]) {
     assert_eq!(packed.len(), layout.elements());
+    let steps = columns.div_ceil(GROUP) * GROUP / STEP;
     let per_task = (TASK_ACTIVATIONS / columns).max(1);
     let packed = Disjoint::new(packed);
     for block in 0..layout.blocks {
@@ -84,7 +101,8 @@ pub(super) fn pack(pool: &Pool, layout: Layout, x: &[f32], columns: usize, packe
         pool.run(tokens.len().div_ceil(per_task), 0, work, &|task, _| {
             for token in task * per_task..tokens.len().min((task + 1) * per_task) {
                 let row = &x[(tokens.start + token) * columns..][..columns];
-                for (step, from) in row.chunks(STEP).enumerate() {
+                let whole = row.chunks(STEP).chain(std::iter::repeat(&[][..]));
+                for (step, from) in whole.take(steps).enumerate() {
                     let at = layout.place(block).start + (step * tokens.len() + token) * STEP;
                     // SAFETY: each token has elements of its own, and a task takes a token alone.
                     let to = unsafe { packed.part(at, STEP) };
@@ -141,49 +159,44 @@ unsafe fn add<L: Lanes, P: Plain, const V: usize>(
     sums: &mut [f32],
 ) {
     let columns = row_bytes / P::SIZE;
-    let (whole, tail) = (columns / STEP, columns % STEP);
+    let (whole, tail) = (columns / GROUP, columns % GROUP);
     let rows = V * L::ROWS;
     assert!(rows <= MOST_ROWS && sums.len() == tokens * rows);
-    assert_eq!(x.len(), columns.div_ceil(STEP) * STEP * tokens);
-    let mut ahead = Ahead::new(panel.wrapping_add(rows * row_bytes), rows * STEP * P::SIZE);
+    assert_eq!(x.len(), columns.div_ceil(GROUP) * GROUP * tokens);
+    let mut ahead = Ahead::new(panel.wrapping_add(rows * row_bytes), rows * GROUP * P::SIZE);
     let (mut x, sums) = (x.as_ptr(), sums.as_mut_ptr());
-    // SAFETY: every step is inside the rows; the steps of `x` follow each other; `sums` has `tokens · rows` elements.
+    // SAFETY: every group is inside the rows; the groups of `x` follow each other; `sums` has `tokens · rows` elements.
     unsafe {
         if tokens == 1 {
             // The sums stay in registers.
             let mut own = [l.splat(0.0); V];
-            for step in 0..whole {
+            for group in 0..whole {
                 ahead.next(l);
-                let at = panel.add(step * STEP * P::SIZE);
-                add_single::<L, P, V>(l, at, row_bytes, x, &mut own);
-                x = x.add(STEP);
+                add_single::<L, P, V>(l, panel.add(group * GROUP * P::SIZE), row_bytes, x, &mut own);
+                x = x.add(GROUP);
             }
             if tail > 0 {
                 let copy = tail_copy::<P>(panel, row_bytes, rows);
-                add_single::<L, P, V>(l, copy.as_ptr().cast(), TAIL_STRIDE, x, &mut own);
+                add_single::<L, P, V>(l, copy.as_ptr().cast(), MOST_GROUP_BYTES, x, &mut own);
             }
             for (v, &sum) in own.iter().enumerate() {
                 l.store(sums.add(v * L::ROWS), sum);
             }
             return;
         }
-        for step in 0..whole {
+        for group in 0..whole {
             ahead.next(l);
-            let at = panel.add(step * STEP * P::SIZE);
-            add_step::<L, P, V>(l, at, row_bytes, tokens, x, sums);
-            x = x.add(tokens * STEP);
+            add_group::<L, P, V>(l, panel.add(group * GROUP * P::SIZE), row_bytes, tokens, x, sums);
+            x = x.add(tokens * GROUP);
         }
         if tail > 0 {
             let copy = tail_copy::<P>(panel, row_bytes, rows);
-            add_step::<L, P, V>(l, copy.as_ptr().cast(), TAIL_STRIDE, tokens, x, sums);
+            add_group::<L, P, V>(l, copy.as_ptr().cast(), MOST_GROUP_BYTES, tokens, x, sums);
         }
     }
 }
 
-/// Bytes of a row in a copy of the last columns.
-const TAIL_STRIDE: usize = 4 * STEP;
-
-/// The columns after the last whole step of every row, followed by zeros.
+/// The columns after the last whole group of every row, followed by zeros.
 ///
 /// # Safety
 /// `rows`, at most [`MOST_ROWS`], rows of `row_bytes` are readable from `panel` on.
@@ -192,11 +205,11 @@ unsafe fn tail_copy<P: Plain>(
     panel: *const u8,
     row_bytes: usize,
     rows: usize,
-) -> [[u8; TAIL_STRIDE]; MOST_ROWS] {
-    let mut copies = [[0; TAIL_STRIDE]; MOST_ROWS];
-    let bytes = row_bytes % (STEP * P::SIZE);
+) -> [[u8; MOST_GROUP_BYTES]; MOST_ROWS] {
+    let mut copies = [[0; MOST_GROUP_BYTES]; MOST_ROWS];
+    let bytes = row_bytes % (GROUP * P::SIZE);
     for (row, copy) in copies.iter_mut().enumerate().take(rows) {
-        // SAFETY: the last bytes of a row; fewer than a step has, which is at most TAIL_STRIDE.
+        // SAFETY: the last bytes of a row; fewer than a group has, which is at most MOST_GROUP_BYTES.
         unsafe {
             let from = panel.add((row + 1) * row_bytes - bytes);
             std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), bytes);
@@ -205,10 +218,10 @@ unsafe fn tail_copy<P: Plain>(
     copies
 }
 
-/// Adds the products of eight columns with the activations of a single token.
+/// Adds the products of a group of columns with the activations of a single token.
 ///
 /// # Safety
-/// Eight weights are readable at `panel + row · stride` for each of `V · ROWS` rows, eight elements at `x`.
+/// 32 weights are readable at `panel + row · stride` for each of `V · ROWS` rows, 32 elements at `x`.
 #[inline(always)]
 unsafe fn add_single<L: Lanes, P: Plain, const V: usize>(
     l: L,
@@ -220,7 +233,7 @@ unsafe fn add_single<L: Lanes, P: Plain, const V: usize>(
     for (v, sum) in sums.iter_mut().enumerate() {
         // SAFETY: by contract.
         unsafe {
-            let weights = P::eight(l, panel.add(v * L::ROWS * stride), stride);
+            let weights = P::group(l, panel.add(v * L::ROWS * stride), stride);
             for (k, &weight) in weights.iter().enumerate() {
                 *sum = l.fma(weight, l.broadcast(x.add(k)), *sum);
             }
@@ -228,13 +241,13 @@ unsafe fn add_single<L: Lanes, P: Plain, const V: usize>(
     }
 }
 
-/// Adds the products of eight columns with the activations of all tokens.
+/// Adds the products of a group of columns with the activations of all tokens.
 ///
 /// # Safety
-/// Eight weights are readable at `panel + row · stride` for each of `V · ROWS` rows, `tokens` times eight elements at
-/// `x`; `sums` is writable for `tokens · V · ROWS`.
+/// 32 weights are readable at `panel + row · stride` for each of `V · ROWS` rows, `tokens` times 32 elements at `x`;
+/// `sums` is writable for `tokens · V · ROWS`.
 #[inline(always)]
-unsafe fn add_step<L: Lanes, P: Plain, const V: usize>(
+unsafe fn add_group<L: Lanes, P: Plain, const V: usize>(
     l: L,
     panel: *const u8,
     stride: usize,
@@ -242,11 +255,33 @@ unsafe fn add_step<L: Lanes, P: Plain, const V: usize>(
     x: *const f32,
     sums: *mut f32,
 ) {
-    let mut weights = [[l.splat(0.0); STEP]; V];
+    let mut weights = [[l.splat(0.0); GROUP]; V];
     for (v, weights) in weights.iter_mut().enumerate() {
         // SAFETY: by contract.
-        *weights = unsafe { P::eight(l, panel.add(v * L::ROWS * stride), stride) };
+        *weights = unsafe { P::group(l, panel.add(v * L::ROWS * stride), stride) };
     }
+    for step in 0..GROUP / STEP {
+        let mut near = [[l.splat(0.0); STEP]; V];
+        for (near, weights) in near.iter_mut().zip(&weights) {
+            near.copy_from_slice(&weights[step * STEP..(step + 1) * STEP]);
+        }
+        // SAFETY: the steps of `x` follow each other.
+        unsafe { add_step::<L, V>(l, &near, tokens, x.add(step * tokens * STEP), sums) };
+    }
+}
+
+/// Adds the products of eight columns.
+///
+/// # Safety
+/// `x` is readable for `tokens` times eight elements, `sums` writable for `tokens · V · ROWS`.
+#[inline(always)]
+unsafe fn add_step<L: Lanes, const V: usize>(
+    l: L,
+    weights: &[[L::F; STEP]; V],
+    tokens: usize,
+    x: *const f32,
+    sums: *mut f32,
+) {
     let (mut x, mut at) = (x, sums);
     for _ in 0..tokens {
         // SAFETY: both pointers advance over as many tokens as there are.
@@ -257,7 +292,7 @@ unsafe fn add_step<L: Lanes, P: Plain, const V: usize>(
             }
             for k in 0..STEP {
                 let x = l.broadcast(x.add(k));
-                for (sum, weights) in sum.iter_mut().zip(&weights) {
+                for (sum, weights) in sum.iter_mut().zip(weights) {
                     *sum = l.fma(weights[k], x, *sum);
                 }
             }
