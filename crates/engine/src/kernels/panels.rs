@@ -162,26 +162,3 @@ fn with_zeros(bytes: &[u8], copy: &mut [f32]) -> *const u8 {
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
     to
 }
-
-/// Asks for a share of what follows a panel, with every part of the panel.
-pub(super) struct Ahead {
-    at: *const u8,
-    share: usize,
-}
-
-impl Ahead {
-    /// What follows `end`, in shares of `share` bytes.
-    #[inline(always)]
-    pub(super) fn new(end: *const u8, share: usize) -> Ahead {
-        Ahead { at: end, share }
-    }
-
-    /// Asks for the next share.
-    #[inline(always)]
-    pub(super) fn next<L: Lanes>(&mut self, l: L) {
-        for line in (0..self.share).step_by(64) {
-            l.prefetch(self.at.wrapping_add(line));
-        }
-        self.at = self.at.wrapping_add(self.share);
-    }
-}

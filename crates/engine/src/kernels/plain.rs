@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 
 use super::buffer::Disjoint;
 use super::lanes::Lanes;
-use super::panels::{Ahead, Layout, MOST_ROWS, PanelSums};
+use super::panels::{Layout, MOST_ROWS, PanelSums};
 use crate::pool::Pool;
 
 /// Columns that are unpacked at a time.
@@ -17,6 +17,9 @@ const GROUP: usize = 32;
 const STEP: usize = 8;
 /// Bytes of a group of the widest type.
 const MOST_GROUP_BYTES: usize = 4 * GROUP;
+/// How many groups ahead every row is asked for. So much of 32 rows leaves room for everything else in the first-level
+/// cache, where a whole panel would not fit.
+const GROUPS_AHEAD: usize = 6;
 /// Activations that make a packing task worth handing to another thread.
 const TASK_ACTIVATIONS: usize = 1 << 14;
 
@@ -163,7 +166,6 @@ unsafe fn add<L: Lanes, P: Plain, const V: usize>(
     let rows = V * L::ROWS;
     assert!(rows <= MOST_ROWS && sums.len() == tokens * rows);
     assert_eq!(x.len(), columns.div_ceil(GROUP) * GROUP * tokens);
-    let mut ahead = Ahead::new(panel.wrapping_add(rows * row_bytes), rows * GROUP * P::SIZE);
     let (mut x, sums) = (x.as_ptr(), sums.as_mut_ptr());
     // SAFETY: every group is inside the rows; the groups of `x` follow each other; `sums` has `tokens · rows` elements.
     unsafe {
@@ -171,7 +173,7 @@ unsafe fn add<L: Lanes, P: Plain, const V: usize>(
             // The sums stay in registers.
             let mut own = [l.splat(0.0); V];
             for group in 0..whole {
-                ahead.next(l);
+                ask_ahead::<L, P>(l, panel, row_bytes, rows, group + GROUPS_AHEAD);
                 add_single::<L, P, V>(l, panel.add(group * GROUP * P::SIZE), row_bytes, x, &mut own);
                 x = x.add(GROUP);
             }
@@ -185,13 +187,26 @@ unsafe fn add<L: Lanes, P: Plain, const V: usize>(
             return;
         }
         for group in 0..whole {
-            ahead.next(l);
+            ask_ahead::<L, P>(l, panel, row_bytes, rows, group + GROUPS_AHEAD);
             add_group::<L, P, V>(l, panel.add(group * GROUP * P::SIZE), row_bytes, tokens, x, sums);
             x = x.add(tokens * GROUP);
         }
         if tail > 0 {
             let copy = tail_copy::<P>(panel, row_bytes, rows);
             add_group::<L, P, V>(l, copy.as_ptr().cast(), MOST_GROUP_BYTES, tokens, x, sums);
+        }
+    }
+}
+
+/// Asks for a group of every row; beyond their end, for the beginning of the next panel's.
+#[inline(always)]
+fn ask_ahead<L: Lanes, P: Plain>(l: L, panel: *const u8, row_bytes: usize, rows: usize, group: usize) {
+    let at = group * GROUP * P::SIZE;
+    let next_panel = if at < row_bytes { 0 } else { (rows - 1) * row_bytes };
+    for row in 0..rows {
+        let from = panel.wrapping_add(next_panel + row * row_bytes + at);
+        for line in (0..GROUP * P::SIZE).step_by(64) {
+            l.prefetch(from.wrapping_add(line));
         }
     }
 }

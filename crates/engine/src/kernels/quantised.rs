@@ -18,7 +18,7 @@ use super::blocks::{Blocks, Group};
 use super::buffer::Disjoint;
 use super::format::GROUP;
 use super::lanes::Lanes;
-use super::panels::{Ahead, Layout, PanelSums};
+use super::panels::{Layout, PanelSums};
 use super::simd::{LANES, PARTS, Simd};
 use super::{Isa, Kernel};
 use crate::pool::Pool;
@@ -145,7 +145,9 @@ impl<F: Blocks> PanelSums for QuantisedSums<F> {
         assert_eq!(sums.len(), tokens * L::ROWS);
         assert_eq!(x.len(), blocks * F::GROUPS * tokens * RECORD);
         let mut record = x.as_ptr();
-        let mut ahead = Ahead::new(panel.wrapping_add(L::ROWS * row_bytes), L::ROWS * F::BYTES / F::GROUPS);
+        // The next panel follows in memory; a share of it is asked for with every group of this one.
+        let share = L::ROWS * F::BYTES / F::GROUPS;
+        let mut ahead = panel.wrapping_add(L::ROWS * row_bytes);
         for block in 0..blocks {
             // SAFETY: the block is inside every row; `record` advances over `groups · tokens` records, `sums` has a
             // sum per lane and token.
@@ -155,7 +157,10 @@ impl<F: Blocks> PanelSums for QuantisedSums<F> {
                 for first in (0..F::GROUPS).step_by(F::TOGETHER) {
                     let raw = F::raw(l, bytes, row_bytes, first);
                     for index in first..first + F::TOGETHER {
-                        ahead.next(l);
+                        for line in (0..share).step_by(64) {
+                            l.prefetch(ahead.wrapping_add(line));
+                        }
+                        ahead = ahead.wrapping_add(share);
                         let group = F::group(l, &common, &raw, index);
                         let mut sum = sums.as_mut_ptr();
                         for _ in 0..tokens {
