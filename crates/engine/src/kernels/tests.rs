@@ -346,6 +346,42 @@ fn a_token_has_the_same_product_in_every_company() {
     }
 }
 
+/// Sums of sixteen bits inside the products must hold the largest weights times the largest activations.
+#[test]
+fn the_largest_numbers_do_not_overflow() {
+    let (rows, columns) = (17, 256);
+    for dtype in DTYPES.into_iter().filter(|dtype| dtype.is_quantised()) {
+        for fill in [0x00, 0x7f, 0x80, 0xff] {
+            let mut block = vec![fill; dtype.block_bytes() as usize];
+            for (place, scale) in half_floats(dtype) {
+                block[place..place + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+            }
+            let elements = dtype.block_elements() as usize;
+            let weights: Vec<f64> = (0..columns).map(|i| element(dtype, &block, i % elements)).collect();
+            let bytes = block.repeat(rows * columns / elements);
+            for x in [1.0f32, -1.0] {
+                let product = |isa| {
+                    let mut out = vec![0.0; rows];
+                    let linear =
+                        Linear { weight: &bytes, dtype, rows, bias: None, out: &mut out, accumulate: false };
+                    matmul(isa, &Pool::new(1), &mut Buffer::new(), &vec![x; columns], columns, 1, [linear]);
+                    out
+                };
+                let expected = weights.iter().sum::<f64>() * f64::from(x);
+                // Signed weights are stored with an offset of up to 128, whose part is taken away again.
+                let scale = 130.0 * 0.05 * columns as f64;
+                for found in product(Isa::detect()) {
+                    assert!((f64::from(found) - expected).abs() < 1e-6 * scale, "{dtype} {found} {expected}");
+                }
+                // Not all instruction sets go through sixteen bits: a saturated sum would differ.
+                let fused = Isa::available().into_iter().filter(|isa| isa.name() != "scalar");
+                let products: Vec<Vec<f32>> = fused.map(product).collect();
+                assert!(products.windows(2).all(|pair| pair[0] == pair[1]), "{dtype} {fill:x}");
+            }
+        }
+    }
+}
+
 #[test]
 fn avx512_and_avx2_give_the_same_bits() {
     let (rows, tokens) = (13, 11);
