@@ -1,15 +1,14 @@
 //! How fast this machine executes: seconds per unit of [`StageWork`], measured by running the kernels themselves.
 //!
-//! A measurement takes some tens of milliseconds. Each figure is the best of several runs, by the clock or by the
-//! processor time of the threads, whichever is less: it says what the machine can do when it does nothing else. Whoever
-//! uses it on a machine that does other things too corrects it by what passes really take.
+//! A measurement takes some tens of milliseconds. Each figure is the best of several runs by the clock: it says what the
+//! machine can do when it does nothing else. Whoever uses it on a machine that does other things too corrects it by what
+//! passes really take.
 
 use std::hint::black_box;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{Attention, DType, Mlp, Norm};
-use tangram_device::cpu::processor_time;
 
 use crate::cost::StageWork;
 use crate::executor::Executor;
@@ -64,13 +63,12 @@ impl Rates {
             best(|| (0..64).for_each(|_| pool.run(pool.threads() * 4, 0, usize::MAX, &|_, _| {}))) / 64.0;
         let mut x = vec![0.5f32; TOKENS * COLUMNS];
         let weight = vec![1.0f32; COLUMNS];
-        let threads = pool.threads();
-        let element = best_of(threads, || {
+        let element = best(|| {
             let norm = NormWeights { norm: Norm::Rms { epsilon: 1e-5 }, weight: &weight, bias: None };
             normalise_in_place(*isa, pool, norm, &mut x);
         });
         let up = vec![0.5f32; x.len()];
-        let activation = best_of(threads, || activate_gate(*isa, pool, Mlp::GatedSilu, &mut x, &up));
+        let activation = best(|| activate_gate(*isa, pool, Mlp::GatedSilu, &mut x, &up));
         let elements = x.len() as f64;
 
         let shape = Heads { heads: 16, kv_heads: 4, head_dim: COLUMNS / 16 };
@@ -79,9 +77,8 @@ impl Rates {
         let keys = vec![0.25f32; TOKENS * shape.kv_heads * shape.head_dim];
         let queries = vec![0.5f32; TOKENS * COLUMNS];
         let scoring = Scoring { scale: 0.125, cap: None, window: None };
-        let attention = best_of(threads, || {
-            attend(*isa, pool, shape, scoring, &spans, Keys::Fresh(&keys, &keys), &queries, &mut x)
-        });
+        let attention =
+            best(|| attend(*isa, pool, shape, scoring, &spans, Keys::Fresh(&keys, &keys), &queries, &mut x));
         let products = (TOKENS * (TOKENS + 1) * COLUMNS) as f64;
 
         let angles = 1024;
@@ -149,20 +146,14 @@ impl Rates {
     }
 }
 
-/// The best of some runs of serial code, in seconds.
-fn best(run: impl FnMut()) -> f64 {
-    best_of(1, run)
-}
-
-/// The best of some runs that keep `threads` threads busy, in seconds.
-fn best_of(threads: usize, mut run: impl FnMut()) -> f64 {
+/// The best of some runs, in seconds by the clock: what work that does not share out evenly takes is not seen in the
+/// processor time of all threads.
+fn best(mut run: impl FnMut()) -> f64 {
     let (mut best, mut in_vain) = (f64::INFINITY, 0);
     for _ in 0..MAX_RUNS {
-        let (start, used) = (Instant::now(), processor_time());
+        let start = Instant::now();
         run();
-        let used = processor_time().saturating_sub(used).as_secs_f64() / threads as f64;
-        let by_the_clock = start.elapsed().as_secs_f64();
-        let seconds = if used > 0.0 { by_the_clock.min(used) } else { by_the_clock };
+        let seconds = start.elapsed().as_secs_f64();
         in_vain = if seconds < best * 0.97 { 0 } else { in_vain + 1 };
         best = best.min(seconds);
         if in_vain == RUNS_IN_VAIN {
@@ -179,7 +170,7 @@ fn product_seconds(executor: &Executor, dtype: DType, weight: &[u8], tokens: usi
     let x = vec![0.5f32; tokens * COLUMNS];
     let mut out = vec![0.0f32; tokens * rows];
     let mut packed = Buffer::new();
-    best_of(executor.pool.threads(), || {
+    best(|| {
         let linear = Linear { weight, dtype, rows, bias: None, out: &mut out, accumulate: false };
         matmul(executor.isa, &executor.pool, &mut packed, &x, COLUMNS, tokens, [linear]);
     })

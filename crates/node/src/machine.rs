@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{CHUNK_BYTES, DType, Hash};
-use tangram_device::cpu::{CpuDevice, processor_time};
+use tangram_device::cpu::CpuDevice;
 use tangram_engine::{Executor, Rates, StageWork};
 use tangram_policy::forecast::{Correction, Loading};
 use tangram_policy::stall::Link;
@@ -202,7 +202,6 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
     let pool_bytes = bytes as usize;
     let memory = CpuDevice::open(pool_bytes, CpuDevice::default_page_bytes(pool_bytes));
     let memory = memory.map_err(|error| fault(&error))?;
-    let streams = memory.streams().len().max(1);
     let store = Store::new(memory.clone());
     let mut pool = Pool::new(memory, Backend::Paged).map_err(|error| fault(&error))?;
     // Two sets of tensors with the same bytes, which push each other out.
@@ -227,7 +226,7 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
         let wake: tangram_store::Wake = Arc::new(move || {
             let _ = sender.lock().unwrap_or_else(PoisonError::into_inner).send(());
         });
-        let (started, used) = (Instant::now(), processor_time());
+        let started = Instant::now();
         let activation = pool.activate(keys, &[], 0.0).map_err(|error| fault(&error))?;
         let loads = activation.missing.into_iter().zip(0..).map(|(vacancy, tensor)| TensorLoad {
             vacancy,
@@ -240,10 +239,7 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
         for _ in 0..LOAD_TENSORS {
             woken.recv_timeout(LOAD_PATIENCE).map_err(|error| fault(&error))?;
         }
-        // All copy threads are busy: the file is in the page cache. What others take of the processor does not count.
-        let used = processor_time().saturating_sub(used).as_secs_f64() / streams as f64;
         best = best.min(started.elapsed().as_secs_f64());
-        best = if used > 0.0 { best.min(used) } else { best };
         if !activation.lease.tensors().iter().all(|tensor| tensor.is_ready()) {
             return Err(fault(&"the load failed"));
         }
