@@ -20,6 +20,10 @@ const SECOND_COPY: f64 = -3.0;
 /// Forecasts that changed less are left as they are: each change costs a step for every tensor of the model.
 const COARSENESS: f64 = 0.25;
 
+/// Requests from which on the forecast is taken to know enough to act on before anybody asks: until then a model that
+/// has just been used would go for another one that was used a little more often.
+const TELLING_REQUESTS: u64 = 16;
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Expectation {
     boost: f64,
@@ -35,6 +39,7 @@ pub struct Expectations {
     models: HashMap<u32, Expectation>,
     awaited: Vec<u32>,
     changed: Vec<u32>,
+    observed: u64,
 }
 
 impl Expectations {
@@ -45,6 +50,7 @@ impl Expectations {
 
     /// A request for `model` has started.
     pub fn observe(&mut self, model: u32) {
+        self.observed += 1;
         self.forecast.observe(model);
         for index in 0..self.forecast.watched().len() {
             let model = self.forecast.watched()[index];
@@ -54,6 +60,11 @@ impl Expectations {
                 self.set_boost(model, boost);
             }
         }
+    }
+
+    /// Whether enough requests have been seen to bring something in before it is asked for.
+    pub fn is_telling(&self) -> bool {
+        self.observed >= TELLING_REQUESTS
     }
 
     /// Somebody knows better than the forecast: log2 of how much likelier `model` is to come than its popularity says.
@@ -134,7 +145,9 @@ mod tests {
     #[test]
     fn a_cycle_is_expected_to_go_on() {
         let mut expectations = Expectations::new();
+        assert!(!expectations.is_telling());
         (0..60).for_each(|i| expectations.observe(i % 4));
+        assert!(expectations.is_telling());
         // After 3 comes 0, and 3 itself comes last.
         assert!(expectations.log2(0, 1) > expectations.log2(3, 1) + 1.0);
         assert!(expectations.log2(3, 2) >= 0.0, "what others have too is not given up for that");

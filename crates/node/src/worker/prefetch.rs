@@ -13,7 +13,10 @@ const BATCH_BYTES: u64 = 16 << 20;
 impl Worker {
     /// Starts the next piece of prefetching if there is nothing else to do.
     pub(super) fn prefetch(&mut self) {
-        if !self.queue.is_empty() || self.models.iter().flatten().any(|entry| entry.active.is_some()) {
+        if !self.expectations.is_telling()
+            || !self.queue.is_empty()
+            || self.models.iter().flatten().any(|entry| entry.active.is_some())
+        {
             return;
         }
         if let Some(lease) = &self.prefetching
