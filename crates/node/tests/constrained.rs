@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{deploy, finish, open, request, run};
+use common::{deploy, eventually, finish, open, request, run};
 use tangram_node::{GenerateRequest, Grammar, SamplingParams, TokenText, Vocabulary};
 use tangram_testkit::{Family, RandomModel, write_hf_model};
 
@@ -42,5 +42,6 @@ fn preemption_does_not_forget_the_grammar() {
     for (generation, expected) in running.into_iter().zip(&alone) {
         assert_eq!(&finish(generation).unwrap().tokens, expected);
     }
-    assert!(tight.status().preemptions_total > 0, "the pool was large enough for everybody");
+    // The status may be a little old while there is work.
+    eventually("somebody was preempted", || tight.status().preemptions_total > 0);
 }
