@@ -19,12 +19,6 @@ const STREAMS: usize = 2;
 /// Alignment of reservations, so that a huge page can back an aligned part of any arena.
 const RESERVATION_ALIGNMENT: usize = 2 << 20;
 
-/// Processor time that all threads of this process have used.
-pub fn processor_time() -> std::time::Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    std::time::Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.clamp(0, 999_999_999) as u32)
-}
-
 /// Pages of one memory file.
 pub struct CpuDevice {
     file: OwnedFd,

@@ -66,8 +66,8 @@ enum Deployable {
     Adapter(PathBuf, String),
 }
 
-/// `POST /admin/models` with `{"name", "source"}` or `{"name", "adapter", "base"}`: answers with one JSON object per line, progress first, then the
-/// model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
+/// `POST /admin/models` with `{"name", "source"}` or `{"name", "adapter", "base"}`: answers with one JSON object per
+/// line, progress first, then the model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
 /// cancelled.
 pub(crate) async fn deploy(
     State(gateway): State<Arc<Gateway>>,

@@ -10,7 +10,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tangram_device::cpu::processor_time;
 use tangram_node::{
     DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, PassShape, SamplingParams, Timing,
 };
@@ -18,6 +17,12 @@ use tangram_testkit::{Family, Float, RandomModel, write_hf_model};
 
 /// Prompt lengths, tokens.
 const PROMPTS: [usize; 3] = [32, 128, 300];
+
+/// Processor time that all threads of this process have used.
+fn processor_time() -> std::time::Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    std::time::Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.clamp(0, 999_999_999) as u32)
+}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
