@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Two measurements over real connections on this machine. *Requests*: chat completions of 16 tokens that the executor
-//! has at once, one after the other on each of 4 connections, so the time a client waits is all overhead (with the
-//! client's own part in it); the memory of the process is shown along the way. *Streams*: STREAMS clients at once, each
+//! has at once, one after the other on as many connections as there are cores (with more the time would be that of the
+//! queue), so the time a client waits is all overhead (with the client's own part in it); the memory of the process is shown along the way. *Streams*: STREAMS clients at once, each
 //! of which gets 40 tokens a second; how long a token takes from the executor to the client, and the processor time of
 //! the gateway's threads per token. Linux only.
 
@@ -30,7 +30,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
-const CONNECTIONS: usize = 4;
 /// Between two tokens of a stream.
 const PACE: Duration = Duration::from_millis(25);
 
@@ -151,11 +150,12 @@ async fn measure_requests(address: std::net::SocketAddr, requests: usize) {
     let words = "The quick brown fox jumps over the lazy dog. ".repeat(10);
     let body = json!({"model": "m", "max_tokens": 16, "messages": [{"role": "user", "content": words}]});
     let request: Arc<[u8]> = request(&body).into();
+    let connections = std::thread::available_parallelism().map_or(1, usize::from);
     println!("requests  p50 us  p99 us  p99.9 us  gateway cpu us  resident MiB");
     for _ in 0..10 {
         let cpu = thread_time("gateway");
-        let share = requests / 10 / CONNECTIONS;
-        let clients = (0..CONNECTIONS).map(|_| {
+        let share = requests / 10 / connections;
+        let clients = (0..connections).map(|_| {
             let request = request.clone();
             tokio::spawn(async move {
                 let mut stream = TcpStream::connect(address).await.unwrap();
