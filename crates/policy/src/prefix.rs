@@ -9,6 +9,8 @@ pub struct PrefixUse {
     /// Blocks published, and blocks found by later sequences.
     published: u64,
     found: u64,
+    /// The chance that cached blocks were last appraised with.
+    appraised: Option<f64>,
 }
 
 impl PrefixUse {
@@ -33,6 +35,19 @@ impl PrefixUse {
     /// that somebody has. Starts at one in twenty.
     fn reuse_chance(&self) -> f64 {
         (1 + self.found) as f64 / (20 + self.published) as f64
+    }
+
+    /// What a block that was never found again is worth by now (seconds), when that is less than half of what was said
+    /// before: blocks that were published early, when little was known, must not keep the worth that they had then.
+    pub fn reappraised(&mut self, block_tokens: usize) -> Option<f64> {
+        let chance = self.reuse_chance();
+        let said = self.appraised.get_or_insert(chance);
+        if chance > *said / 2.0 {
+            *said = said.max(chance);
+            return None;
+        }
+        *said = chance;
+        Some(self.block_seconds(block_tokens) * chance)
     }
 
     /// A later sequence found `blocks` blocks cached.
@@ -62,6 +77,21 @@ mod tests {
         assert!(later < first / 40.0, "{later}");
         uses.found(500);
         assert!(uses.publish(16) > first);
+    }
+
+    #[test]
+    fn early_blocks_are_appraised_anew_each_time_that_the_chance_has_halved() {
+        let mut uses = PrefixUse::default();
+        uses.measured(64, 0.64);
+        let mut told = Vec::new();
+        for _ in 0..1000 {
+            uses.publish(16);
+            told.extend(uses.reappraised(16));
+        }
+        assert!(told.len() >= 4 && told.len() <= 6, "{told:?}");
+        assert!(told.is_sorted_by(|a, b| *b <= a / 2.0), "{told:?}");
+        let now = uses.publish(16);
+        assert!(told.last().is_some_and(|last| *last < 2.1 * now), "{told:?} {now}");
     }
 
     #[test]

@@ -22,6 +22,10 @@ pub(crate) struct PublishedBlock {
     pub(crate) extent: Arc<Extent>,
     pub(crate) leases: u32,
     pub(crate) place: Place,
+    /// Blocks before it in its prefix.
+    pub(crate) index: usize,
+    /// Whether a later sequence has found it.
+    pub(crate) found: bool,
 }
 
 impl Pool {
@@ -168,6 +172,7 @@ impl Pool {
     fn lease_block(&mut self, key: TensorKey, now: f64, prefix: &mut Prefix) {
         let Some(block) = self.published.get_mut(&key) else { return };
         block.leases += 1;
+        block.found = true;
         prefix.keys.push(key);
         prefix.blocks.push(block.extent.clone());
         if block.leases == 1 {
@@ -208,13 +213,35 @@ impl Pool {
         }
         self.room.change(Home::Kv(key), span, None, Place::Pinned, Place::Absent);
         self.room.change(Home::Kv(key), span, Some(tensor), Place::Absent, Place::Pinned);
-        let entry = PublishedBlock { kv: key, hash, extent: extent.clone(), leases: 1, place: Place::Pinned };
+        let entry = PublishedBlock {
+            kv: key,
+            hash,
+            extent: extent.clone(),
+            leases: 1,
+            place: Place::Pinned,
+            index: prefix.len(),
+            found: false,
+        };
         self.published.insert(tensor, entry);
         self.apply(Event::Catalogued { tensor, bytes, depth: 0.0 });
         self.apply(Event::Appraised { tensor, seconds: front_first(seconds, prefix.len()) });
         self.apply(Event::Leased { tensor, at: now });
         prefix.keys.push(tensor);
         prefix.blocks.push(extent);
+    }
+
+    /// Says how many `seconds` of prefill a block of the model is expected to save that no later sequence has found yet.
+    pub fn appraise_unfound(&mut self, key: KvKey, seconds: f64) {
+        let blocks = self.kv.get(key.0).and_then(Option::as_ref).map(|kv| kv.published.values().copied());
+        let mut blocks: Vec<TensorKey> = blocks.into_iter().flatten().collect();
+        // Of equally worthy blocks the order decides, and a map's differs from run to run.
+        blocks.sort_unstable();
+        for tensor in blocks {
+            if let Some(block) = self.published.get(&tensor).filter(|block| !block.found) {
+                let seconds = front_first(seconds, block.index);
+                self.apply(Event::Appraised { tensor, seconds });
+            }
+        }
     }
 
     /// Ends the leases; blocks without any stay as cached prefixes until their room is worth more.

@@ -249,6 +249,9 @@ impl Worker {
                     let block = sequence.kv.remove(0);
                     self.pool.publish(kv, &mut sequence.prefix, hash, block, worth, seconds);
                 }
+                if let Some(worth) = entry.prefixes.reappraised(layout.block_tokens) {
+                    self.pool.appraise_unfound(kv, worth);
+                }
             }
             if sequence.pending() > 0 {
                 continue;
