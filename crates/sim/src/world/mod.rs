@@ -47,9 +47,9 @@ pub struct Scenario {
     pub models: Vec<Model>,
     /// The requests in order of arrival.
     pub requests: Vec<Request>,
-    /// Whether a request arrives only when the one before it has ended (arrival times are ignored): everything idle
-    /// whenever a request is placed, as in the authors' replays.
-    pub closed_loop: bool,
+    /// If given, a request arrives so long after the one before it has ended, and arrival times are ignored: everything
+    /// idle whenever a request is placed. The authors' replays do so without a pause.
+    pub closed_loop: Option<Nanos>,
     /// Longest answer, in tokens.
     pub max_output: u64,
     /// Whether KV takes memory.
@@ -255,7 +255,11 @@ impl<'a> World<'a> {
     /// Makes the arrival of request `index` an event.
     fn arrive_next(&mut self, index: u32) {
         if let Some(request) = self.scenario.requests.get(index as usize) {
-            let at = if self.scenario.closed_loop { self.now } else { request.arrival.max(self.now) };
+            let at = match self.scenario.closed_loop {
+                // Nobody has ended before the first one.
+                Some(pause) => self.now + if index == 0 { 0 } else { pause },
+                None => request.arrival.max(self.now),
+            };
             self.schedule(at, Event::Arrive(index));
         }
     }
@@ -279,14 +283,14 @@ impl<'a> World<'a> {
                 let model = self.request(index).model;
                 self.note(|log| write!(log, "arrive request={index} model={model}"));
                 self.pending.push_back(Pending { request: index, overtaken: 0 });
-                if !self.scenario.closed_loop {
+                if self.scenario.closed_loop.is_none() {
                     self.arrive_next(index + 1);
                 }
                 self.dispatch();
             }
             Event::Finish(device) => {
                 self.finish(device);
-                if self.scenario.closed_loop {
+                if self.scenario.closed_loop.is_some() {
                     self.arrive_next(self.sequence as u32);
                 }
                 self.dispatch();

@@ -16,7 +16,9 @@ impl World<'_> {
     /// Starts the next prefetch on a device whose link is free; if it is busy, comes back when it is.
     pub(super) fn pump(&mut self, index: u32) {
         let d = index as usize;
-        if !self.system.prefetch {
+        // Where the processor that computes also copies, a prefetch would take from what runs.
+        let busy = self.scenario.profile.load_share > 0.0 && self.devices[d].running.is_some();
+        if !self.system.prefetch || busy {
             return;
         }
         if self.devices[d].link_free > self.now {

@@ -120,7 +120,7 @@ impl World<'_> {
             request: index,
             device: device_index,
             model,
-            arrival: if self.scenario.closed_loop { self.now } else { request.arrival },
+            arrival: if self.scenario.closed_loop.is_some() { self.now } else { request.arrival },
             start: self.now,
             load: if missing.is_empty() { 0 } else { nanos(link - now) },
             stall: nanos((done - now - compute).max(0.0)),
@@ -200,8 +200,9 @@ impl World<'_> {
             known.compute_seconds = known.prefill_seconds(profile, median);
             let step = lengths.len().div_ceil(4);
             let prompt = |&tokens: &u64| {
-                let compute = known.prefill_seconds(profile, tokens);
-                (1.0, known.shares.iter().map(|share| share * compute).collect())
+                // What a load takes from computing hides nothing.
+                let hiding = known.prefill_seconds(profile, tokens) * (1.0 - profile.load_share);
+                (1.0, known.shares.iter().map(|share| share * hiding).collect())
             };
             let prompts: Vec<(f64, Vec<f64>)> =
                 lengths.iter().skip(step / 2).step_by(step).map(prompt).collect();

@@ -13,7 +13,7 @@ fn scenario(pattern: Pattern, devices: usize, count: usize, seed: u64) -> Scenar
         host_bytes: None,
         requests: generate(pattern, &sizes, count, 1.0, seed),
         models,
-        closed_loop: false,
+        closed_loop: None,
         max_output: 4,
         kv: true,
     }
@@ -42,6 +42,7 @@ fn every_request_is_served_once_and_devices_do_one_thing_at_a_time() {
     for (pattern, devices, closed_loop) in
         [(ZIPF, 1, false), (Pattern::Cyclic, 2, true), (Pattern::Bursts { variation: 4.0 }, 3, false)]
     {
+        let closed_loop = closed_loop.then_some(0);
         let scenario = Scenario { closed_loop, ..scenario(pattern, devices, 200, 5) };
         for name in NAMES {
             let recorded = of(&scenario, name);
@@ -158,7 +159,7 @@ fn the_published_system_lands_near_its_authors_figures() {
         let scenario = Scenario {
             devices,
             requests: requests.clone(),
-            closed_loop: true,
+            closed_loop: Some(0),
             max_output: 1,
             ..base.clone()
         };

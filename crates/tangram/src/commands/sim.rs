@@ -167,7 +167,7 @@ pub(crate) fn run_sim(options: &Options) -> anyhow::Result<()> {
             "pool_bytes": profile.pool_bytes,
             "requests": scenario.requests.len(),
             "seed": options.seed,
-            "closed_loop": scenario.closed_loop,
+            "closed_loop": scenario.closed_loop.is_some(),
             "systems": summaries,
         });
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -235,7 +235,7 @@ fn scenario(options: &Options) -> anyhow::Result<Scenario> {
         host_bytes: options.host_memory.map(|bytes| bytes.as_u64()),
         models,
         requests,
-        closed_loop: options.time_scale == 0.0,
+        closed_loop: (options.time_scale == 0.0).then_some(0),
         max_output: options.max_output as u64,
         kv: !options.no_kv,
     })

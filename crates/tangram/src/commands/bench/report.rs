@@ -26,6 +26,13 @@ pub(super) struct Cost {
     pub(super) completion_tokens: u64,
 }
 
+impl Cost {
+    /// From the request's arrival at the server to its last token.
+    pub(super) fn served_ms(&self) -> f64 {
+        self.queue_ms + self.load_ms + self.prefill_ms + self.decode_ms
+    }
+}
+
 /// How one request ended.
 #[derive(Clone, Debug)]
 pub(super) struct Outcome {

@@ -33,11 +33,13 @@ pub(super) struct Agreement {
     pub(super) ttft_ratio: f64,
 }
 
-/// Simulates the requests on the machine of the profile and holds the figures of the live replay against it.
+/// Simulates the requests on the machine of the profile and holds the figures of the live replay against it. A replay
+/// in closed loop gives `pause_s`, the seconds between the end of a request and the start of the next, in which the live
+/// node is idle while answer and request travel.
 pub(super) fn compare(
     profile: &MachineProfile,
     requests: &[Simulated<'_>],
-    closed_loop: bool,
+    pause_s: Option<f64>,
     live: (u64, u64, f64),
 ) -> anyhow::Result<Agreement> {
     let rate = profile.load_bytes_per_second.context("the server has not measured its rates yet")?;
@@ -51,6 +53,7 @@ pub(super) fn compare(
             output: request.output as u64,
         })
     });
+    let requests = requests.collect::<anyhow::Result<Vec<Request>>>()?;
     let scenario = Scenario {
         profile: Profile {
             name: "measured",
@@ -65,12 +68,13 @@ pub(super) fn compare(
         devices: 1,
         host_bytes: None,
         models: profile.models.iter().map(model).collect::<anyhow::Result<_>>()?,
-        requests: requests.collect::<anyhow::Result<_>>()?,
-        closed_loop,
-        max_output: u64::MAX >> 1,
+        closed_loop: pause_s.map(|seconds| (seconds * 1e9) as u64),
+        // Room beside the weights that the simulator keeps from prompts: no more than the longest answer needs.
+        max_output: requests.iter().map(|request| request.output).max().unwrap_or(1),
+        requests,
         kv: true,
     };
-    let system = System::named("ours/no-overtaking").context("the simulator does not know ours")?;
+    let system = System::named("ours").context("the simulator does not know ours")?;
     let summary = tangram_sim::run(&scenario, &system, false, |_| ()).summary();
     let (live_bytes, live_prefetched_bytes, live_mean_ttft_ms) = live;
     Ok(Agreement {

@@ -41,7 +41,8 @@ pub(crate) struct Options {
     /// Shorten answers to at most N tokens.
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_output: Option<usize>,
-    /// Simulate the same requests with the server's measured rates, and print how far the two agree.
+    /// Simulate the same requests with the server's measured rates, and print how far the two agree. The simulator runs one
+    /// request at a time, so they do where requests do not wait for each other: with --time-scale 0 --concurrency 1.
     #[arg(long)]
     simulate: bool,
     /// Print JSON.
@@ -68,6 +69,9 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     requests.truncate(options.limit.unwrap_or(usize::MAX));
     if requests.is_empty() {
         bail!("{} has no requests to replay", options.trace.display());
+    }
+    if options.simulate && options.time_scale == 0.0 && options.concurrency != 1 {
+        bail!("--simulate with --time-scale 0 is for one request after the other; add --concurrency 1");
     }
     let client = Client::connect(options.target.clone()).await?;
     let result = replay(&client, &options, requests).await;
@@ -179,7 +183,11 @@ async fn replay(client: &Client, options: &Options, requests: Vec<TraceRequest>)
         let prefetched = after.node.bytes_prefetched_total.saturating_sub(before.node.bytes_prefetched_total);
         let mean = times.iter().sum::<f64>() / times.len().max(1) as f64;
         let live = (report.overall.bytes_loaded, prefetched, mean);
-        report.simulated = Some(simulated::compare(&profile, &requests, closed_loop, live)?);
+        let served_ms: f64 =
+            outcomes.iter().filter_map(|outcome| Some(outcome.result.as_ref().ok()?.served_ms())).sum();
+        let pause = (wall.as_secs_f64() - served_ms / 1000.0) / outcomes.len().max(1) as f64;
+        let pause = closed_loop.then_some(pause.max(0.0));
+        report.simulated = Some(simulated::compare(&profile, &requests, pause, live)?);
     }
     Ok(report)
 }
