@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::adapter_config::AdapterConfig;
-use crate::file::SourceFile;
+use crate::file::{ReadAt, SourceFile};
 use crate::fused::Whole;
 use crate::hugging_face::{MAX_JSON_BYTES, parse_json, read_chat_template, read_json};
 use crate::names::{self, Fused, Name};
@@ -27,7 +28,7 @@ pub struct AdapterSource {
     spec: ModelSpec,
     /// The adapter's own, in execution order.
     tensors: Vec<AdapterTensor>,
-    file: SourceFile,
+    file: Arc<dyn ReadAt>,
     chat_template: Option<String>,
 }
 
@@ -116,7 +117,7 @@ impl AdapterSource {
         layout::check_tensors(&spec, of_base.chain(own)).map_err(invalid)?;
         let settings = read_json(&directory.join("tokenizer_config.json"))?.unwrap_or_default();
         let chat_template = read_chat_template(directory, &settings)?;
-        Ok(AdapterSource { spec, tensors, file, chat_template })
+        Ok(AdapterSource { spec, tensors, file: Arc::new(file), chat_template })
     }
 
     /// The base's description with the adapter's updates.

@@ -1,15 +1,17 @@
 //! Turns a Hugging Face `config.json` into a [`ModelSpec`]. Refuses whatever the executor would compute differently.
 //!
 //! Here: access to the keys and the choice of the family. `families` says what each family's keys mean and which
-//! defaults it has, `rope` reads rotary settings.
+//! defaults it has, `rope` reads rotary settings, `quantisation` how matrices are stored.
 
 use serde_json::{Map, Value};
 
 use crate::{Attention, LayerRole, ModelSpec, Norm, NormPlacement, Output, Pooling, layout};
 
 mod families;
+mod quantisation;
 mod rope;
 
+pub(crate) use quantisation::{Packing, Quantisation, ZeroPoint};
 pub(crate) use rope::limit_context;
 #[cfg(test)]
 mod tests;
@@ -38,6 +40,8 @@ pub(crate) struct Parsed {
     pub(crate) spec: ModelSpec,
     /// Biases that the config promises.
     pub(crate) biases: Vec<LayerRole>,
+    /// How its matrices are stored, if not as plain numbers.
+    pub(crate) quantisation: Option<Quantisation>,
     /// What the user should know.
     pub(crate) warnings: Vec<String>,
 }
@@ -51,12 +55,7 @@ pub(crate) fn parse(config: &Value) -> Result<Parsed, ConfigError> {
     let Some(family) = config.text("model_type")? else {
         return Err(Invalid(format!("has no model_type; supported are {SUPPORTED}")));
     };
-    if let Some(quantisation) = config.get("quantization_config") {
-        let method = quantisation.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return Err(Unsupported(format!(
-            "weights quantised by {method} are not supported; use the unquantised model or a GGUF file"
-        )));
-    }
+    let quantisation = config.quantisation()?;
     let (mut spec, biases) = match family {
         "llama" => config.llama(),
         "mistral" => config.mistral(),
@@ -76,7 +75,7 @@ pub(crate) fn parse(config: &Value) -> Result<Parsed, ConfigError> {
     family.clone_into(&mut spec.family);
     let warnings = limit_context(&mut spec);
     layout::check_spec(&spec).map_err(Invalid)?;
-    Ok(Parsed { spec, biases, warnings })
+    Ok(Parsed { spec, biases, quantisation, warnings })
 }
 
 /// A family's spec, and the biases that it must have.

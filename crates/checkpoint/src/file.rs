@@ -25,9 +25,16 @@ impl SourceFile {
         }
         Ok(SourceFile { path: path.to_path_buf(), file, length: metadata.len() })
     }
+}
 
-    /// Fills `buffer` from byte `offset` of the file.
-    pub(crate) fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
+/// Bytes that can be read from any place: a file, or what is made of one.
+pub(crate) trait ReadAt: std::fmt::Debug + Send + Sync {
+    /// Fills `buffer` from byte `offset` on.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError>;
+}
+
+impl ReadAt for SourceFile {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError> {
         self.file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => CheckpointError::invalid(
                 &self.path,

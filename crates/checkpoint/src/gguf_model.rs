@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::file::SourceFile;
+use crate::file::{ReadAt, SourceFile};
 use crate::fused::Whole;
 use crate::gguf::{self, Value};
 use crate::names::{self, Name};
@@ -76,7 +77,7 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
         found.append(&mut parts);
     }
     let biases = gguf_spec::biases(&family);
-    Source::assemble(path, spec, found, biases, vec![file], text)
+    Source::assemble(path, spec, found, biases, vec![Arc::new(file)], text)
 }
 
 /// Divisors of rotary frequencies.

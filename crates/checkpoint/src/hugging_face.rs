@@ -2,17 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::config::{self, ConfigError};
-use crate::file::{SourceFile, read_limited, read_optional};
+use crate::file::{ReadAt, SourceFile, read_limited, read_optional};
 use crate::fused::Whole;
-use crate::names::{self, Name};
+use crate::names::{self, Fused, Name};
 use crate::source::{Source, TextAssets, list_files};
 use crate::{
-    CheckpointError, GenerationDefaults, ModelSpec, NormPlacement, Output, Pooling, layout, safetensors,
-    tokenizer,
+    CheckpointError, GenerationDefaults, ModelSpec, NormPlacement, Output, Pooling, layout, quantised,
+    safetensors, tokenizer,
 };
 
 /// Largest JSON file other than the tokenizer, in bytes.
@@ -85,7 +86,7 @@ fn find_shards(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
 fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError> {
     let config_path = directory.join("config.json");
     let config = parse_json(&config_path, &read_limited(&config_path, MAX_JSON_BYTES)?)?;
-    let config::Parsed { mut spec, biases, warnings } =
+    let config::Parsed { mut spec, biases, quantisation, mut warnings } =
         config::parse(&config).map_err(|error| match error {
             ConfigError::Invalid(message) => CheckpointError::invalid(&config_path, message),
             ConfigError::Unsupported(message) => CheckpointError::unsupported(&config_path, message),
@@ -93,57 +94,95 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
     if spec.norm_placement == NormPlacement::Post {
         apply_sentence_settings(directory, &mut spec)?;
     }
+    let (files, mut tensors) = read_headers(shards)?;
+    let mut matrices = Vec::new();
+    if let Some(quantisation) = quantisation {
+        let (quantised, notes) = quantised::gather(quantisation, &files, &mut tensors)?;
+        matrices = quantised;
+        warnings.extend(notes);
+    }
     let tied = layout::is_tied(&spec);
-    let mut files = Vec::with_capacity(shards.len());
+    let path_of = |file: usize| shards.get(file).map_or(directory, PathBuf::as_path);
     let mut found = Vec::new();
-    let mut origin: BTreeMap<String, usize> = BTreeMap::new();
-    for (index, path) in shards.iter().enumerate() {
-        let file = SourceFile::open(path)?;
-        for tensor in safetensors::read_header(&file)? {
-            if let Some(&other) = origin.get(&tensor.name) {
-                let other = shards.get(other).map(|path| path.display().to_string()).unwrap_or_default();
-                return Err(CheckpointError::invalid(
-                    path,
-                    format!("tensor {} is in {other} too", tensor.name),
-                ));
-            }
-            origin.insert(tensor.name.clone(), index);
-            let name = names::hugging_face(&spec.family, &tensor.name, tied);
-            if name == Name::Ignored {
-                continue;
-            }
-            if name == Name::Unknown {
-                return Err(CheckpointError::unsupported(
-                    path,
-                    format!(
-                        "tensor {} is not part of a {} model as this build knows it; \
-                         leaving it out would give wrong answers",
-                        tensor.name, spec.family
-                    ),
-                ));
-            }
-            let Some(dtype) = tensor.element_type() else {
-                return Err(CheckpointError::unsupported(
-                    path,
-                    format!(
-                        "tensor {} has type {}; supported are F32, F16 and BF16, so convert the checkpoint",
-                        tensor.name, tensor.dtype
-                    ),
-                ));
-            };
-            let safetensors::Tensor { name: tensor_name, shape, offset, bytes, .. } = tensor;
-            let whole = Whole { name: tensor_name, dtype, shape, bytes, file: index, offset };
-            found.extend(
-                whole.take_apart(&spec, name).map_err(|message| CheckpointError::invalid(path, message))?,
-            );
+    for (file, tensor) in tensors {
+        let path = path_of(file);
+        let Some(name) = meaning(path, &spec.family, &tensor.name, tied)? else { continue };
+        let Some(dtype) = tensor.element_type() else {
+            return Err(CheckpointError::unsupported(
+                path,
+                format!(
+                    "tensor {} has type {}; supported are F32, F16 and BF16, so convert the checkpoint",
+                    tensor.name, tensor.dtype
+                ),
+            ));
+        };
+        let safetensors::Tensor { name: tensor_name, shape, offset, bytes, .. } = tensor;
+        let whole = Whole { name: tensor_name, dtype, shape, bytes, file, offset };
+        found.extend(
+            whole.take_apart(&spec, name).map_err(|message| CheckpointError::invalid(path, message))?,
+        );
+    }
+    let mut files: Vec<Arc<dyn ReadAt>> = files.into_iter().map(|file| file as Arc<dyn ReadAt>).collect();
+    for matrix in matrices {
+        let path = path_of(matrix.file);
+        let Some(name) = meaning(path, &spec.family, &matrix.name, tied)? else { continue };
+        if matches!(name, Name::Transposed(_) | Name::Fused(_, Fused::QueryKeyValueTransposed)) {
+            let message = format!("quantised weights of a {} model are not supported", spec.family);
+            return Err(CheckpointError::unsupported(path, message));
         }
-        files.push(file);
+        let (name_of, dtype, shape, bytes) =
+            (matrix.name.clone(), matrix.dtype, matrix.shape.to_vec(), matrix.bytes);
+        let whole = Whole { name: name_of, dtype, shape, bytes, file: files.len(), offset: 0 };
+        found.extend(
+            whole.take_apart(&spec, name).map_err(|message| CheckpointError::invalid(path, message))?,
+        );
+        files.push(Arc::new(matrix));
     }
     let mut text = read_text_assets(directory, &config, &spec)?;
     text.warnings.extend(warnings);
     let described_by =
         if shards.len() == 1 { shards.first().map_or(directory, PathBuf::as_path) } else { directory };
     Source::assemble(described_by, spec, found, &biases, files, text)
+}
+
+/// What a tensor of this name is for; `None` if the model does not need it.
+fn meaning(path: &Path, family: &str, tensor: &str, tied: bool) -> Result<Option<Name>, CheckpointError> {
+    match names::hugging_face(family, tensor, tied) {
+        Name::Ignored => Ok(None),
+        Name::Unknown => Err(CheckpointError::unsupported(
+            path,
+            format!(
+                "tensor {tensor} is not part of a {family} model as this build knows it; \
+                 leaving it out would give wrong answers"
+            ),
+        )),
+        name => Ok(Some(name)),
+    }
+}
+
+/// Open files, and their tensors with the index of theirs.
+type Headers = (Vec<Arc<SourceFile>>, Vec<(usize, safetensors::Tensor)>);
+
+/// Opens the files and lists their tensors, each with the index of its file. No name comes twice.
+fn read_headers(shards: &[PathBuf]) -> Result<Headers, CheckpointError> {
+    let mut files = Vec::with_capacity(shards.len());
+    let mut tensors = Vec::new();
+    let mut origin: BTreeMap<String, usize> = BTreeMap::new();
+    for (index, path) in shards.iter().enumerate() {
+        let file = SourceFile::open(path)?;
+        for tensor in safetensors::read_header(&file)? {
+            if let Some(other) = origin.insert(tensor.name.clone(), index) {
+                let other = shards.get(other).map(|path| path.display().to_string()).unwrap_or_default();
+                return Err(CheckpointError::invalid(
+                    path,
+                    format!("tensor {} is in {other} too", tensor.name),
+                ));
+            }
+            tensors.push((index, tensor));
+        }
+        files.push(Arc::new(file));
+    }
+    Ok((files, tensors))
 }
 
 pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, CheckpointError> {

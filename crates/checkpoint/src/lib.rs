@@ -19,6 +19,7 @@ pub mod import;
 mod layout;
 pub mod manifest;
 mod names;
+mod quantised;
 mod safetensors;
 pub mod source;
 pub mod spec;

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 
-use crate::file::SourceFile;
+use crate::file::{ReadAt, SourceFile};
 use crate::{CheckpointError, DType};
 
 /// The reference implementation's limit on the header, in bytes.

@@ -1,9 +1,10 @@
-//! A checkpoint found outside: what model it holds and where its tensors' bytes lie. Opening reads headers only.
+//! A checkpoint found outside: what model it holds and where its tensors' bytes lie. Opening reads no weights.
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::file::SourceFile;
+use crate::file::ReadAt;
 use crate::{
     CheckpointError, DType, GenerationDefaults, LayerRole, ModelSpec, Role, gguf_model, hugging_face, layout,
 };
@@ -13,7 +14,7 @@ use crate::{
 pub struct Source {
     spec: ModelSpec,
     tensors: Vec<SourceTensor>,
-    files: Vec<SourceFile>,
+    files: Vec<Arc<dyn ReadAt>>,
     text: TextAssets,
 }
 
@@ -140,7 +141,7 @@ impl Source {
         spec: ModelSpec,
         found: Vec<Found>,
         biases: &[LayerRole],
-        files: Vec<SourceFile>,
+        files: Vec<Arc<dyn ReadAt>>,
         text: TextAssets,
     ) -> Result<Source, CheckpointError> {
         let described = found.iter().map(|Found { name, tensor }| {
@@ -216,13 +217,13 @@ impl SourceTensor {
     /// [`Source::read_at`] for a tensor in `files`.
     pub(crate) fn read_at(
         &self,
-        files: &[SourceFile],
+        files: &[Arc<dyn ReadAt>],
         at: u64,
         buffer: &mut [u8],
     ) -> Result<(), CheckpointError> {
         let Location { file, offset, rows } = self.location;
         let in_range = at.checked_add(buffer.len() as u64).is_some_and(|end| end <= self.bytes);
-        let Some(file) = files.get(file).filter(|_| in_range) else {
+        let Some(file) = files.get(file).filter(|_| in_range).map(Arc::as_ref) else {
             let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
             return Err(CheckpointError::io(
                 Path::new("tensor of another source, or bytes beyond its end"),
@@ -259,7 +260,7 @@ impl SourceTensor {
 
 /// A matrix of plain elements whose rows are columns in the file.
 struct Strip<'a> {
-    file: &'a SourceFile,
+    file: &'a dyn ReadAt,
     /// Of the first element, in bytes.
     offset: u64,
     /// Bytes of a row in the file.

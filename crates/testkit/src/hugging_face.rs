@@ -181,7 +181,7 @@ pub(crate) fn write_safetensors(path: &Path, tensors: &[Tensor], dtype: Float) {
 }
 
 /// A safetensors file: header length, header padded to 8 bytes, data.
-fn container(header: &Value, data: &[u8]) -> Vec<u8> {
+pub(crate) fn container(header: &Value, data: &[u8]) -> Vec<u8> {
     let mut header = header.to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
     let mut file = (header.len() as u64).to_le_bytes().to_vec();

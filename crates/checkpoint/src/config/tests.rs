@@ -84,7 +84,7 @@ fn what_would_be_computed_differently_is_refused_by_name() {
     for (changes, word) in [
         (json!({"model_type": "mamba"}), "supported are llama"),
         (json!({"hidden_act": "gelu"}), "gelu"),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
+        (json!({"quantization_config": {"quant_method": "bitsandbytes"}}), "bitsandbytes"),
         (json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}), "dynamic"),
         (json!({"rope_parameters": {"rope_type": "proportional"}}), "proportional"),
         (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "layer type"),
