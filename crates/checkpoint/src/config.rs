@@ -12,7 +12,6 @@ mod quantisation;
 mod rope;
 
 pub(crate) use quantisation::{Packing, Quantisation, ZeroPoint};
-pub(crate) use rope::limit_context;
 #[cfg(test)]
 mod tests;
 
@@ -42,8 +41,6 @@ pub(crate) struct Parsed {
     pub(crate) biases: Vec<LayerRole>,
     /// How its matrices are stored, if not as plain numbers.
     pub(crate) quantisation: Option<Quantisation>,
-    /// What the user should know.
-    pub(crate) warnings: Vec<String>,
 }
 
 /// Parses a config. Embedding models start with mean pooling and no normalisation; their directory says more.
@@ -73,9 +70,8 @@ pub(crate) fn parse(config: &Value) -> Result<Parsed, ConfigError> {
         other => Err(Unsupported(format!("model type {other} is not supported; supported are {SUPPORTED}"))),
     }?;
     family.clone_into(&mut spec.family);
-    let warnings = limit_context(&mut spec);
     layout::check_spec(&spec).map_err(Invalid)?;
-    Ok(Parsed { spec, biases, quantisation, warnings })
+    Ok(Parsed { spec, biases, quantisation })
 }
 
 /// A family's spec, and the biases that it must have.

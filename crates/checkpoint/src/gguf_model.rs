@@ -46,9 +46,8 @@ pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
         gguf_spec::apply_factors(&metadata, &mut spec, factors)?;
     }
     let pair = (factors(ROPE_FACTORS_SHORT)?, factors(ROPE_FACTORS_LONG)?);
-    let longrope = gguf_spec::apply_longrope(&metadata, &mut spec, pair)?;
-    let mut text = gguf_tokenizer::read(&metadata, spec.vocab)?;
-    text.warnings.extend(longrope);
+    gguf_spec::apply_longrope(&metadata, &mut spec, pair)?;
+    let text = gguf_tokenizer::read(&metadata, spec.vocab)?;
 
     let mut found = Vec::with_capacity(tensors.len());
     for tensor in tensors {

@@ -6,7 +6,7 @@ use crate::gguf_model::Metadata;
 use crate::layout::{self, ATTENTION_BIASES, UNGATED_BIASES};
 use crate::{
     CheckpointError, Experts, LayerRole, LocalLayers, Mlp, ModelSpec, Norm, NormPlacement, Output, Rope,
-    RopeScaling, config,
+    RopeScaling,
 };
 
 /// Architectures that this build can run. Mistral and Mixtral files call themselves llama.
@@ -247,18 +247,18 @@ pub(crate) fn apply_factors(
     layout::check_spec(spec).map_err(|message| metadata.invalid(format!("rope_freqs.weight: {message}")))
 }
 
-/// The short and long divisors of phi3 files. Returns what the user should know.
+/// The short and long divisors of phi3 files.
 pub(crate) fn apply_longrope(
     metadata: &Metadata<'_>,
     spec: &mut ModelSpec,
     factors: (Option<Vec<f32>>, Option<Vec<f32>>),
-) -> Result<Vec<String>, CheckpointError> {
+) -> Result<(), CheckpointError> {
     let (short, long) = match factors {
         (Some(short), Some(long)) if spec.family == "phi3" => (short, long),
         (None, None) if metadata.text("phi3.rope.scaling.type")? == Some("longrope") => {
             return Err(metadata.invalid("has longrope scaling, but no rope_factors tensors"));
         }
-        (None, None) => return Ok(Vec::new()),
+        (None, None) => return Ok(()),
         _ => {
             return Err(
                 metadata.unsupported("rope_factors tensors other than a pair in phi3 are not supported")
@@ -273,7 +273,5 @@ pub(crate) fn apply_longrope(
     if let Some(rope) = &mut spec.rope {
         rope.scaling = RopeScaling::LongRope { short, long, original_context, magnitude };
     }
-    let warnings = config::limit_context(spec);
-    layout::check_spec(spec).map_err(|message| metadata.invalid(message))?;
-    Ok(warnings)
+    layout::check_spec(spec).map_err(|message| metadata.invalid(message))
 }

@@ -86,7 +86,7 @@ fn find_shards(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
 fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError> {
     let config_path = directory.join("config.json");
     let config = parse_json(&config_path, &read_limited(&config_path, MAX_JSON_BYTES)?)?;
-    let config::Parsed { mut spec, biases, quantisation, mut warnings } =
+    let config::Parsed { mut spec, biases, quantisation } =
         config::parse(&config).map_err(|error| match error {
             ConfigError::Invalid(message) => CheckpointError::invalid(&config_path, message),
             ConfigError::Unsupported(message) => CheckpointError::unsupported(&config_path, message),
@@ -95,12 +95,10 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
         apply_sentence_settings(directory, &mut spec)?;
     }
     let (files, mut tensors) = read_headers(shards)?;
-    let mut matrices = Vec::new();
-    if let Some(quantisation) = quantisation {
-        let (quantised, notes) = quantised::gather(quantisation, &files, &mut tensors)?;
-        matrices = quantised;
-        warnings.extend(notes);
-    }
+    let (matrices, warnings) = match quantisation {
+        Some(quantisation) => quantised::gather(quantisation, &files, &mut tensors)?,
+        None => (Vec::new(), Vec::new()),
+    };
     let tied = layout::is_tied(&spec);
     let path_of = |file: usize| shards.get(file).map_or(directory, PathBuf::as_path);
     let mut found = Vec::new();

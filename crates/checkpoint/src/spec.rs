@@ -268,10 +268,10 @@ pub enum RopeScaling {
         /// Of query and key, after the rotation.
         magnitude: f64,
     },
-    /// LongRoPE (arXiv 2402.13753): frequency `i` divided by `short[i]`, or by `long[i]` in a model whose context goes
-    /// beyond the original one; the rotated elements are multiplied with `magnitude`.
+    /// LongRoPE (arXiv 2402.13753): frequency `i` divided by `short[i]`, or by `long[i]` for all tokens of a sequence
+    /// that is longer than the original context; the rotated elements are multiplied with `magnitude`.
     LongRope {
-        /// One divisor per rotated pair, for contexts up to the original one.
+        /// One divisor per rotated pair, for sequences up to the original context.
         short: Vec<f32>,
         /// One divisor per rotated pair, for longer ones.
         long: Vec<f32>,

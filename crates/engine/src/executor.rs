@@ -47,6 +47,14 @@ pub struct Chunk<'a> {
     pub logits: LogitRows,
 }
 
+/// What a chunk's results depend on besides its tokens and those before them: its sequence as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Whole {
+    /// Tokens that the sequence has, those of later chunks included. Models with longrope rotate a sequence that is
+    /// longer than [`Model::short_context`] in another way, from its first token on.
+    pub tokens: usize,
+}
+
 /// Which tokens of a chunk get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitRows {
@@ -147,6 +155,8 @@ pub(crate) struct Place {
     pub(crate) row: usize,
     pub(crate) tokens: usize,
     pub(crate) position: usize,
+    /// Whether its sequence is rotated as one beyond [`Model::short_context`].
+    pub(crate) long: bool,
     /// Its first row in the output, and how many it has.
     pub(crate) output_row: usize,
     pub(crate) output_rows: usize,
@@ -278,12 +288,25 @@ impl Executor {
         Executor { isa, pool: Pool::new(threads), spare: Mutex::new(Vec::new()) }
     }
 
-    /// Begins a pass over one step's chunks. Nothing is computed yet.
+    /// Begins a pass over one step's chunks, each of which ends its sequence. Nothing is computed yet.
     ///
     /// # Errors
     /// [`PassError`] for an empty batch or chunk, a token outside the vocabulary, a position beyond the context, or a
     /// part of a sequence for a model that reads whole sequences.
     pub fn begin(&self, model: &Model, batch: &[Chunk<'_>]) -> Result<Pass, PassError> {
+        self.begin_parts(model, batch, &[])
+    }
+
+    /// [`Executor::begin`] where chunk `i` is of the sequence `wholes[i]`; without that it ends its sequence.
+    ///
+    /// # Errors
+    /// As [`Executor::begin`].
+    pub fn begin_parts(
+        &self,
+        model: &Model,
+        batch: &[Chunk<'_>],
+        wholes: &[Whole],
+    ) -> Result<Pass, PassError> {
         check(model, batch)?;
         let spec = model.spec();
         let mut memory = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
@@ -291,7 +314,8 @@ impl Executor {
         memory.places.clear();
         memory.spans.clear();
         let mut output_rows = 0;
-        for chunk in batch {
+        for (index, chunk) in batch.iter().enumerate() {
+            let whole = wholes.get(index).copied().unwrap_or_default();
             let row = memory.tokens.len();
             let rows = match (spec.generates(), chunk.logits) {
                 (false, _) | (true, LogitRows::Last) => 1,
@@ -302,6 +326,7 @@ impl Executor {
                 row,
                 tokens: chunk.tokens.len(),
                 position: chunk.position,
+                long: model.is_long(whole.tokens.max(chunk.position + chunk.tokens.len())),
                 output_row: output_rows,
                 output_rows: rows,
             });
@@ -310,9 +335,9 @@ impl Executor {
             output_rows += rows;
         }
         let rows = memory.tokens.len();
-        fill_angles(&mut memory.angles, &model.rotation, &memory.places, rows);
+        fill_angles(&mut memory.angles, [&model.rotation, model.long_rotation()], &memory.places, rows);
         if let Some(rotation) = &model.local_rotation {
-            fill_angles(&mut memory.local_angles, rotation, &memory.places, rows);
+            fill_angles(&mut memory.local_angles, [rotation; 2], &memory.places, rows);
         }
         Ok(Pass {
             model: model.id,
@@ -327,19 +352,20 @@ impl Executor {
         })
     }
 
-    /// [`Executor::begin`] where chunk `i` is computed with adapter `adapters[of_chunk[i]]`, or by the model alone.
+    /// [`Executor::begin_parts`] where chunk `i` is computed with adapter `adapters[of_chunk[i]]`, or by the model alone.
     ///
     /// # Errors
-    /// As [`Executor::begin`], and [`PassError::Adapter`] if an adapter is for another base or the choice of adapters
+    /// As [`Executor::begin_parts`], and [`PassError::Adapter`] if an adapter is for another base or the choice of adapters
     /// does not fit the batch.
     pub fn begin_adapted(
         &self,
         model: &Model,
         batch: &[Chunk<'_>],
+        wholes: &[Whole],
         adapters: Vec<Arc<Adapter>>,
         of_chunk: &[Option<usize>],
     ) -> Result<Pass, PassError> {
-        let mut pass = self.begin(model, batch)?;
+        let mut pass = self.begin_parts(model, batch, wholes)?;
         pass.adapted = Some(Adapted::new(model.spec(), &pass.memory.places, adapters, of_chunk)?);
         Ok(pass)
     }
@@ -383,11 +409,12 @@ impl Executor {
     }
 }
 
-/// Cosines and sines of every row's angles.
-fn fill_angles(angles: &mut Buffer, rotation: &Rotation, places: &[Place], rows: usize) {
-    let half = rotation.frequencies.len();
+/// Cosines and sines of every row's angles, by the rotation of short sequences or that of long ones.
+fn fill_angles(angles: &mut Buffer, rotations: [&Rotation; 2], places: &[Place], rows: usize) {
+    let half = rotations[0].frequencies.len();
     let angles = angles.get_mut(rows * half * 2);
     for place in places {
+        let rotation = rotations[usize::from(place.long)];
         for token in 0..place.tokens {
             let row = place.row + token;
             let (cos, sin) = angles[row * half * 2..(row + 1) * half * 2].split_at_mut(half);

@@ -17,7 +17,7 @@ pub mod sampling;
 
 pub use adapter::Adapter;
 pub use cost::{PassShape, StageWork, WeightWork};
-pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights};
+pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights, Whole};
 pub use kernels::kv::KvBlocks;
 pub use model::{KvLayout, Model, ModelError, TensorDesc};
 pub use rates::Rates;

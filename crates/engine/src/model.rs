@@ -152,6 +152,8 @@ pub struct Model {
     /// The token embedding where tied; `None` in embedding models.
     pub(crate) output: Option<Tensor>,
     pub(crate) rotation: Rotation,
+    /// The rotation of sequences of more tokens than this.
+    long: Option<(usize, Rotation)>,
     /// Of the local layers, where it differs.
     pub(crate) local_rotation: Option<Rotation>,
     /// `None` where nothing is cached.
@@ -215,12 +217,13 @@ impl Model {
             layers,
             final_norm,
             output,
-            rotation: spec.rope.as_ref().map(|rope| rotation(rope, spec.context)).unwrap_or_default(),
+            rotation: spec.rope.as_ref().map(|rope| rotation(rope, false)).unwrap_or_default(),
+            long: spec.rope.as_ref().and_then(|rope| long_rotation(rope, spec.context)),
             local_rotation: spec
                 .local
                 .as_ref()
                 .and_then(|local| local.rope.as_ref())
-                .map(|rope| rotation(rope, spec.context)),
+                .map(|rope| rotation(rope, false)),
             kv_shape,
             kv,
             spec,
@@ -235,6 +238,23 @@ impl Model {
     /// The KV blocks that sequences need; `None` where nothing is cached (embedding models).
     pub fn kv(&self) -> Option<KvLayout> {
         self.kv
+    }
+
+    /// The tokens up to which a sequence keeps its keys as it grows (longrope's original context). At the first token
+    /// beyond, all of it is rotated by other factors, and what was cached of it is worth nothing. `None` for models
+    /// that rotate all sequences alike.
+    pub fn short_context(&self) -> Option<usize> {
+        self.long.as_ref().map(|(tokens, _)| *tokens)
+    }
+
+    /// Whether a sequence of so many tokens goes beyond [`Model::short_context`].
+    pub fn is_long(&self, tokens: usize) -> bool {
+        self.short_context().is_some_and(|short| tokens > short)
+    }
+
+    /// The rotation of long sequences; that of all where there is no other.
+    pub(crate) fn long_rotation(&self) -> &Rotation {
+        self.long.as_ref().map_or(&self.rotation, |(_, rotation)| rotation)
     }
 
     /// Elements of an output row.
@@ -432,9 +452,11 @@ fn check_rope(rope: &Rope, spec: &ModelSpec) -> Result<(), ModelError> {
     if factors != [rope.dims / 2; 2] {
         return fail(format!("{factors:?} rotary factors for {} pairs", rope.dims / 2));
     }
-    let Rotation { frequencies, magnitude } = rotation(rope, spec.context);
-    if !frequencies.iter().chain([&magnitude]).all(|value| value.is_finite()) {
-        return fail("rotary frequencies are not finite".into());
+    for long in [false, true] {
+        let Rotation { frequencies, magnitude } = rotation(rope, long);
+        if !frequencies.iter().chain([&magnitude]).all(|value| value.is_finite()) {
+            return fail("rotary frequencies are not finite".into());
+        }
     }
     Ok(())
 }
@@ -448,8 +470,20 @@ pub(crate) struct Rotation {
     pub(crate) magnitude: f32,
 }
 
-/// The rotation of a model that serves `context` tokens, as Hugging Face transformers computes it.
-fn rotation(rope: &Rope, context: usize) -> Rotation {
+/// The rotation of sequences beyond longrope's original context, and how many tokens that is, for a model that serves
+/// `context` tokens.
+fn long_rotation(rope: &Rope, context: usize) -> Option<(usize, Rotation)> {
+    match rope.scaling {
+        RopeScaling::LongRope { original_context, .. } if context as f64 > original_context => {
+            Some((original_context as usize, rotation(rope, true)))
+        }
+        _ => None,
+    }
+}
+
+/// The rotation of a model, as Hugging Face transformers computes it; `long` for a sequence that is longer than
+/// longrope's original context.
+fn rotation(rope: &Rope, long: bool) -> Rotation {
     let pairs = rope.dims / 2;
     let plain = (0..pairs).map(|pair| 1.0 / rope.theta.powf((2 * pair) as f64 / rope.dims as f64));
     let divided = |factors: &[f32]| -> Vec<f32> {
@@ -460,9 +494,9 @@ fn rotation(rope: &Rope, context: usize) -> Rotation {
         RopeScaling::None => plain.map(|f| f as f32).collect(),
         RopeScaling::Linear { factor } => plain.map(|f| (f / factor) as f32).collect(),
         RopeScaling::Factors { factors } => divided(factors),
-        RopeScaling::LongRope { short, long, original_context, magnitude: of_scaling } => {
+        RopeScaling::LongRope { short, long: for_long, original_context: _, magnitude: of_scaling } => {
             magnitude = *of_scaling;
-            divided(if context as f64 > *original_context { long } else { short })
+            divided(if long { for_long } else { short })
         }
         &RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => plain
             .map(|f| {
@@ -522,7 +556,7 @@ mod tests {
     }
 
     fn frequencies(rope: Rope) -> Vec<f32> {
-        rotation(&rope, 128).frequencies
+        rotation(&rope, false).frequencies
     }
 
     #[test]
@@ -558,7 +592,7 @@ mod tests {
                     truncate,
                     magnitude: 1.25,
                 }),
-                2048,
+                false,
             )
         };
         // Pairs turn 81.5, 8.15, 0.815 and 0.08 times; 8 turns are at 1.008 and 1 turn at 1.911.
@@ -573,7 +607,7 @@ mod tests {
             magnitude: 1.0,
         });
         // From pair 0 to pair 2.
-        assert_eq!(rotation(&wide, 2048).frequencies[1], (0.1 / 4.0 * 0.5 + 0.1 * 0.5) as f32);
+        assert_eq!(rotation(&wide, false).frequencies[1], (0.1 / 4.0 * 0.5 + 0.1 * 0.5) as f32);
     }
 
     #[test]
@@ -584,8 +618,12 @@ mod tests {
             original_context: 64.0,
             magnitude: 1.5,
         };
-        let (short, long) = (rotation(&rope(scaling.clone()), 64), rotation(&rope(scaling), 65));
+        let scaled = rope(scaling);
+        let (short, long) = (rotation(&scaled, false), rotation(&scaled, true));
         assert_eq!((short.frequencies, short.magnitude), (vec![1.0, 0.05, 0.0025, 0.000125], 1.5));
         assert_eq!((long.frequencies, long.magnitude), (vec![0.5, 0.025, 0.00125, 0.0000625], 1.5));
+        // The long ones are for a model that goes beyond, and then for sequences of at least 65 tokens.
+        assert!(long_rotation(&scaled, 64).is_none());
+        assert_eq!(long_rotation(&scaled, 65).map(|(tokens, _)| tokens), Some(64));
     }
 }

@@ -58,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) kv: Vec<Extent>,
     /// Hashes of the leading full blocks of `tokens`, as far as they have been needed.
     hashes: Vec<BlockHash>,
+    /// Whether it is rotated as a long one ([`tangram_engine::Model::is_long`]).
+    long: bool,
     /// Identity of its adapter: what its keys and values depend on besides the tokens.
     pub(crate) adapter: Option<Hash>,
     pub(crate) cancelled: Arc<AtomicBool>,
@@ -91,6 +93,7 @@ impl Sequence {
             prefix: Prefix::default(),
             kv: Vec::new(),
             hashes: Vec::new(),
+            long: false,
             adapter: None,
             cancelled,
             sink,
@@ -104,12 +107,31 @@ impl Sequence {
         }
     }
 
+    /// Says how it is rotated. `true` if that changes: then what has been computed of it is worth nothing.
+    pub(crate) fn set_long(&mut self, long: bool) -> bool {
+        let changed = std::mem::replace(&mut self.long, long) != long;
+        if changed {
+            self.hashes.clear();
+            self.swapped = None;
+        }
+        changed
+    }
+
+    /// Gives up what has been computed of it, for the pool to take back: its shared blocks and its own.
+    pub(crate) fn forget(&mut self) -> (Prefix, Vec<Extent>) {
+        self.computed = 0;
+        (std::mem::take(&mut self.prefix), std::mem::take(&mut self.kv))
+    }
+
     /// Hashes of the first `count` blocks of `block_tokens` tokens, which must all be full. Each covers everything
-    /// before it and the adapter, so equal hashes mean equal keys and values.
+    /// before it, the adapter and the rotation, so equal hashes mean equal keys and values.
     pub(crate) fn block_hashes(&mut self, count: usize, block_tokens: usize) -> &[BlockHash] {
         for index in self.hashes.len()..count {
             let before = self.hashes.last().or(self.adapter.as_ref().map(|identity| &identity.0));
             let mut bytes = before.map_or(Vec::new(), |hash| hash.to_vec());
+            if self.long && index == 0 {
+                bytes.extend(b"long");
+            }
             let tokens = &self.tokens[index * block_tokens..(index + 1) * block_tokens];
             bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
             self.hashes.push(Hash::of(&bytes).0);

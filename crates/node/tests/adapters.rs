@@ -91,7 +91,7 @@ fn logits(root: &Path, manifest: &Manifest, tokens: &[u32]) -> Vec<f32> {
         executor.begin(&model, &[chunk]).unwrap()
     } else {
         let adapter = Arc::new(Adapter::new(&manifest.spec, &own).unwrap());
-        executor.begin_adapted(&model, &[chunk], vec![adapter], &[Some(0)]).unwrap()
+        executor.begin_adapted(&model, &[chunk], &[], vec![adapter], &[Some(0)]).unwrap()
     };
     assert!(
         executor.advance(&mut pass, &model, &weights, &mut [kv.as_mut_slice().into()], usize::MAX).unwrap()

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::ConfigError::{Invalid, Unsupported};
 use super::{Config, ConfigError};
-use crate::{ModelSpec, Rope, RopeScaling};
+use crate::{Rope, RopeScaling};
 
 const SUPPORTED: &str = "default, linear, llama3, yarn, longrope";
 
@@ -190,22 +190,4 @@ impl Config<'_> {
         let (short, long) = (factors("short_factor")?, factors("long_factor")?);
         Ok(RopeScaling::LongRope { short, long, original_context, magnitude })
     }
-}
-
-/// Keeps a model with longrope within its original context. The reference implementation takes the short factors up
-/// to there and the long ones for a sequence that grows beyond, for all its tokens anew; here a token's keys never
-/// change, so one of the two must hold from the start.
-pub(crate) fn limit_context(spec: &mut ModelSpec) -> Vec<String> {
-    if let Some(Rope { scaling: RopeScaling::LongRope { original_context, .. }, .. }) = &spec.rope
-        && *original_context >= 1.0
-        && (spec.context as f64) > *original_context
-    {
-        let warning = format!(
-            "of the context of {} tokens the {original_context} before longrope's stretching are served",
-            spec.context
-        );
-        spec.context = *original_context as usize;
-        return vec![warning];
-    }
-    Vec::new()
 }

@@ -101,7 +101,7 @@ fn logits(
     let batch: Vec<Chunk<'_>> =
         sequences.iter().map(|tokens| Chunk { tokens, position: 0, logits: LogitRows::All }).collect();
     let list = adapters.iter().map(|stored| stored.adapter.clone()).collect();
-    let mut pass = executor.begin_adapted(&base.model, &batch, list, of).expect("a pass");
+    let mut pass = executor.begin_adapted(&base.model, &batch, &[], list, of).expect("a pass");
     let mut blocks = Blocks::new(&base.model);
     let mut taken: Vec<_> = sequences.iter().map(|tokens| blocks.take(tokens.len())).collect();
     let mut kv: Vec<KvBlocks<'_>> = taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
@@ -175,14 +175,14 @@ fn what_does_not_fit_is_refused() {
     let chunk = Chunk { tokens: &[1, 2], position: 0, logits: LogitRows::Last };
     let other = sample(spec("qwen3"), DType::F32, 1);
     let begin = |model: &Model, of: &[Option<usize>]| {
-        executor.begin_adapted(model, &[chunk], vec![stored.adapter.clone()], of).map(drop)
+        executor.begin_adapted(model, &[chunk], &[], vec![stored.adapter.clone()], of).map(drop)
     };
     assert!(begin(&other.model, &[Some(0)]).is_err(), "another base");
     assert!(begin(&base.model, &[Some(1)]).is_err(), "no such adapter");
     assert!(begin(&base.model, &[]).is_err(), "a chunk without a choice");
     // A tensor that is not there.
     let mut pass = executor
-        .begin_adapted(&base.model, &[chunk], vec![stored.adapter.clone()], &[Some(0)])
+        .begin_adapted(&base.model, &[chunk], &[], vec![stored.adapter.clone()], &[Some(0)])
         .expect("a pass");
     let mut blocks = Blocks::new(&base.model).take(2);
     let kv = &mut [blocks.as_mut_slice().into()];

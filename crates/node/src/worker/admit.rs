@@ -84,6 +84,7 @@ impl Worker {
         let Some(runner) = self.runner(model) else { return Err(sequence) };
         let Some(entry) = self.models[runner].as_ref() else { return Err(sequence) };
         let block_tokens = entry.plan.engine.kv().map_or(usize::MAX, |kv| kv.block_tokens);
+        sequence.set_long(entry.plan.engine.is_long(sequence.tokens.len()));
         // At least one token has to be computed, or there would be no logits to go on from.
         let full = sequence.pending().saturating_sub(1) / block_tokens;
         let tokens = pressure::admission_tokens(sequence.tokens.len(), sequence.left(), sequence.preempted);

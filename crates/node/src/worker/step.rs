@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tangram_engine::{Chunk, KvBlocks, LogitRows};
+use tangram_engine::{Chunk, KvBlocks, LogitRows, Whole};
 use tangram_policy::{Runnable, Share, compose};
 use tangram_pool::{LoadFailure, Refusal, Tensor};
 
@@ -133,6 +133,8 @@ impl Worker {
                 }
             })
             .collect();
+        let whole = |share: &Share| Whole { tokens: active.sequences[share.sequence].tokens.len() };
+        let wholes: Vec<Whole> = shares.iter().map(whole).collect();
         let mut adapters: Vec<usize> = Vec::new();
         let mut engines = Vec::new();
         let of_chunk: Vec<Option<usize>> = shares
@@ -148,8 +150,8 @@ impl Worker {
             .collect();
         let model_plan = &entry.plan.engine;
         let begun = match adapters.is_empty() {
-            true => self.executor.begin(model_plan, &chunks),
-            false => self.executor.begin_adapted(model_plan, &chunks, engines, &of_chunk),
+            true => self.executor.begin_parts(model_plan, &chunks, &wholes),
+            false => self.executor.begin_adapted(model_plan, &chunks, &wholes, engines, &of_chunk),
         };
         match begun {
             Ok(pass) => {
@@ -266,6 +268,15 @@ impl Worker {
                 Sink::Embed { .. } => Some(Outcome::Vector(pass.embedding(chunk).to_vec())),
                 Sink::Generate(_) => sample(sequence, pass.logits_mut(chunk), now),
             };
+            // A sequence that has grown beyond longrope's original context goes on as a long one: as if it had
+            // started with the tokens that it has now.
+            if outcome.is_none() && sequence.set_long(entry.plan.engine.is_long(sequence.tokens.len())) {
+                let (prefix, blocks) = sequence.forget();
+                self.pool.release_prefix(prefix);
+                if let Some(kv) = entry.kv {
+                    self.pool.give_kv(kv, blocks);
+                }
+            }
             over.extend(outcome.map(|outcome| (share.sequence, outcome)));
         }
         self.executor.recycle(pass);
