@@ -13,7 +13,7 @@ use crate::names::{self, Fused, Name};
 use crate::source::{Source, TextAssets, list_files};
 use crate::{
     CheckpointError, GenerationDefaults, ModelSpec, NormPlacement, Output, Pooling, layout, quantised,
-    safetensors, tokenizer,
+    safetensors, serverlessllm, tokenizer,
 };
 
 /// Largest JSON file other than the tokenizer, in bytes.
@@ -23,10 +23,13 @@ const MAX_TEMPLATE_BYTES: u64 = 4 << 20;
 /// More shards than any model has; each one stays open.
 const MAX_SHARDS: usize = 512;
 
-/// Opens a directory with `config.json` and safetensors files.
+/// Opens a directory with `config.json` and safetensors files, or with what ServerlessLLM makes of them.
 pub(crate) fn open_directory(directory: &Path) -> Result<Source, CheckpointError> {
+    if serverlessllm::is_here(directory) && list_files(directory, "safetensors")?.is_empty() {
+        return open(directory, || serverlessllm::read_headers(directory));
+    }
     let shards = find_shards(directory)?;
-    open(directory, &shards)
+    open(directory, || read_headers(&shards))
 }
 
 /// Opens one safetensors file with `config.json` beside it.
@@ -35,7 +38,7 @@ pub(crate) fn open_file(file: &Path) -> Result<Source, CheckpointError> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    open(directory, &[file.to_path_buf()])
+    open(directory, || read_headers(&[file.to_path_buf()]))
 }
 
 /// `model.safetensors`, else the shards that the index names, else every safetensors file.
@@ -68,6 +71,13 @@ fn find_shards(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
         }
         None => list_files(directory, "safetensors")?,
     };
+    if shards.is_empty() && serverlessllm::is_for_vllm(directory) {
+        return Err(CheckpointError::unsupported(
+            directory,
+            "was saved by ServerlessLLM for vLLM, whose tensors are fused and cut for one version of it; \
+             deploy the original, or what ServerlessLLM saves for Transformers",
+        ));
+    }
     if shards.is_empty() {
         return Err(CheckpointError::invalid(
             directory,
@@ -83,7 +93,11 @@ fn find_shards(directory: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
     Ok(shards)
 }
 
-fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError> {
+/// Opens what `config.json` in `directory` describes; `headers` opens the files with its tensors.
+fn open(
+    directory: &Path,
+    headers: impl FnOnce() -> Result<Headers, CheckpointError>,
+) -> Result<Source, CheckpointError> {
     let config_path = directory.join("config.json");
     let config = parse_json(&config_path, &read_limited(&config_path, MAX_JSON_BYTES)?)?;
     let config::Parsed { mut spec, biases, quantisation } =
@@ -94,13 +108,14 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
     if spec.norm_placement == NormPlacement::Post {
         apply_sentence_settings(directory, &mut spec)?;
     }
-    let (files, mut tensors) = read_headers(shards)?;
+    let (files, mut tensors) = headers()?;
+    let paths: Vec<PathBuf> = files.iter().map(|file| file.path.clone()).collect();
     let (matrices, warnings) = match quantisation {
         Some(quantisation) => quantised::gather(quantisation, &files, &mut tensors)?,
         None => (Vec::new(), Vec::new()),
     };
     let tied = layout::is_tied(&spec);
-    let path_of = |file: usize| shards.get(file).map_or(directory, PathBuf::as_path);
+    let path_of = |file: usize| paths.get(file).map_or(directory, PathBuf::as_path);
     let mut found = Vec::new();
     for (file, tensor) in tensors {
         let path = path_of(file);
@@ -138,8 +153,7 @@ fn open(directory: &Path, shards: &[PathBuf]) -> Result<Source, CheckpointError>
     }
     let mut text = read_text_assets(directory, &config, &spec)?;
     text.warnings.extend(warnings);
-    let described_by =
-        if shards.len() == 1 { shards.first().map_or(directory, PathBuf::as_path) } else { directory };
+    let described_by = if let [path] = paths.as_slice() { path } else { directory };
     Source::assemble(described_by, spec, found, &biases, files, text)
 }
 
@@ -159,7 +173,7 @@ fn meaning(path: &Path, family: &str, tensor: &str, tied: bool) -> Result<Option
 }
 
 /// Open files, and their tensors with the index of theirs.
-type Headers = (Vec<Arc<SourceFile>>, Vec<(usize, safetensors::Tensor)>);
+pub(crate) type Headers = (Vec<Arc<SourceFile>>, Vec<(usize, safetensors::Tensor)>);
 
 /// Opens the files and lists their tensors, each with the index of its file. No name comes twice.
 fn read_headers(shards: &[PathBuf]) -> Result<Headers, CheckpointError> {
@@ -274,7 +288,11 @@ fn read_text_assets(
     spec: &ModelSpec,
 ) -> Result<TextAssets, CheckpointError> {
     let mut text = TextAssets::default();
-    let settings_path = directory.join("tokenizer_config.json");
+    // ServerlessLLM's command line puts what belongs to the tokenizer into a folder of its own.
+    let own = directory.join("tokenizer");
+    let has_own = !directory.join("tokenizer.json").exists() && own.join("tokenizer.json").exists();
+    let tokenizer_directory = if has_own { own.as_path() } else { directory };
+    let settings_path = tokenizer_directory.join("tokenizer_config.json");
     let settings = read_json(&settings_path)?.unwrap_or(Value::Null);
     for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
         let value = settings.get(key);
@@ -282,9 +300,9 @@ fn read_text_assets(
             text.special_tokens.insert(key.into(), token.into());
         }
     }
-    text.chat_template = read_chat_template(directory, &settings)?;
+    text.chat_template = read_chat_template(tokenizer_directory, &settings)?;
 
-    let tokenizer_path = directory.join("tokenizer.json");
+    let tokenizer_path = tokenizer_directory.join("tokenizer.json");
     let tokenizer = match read_optional(&tokenizer_path, tokenizer::MAX_TOKENIZER_BYTES)? {
         Some(json) => {
             let wants_bos = settings.get("add_bos_token").and_then(Value::as_bool) == Some(true);

@@ -21,6 +21,7 @@ pub mod manifest;
 mod names;
 mod quantised;
 mod safetensors;
+mod serverlessllm;
 pub mod source;
 pub mod spec;
 mod tokenizer;

@@ -119,7 +119,7 @@ fn parse_header(header: &[u8], data_bytes: u64) -> Result<Vec<Tensor>, String> {
 }
 
 /// Bytes per element of the types that the format defines with whole bytes; `None` for types unknown here.
-fn element_bytes(dtype: &str) -> Option<u64> {
+pub(crate) fn element_bytes(dtype: &str) -> Option<u64> {
     match dtype {
         "F64" | "I64" | "U64" | "C64" => Some(8),
         "F32" | "I32" | "U32" => Some(4),

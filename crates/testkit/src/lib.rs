@@ -10,6 +10,7 @@ mod hugging_face;
 mod model;
 mod quant;
 mod quantised;
+mod serverlessllm;
 mod tokenizer;
 
 pub use adapter::{RandomAdapter, write_adapter, write_adapter_of, write_merged};
@@ -18,4 +19,5 @@ pub use hugging_face::{mutate_layer, write_hf_model};
 pub use model::{EXPERTS, Family, Float, RandomModel, Scaling, WINDOW};
 pub use quant::GgmlType;
 pub use quantised::{Quantised, write_quantised_model};
+pub use serverlessllm::write_serverlessllm;
 pub use tokenizer::{CHAT_TEMPLATE, EOS_TOKEN, SPECIAL_TOKENS, byte_token_id};
