@@ -14,6 +14,8 @@ pub(crate) struct SourceFile {
     pub(crate) file: File,
     /// Bytes when it was opened.
     pub(crate) length: u64,
+    /// What the system said of it then.
+    pub(crate) opened: std::fs::Metadata,
 }
 
 impl SourceFile {
@@ -23,7 +25,7 @@ impl SourceFile {
         if !metadata.is_file() {
             return Err(CheckpointError::invalid(path, "not a regular file"));
         }
-        Ok(SourceFile { path: path.to_path_buf(), file, length: metadata.len() })
+        Ok(SourceFile { path: path.to_path_buf(), file, length: metadata.len(), opened: metadata })
     }
 }
 
@@ -31,6 +33,11 @@ impl SourceFile {
 pub(crate) trait ReadAt: std::fmt::Debug + Send + Sync {
     /// Fills `buffer` from byte `offset` on.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), CheckpointError>;
+
+    /// The file itself, if these are its bytes.
+    fn as_file(&self) -> Option<&SourceFile> {
+        None
+    }
 }
 
 impl ReadAt for SourceFile {
@@ -45,6 +52,10 @@ impl ReadAt for SourceFile {
             ),
             _ => CheckpointError::io(&self.path, error),
         })
+    }
+
+    fn as_file(&self) -> Option<&SourceFile> {
+        Some(self)
     }
 }
 

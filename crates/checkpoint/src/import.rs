@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::file::read_limited;
+use crate::in_place::{self, FilePlace, InPlace, InPlaceFile};
 use crate::manifest::{CHUNK_BYTES, ContentId, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry};
 use crate::{AdapterSource, CheckpointError, DType, Role, Source, layout};
 
@@ -27,7 +28,8 @@ const PAGE: u64 = 4096;
 /// Largest manifest in bytes: a model of a terabyte needs about 40 MB of chunk hashes.
 const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
-/// A tensor that is already on this disk.
+/// A tensor that is already on this disk, in the data file of a checkpoint. One that is read in place from a file of the
+/// user's is not: what is imported must not depend on it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KnownTensor {
     /// The checkpoint whose data file holds it.
@@ -63,8 +65,38 @@ pub fn import(
     known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
     progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
 ) -> Result<Manifest, CheckpointError> {
+    import_model(source, None, dir, checkpoint_id, known, progress)
+}
+
+/// Imports `source` as [`import`] does, but leaves the bytes of its tensors where they are: every tensor is read once and
+/// hashed, and the manifest says in which of the source's files it lies. Only tensors that no file holds in the form in
+/// which they are needed (rows in another order, transposed) are written to the data file.
+///
+/// # Errors
+/// As [`import`], and when one of the files changes meanwhile.
+pub fn import_in_place(
+    source: &Source,
+    dir: &Path,
+    checkpoint_id: &str,
+    known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
+    progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+) -> Result<Manifest, CheckpointError> {
+    let files = source.in_place_files()?;
+    import_model(source, Some(files), dir, checkpoint_id, known, progress)
+}
+
+/// Imports a model: all of it, or with `files` only what cannot be read there.
+fn import_model(
+    source: &Source,
+    files: Option<Vec<InPlaceFile>>,
+    dir: &Path,
+    checkpoint_id: &str,
+    known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
+    progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+) -> Result<Manifest, CheckpointError> {
     let mut import = Import::begin(dir, checkpoint_id, source.weight_bytes(), known, progress)?;
     let mut tensors = Vec::with_capacity(source.tensors().len());
+    let mut range = Places::default();
     for tensor in source.tensors() {
         let described = Described {
             role: tensor.role,
@@ -73,7 +105,15 @@ pub fn import(
             bytes: tensor.bytes,
             stage: source.spec().stage(tensor.role),
         };
-        tensors.push(import.add(described, &|at, buffer| source.read_at(tensor, at, buffer))?);
+        let read: ReadAt<'_> = &|at, buffer| source.read_at(tensor, at, buffer);
+        tensors.push(match source.file_place(tensor).filter(|_| files.is_some()) {
+            Some(place) => import.refer(described, place, range.take(tensor.bytes), read)?,
+            None => import.add(described, read)?,
+        });
+    }
+    let in_place = files.map(|files| InPlace { files, range_bytes: range.end });
+    for file in in_place.iter().flat_map(|in_place| &in_place.files) {
+        file.check().map_err(|change| CheckpointError::invalid(&file.path, change))?;
     }
     let manifest = Manifest {
         version: Manifest::VERSION,
@@ -86,6 +126,7 @@ pub fn import(
         special_tokens: source.special_tokens().clone(),
         has_tokenizer: source.tokenizer_json().is_some(),
         base: None,
+        in_place,
     };
     if let Some(json) = source.tokenizer_json() {
         write_synced(&dir.join(TOKENIZER_FILE), json)?;
@@ -223,8 +264,8 @@ impl<'a> Import<'a> {
 
     /// Takes up a tensor whose bytes `read` gives, and writes it if it is new.
     fn add(&mut self, tensor: Described<'_>, read: ReadAt<'_>) -> Result<TensorEntry, CheckpointError> {
-        let offset = self.writer.next_offset(tensor.bytes);
-        let (id, chunks) = self.copy(&tensor, offset, read)?;
+        let offset = self.writer.places.next(tensor.bytes);
+        let (id, chunks) = self.copy(&tensor, Some(offset), read)?;
         let place = match self.written.get(&id).cloned().or_else(|| (self.known)(&id)) {
             Some(place) => {
                 self.state.bytes_reused += tensor.bytes;
@@ -247,14 +288,40 @@ impl<'a> Import<'a> {
             checkpoint: place.checkpoint,
             offset: place.offset,
             chunks: place.chunks,
+            in_place: None,
         })
     }
 
-    /// Copies a tensor to `offset` of the data file and hashes it on the way.
+    /// Takes up a tensor whose bytes stay where they are; `offset` is its place among those.
+    fn refer(
+        &mut self,
+        tensor: Described<'_>,
+        place: FilePlace,
+        offset: u64,
+        read: ReadAt<'_>,
+    ) -> Result<TensorEntry, CheckpointError> {
+        let (id, chunks) = self.copy(&tensor, None, read)?;
+        self.state.bytes_reused += tensor.bytes;
+        self.report()?;
+        Ok(TensorEntry {
+            role: tensor.role,
+            dtype: tensor.dtype,
+            shape: tensor.shape.to_vec(),
+            id,
+            bytes: tensor.bytes,
+            stage: tensor.stage as u32,
+            checkpoint: self.checkpoint_id.to_owned(),
+            offset,
+            chunks,
+            in_place: Some(place),
+        })
+    }
+
+    /// Reads and hashes a tensor, and copies it to `offset` of the data file on the way, if there is one.
     fn copy(
         &mut self,
         tensor: &Described<'_>,
-        offset: u64,
+        offset: Option<u64>,
         read: ReadAt<'_>,
     ) -> Result<(ContentId, Vec<Hash>), CheckpointError> {
         let mut id = ContentId::hasher(tensor.dtype, tensor.shape);
@@ -265,7 +332,9 @@ impl<'a> Import<'a> {
             read(at, &mut self.buffer)?;
             id.update(&self.buffer);
             chunks.push(Hash::of(&self.buffer));
-            self.writer.write(offset + at, &self.buffer)?;
+            if let Some(offset) = offset {
+                self.writer.write(offset + at, &self.buffer)?;
+            }
             at += self.buffer.len() as u64;
             self.state.bytes_done += self.buffer.len() as u64;
             self.report()?;
@@ -274,24 +343,40 @@ impl<'a> Import<'a> {
     }
 }
 
+/// Places one after the other.
+#[derive(Default)]
+struct Places {
+    /// End of the last one that was taken.
+    end: u64,
+}
+
+impl Places {
+    /// Where a tensor of `bytes` would start if it came next.
+    fn next(&self, bytes: u64) -> u64 {
+        self.end.next_multiple_of(if bytes >= LARGE_TENSOR { PAGE } else { TENSOR_ALIGNMENT })
+    }
+
+    /// Takes the next place for a tensor of `bytes`.
+    fn take(&mut self, bytes: u64) -> u64 {
+        let offset = self.next(bytes);
+        self.end = offset + bytes;
+        offset
+    }
+}
+
 /// The data file while it is written. A tensor is written first and kept only if its identity, known afterwards, is
 /// new: one pass over the source, and at most one tensor of room beyond the result.
 struct DataWriter {
     path: PathBuf,
     file: File,
-    /// End of the last tensor that was kept.
-    end: u64,
+    /// Of the tensors that were kept.
+    places: Places,
 }
 
 impl DataWriter {
     fn create(path: &Path) -> Result<Self, CheckpointError> {
         let file = File::create_new(path).map_err(|error| CheckpointError::io(path, error))?;
-        Ok(DataWriter { path: path.to_path_buf(), file, end: 0 })
-    }
-
-    /// Where a tensor of `bytes` would start if it were kept next.
-    fn next_offset(&self, bytes: u64) -> u64 {
-        self.end.next_multiple_of(if bytes >= LARGE_TENSOR { PAGE } else { TENSOR_ALIGNMENT })
+        Ok(DataWriter { path: path.to_path_buf(), file, places: Places::default() })
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), CheckpointError> {
@@ -301,17 +386,18 @@ impl DataWriter {
     /// Makes the tensor at `offset` part of the file. The gap before it may hold a piece of one that was not kept.
     fn keep(&mut self, offset: u64, bytes: u64) -> Result<(), CheckpointError> {
         const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
-        let gap = (offset - self.end) as usize;
-        self.write(self.end, ZEROS.get(..gap).unwrap_or(&ZEROS))?;
-        self.end = offset + bytes;
+        let end = self.places.end;
+        let gap = (offset - end) as usize;
+        self.write(end, ZEROS.get(..gap).unwrap_or(&ZEROS))?;
+        self.places.end = offset + bytes;
         Ok(())
     }
 
     /// Cuts off what was not kept, pads to whole pages, flushes to disk; returns the length in bytes.
     fn finish(self) -> Result<u64, CheckpointError> {
-        let length = self.end.next_multiple_of(PAGE);
+        let length = self.places.end.next_multiple_of(PAGE);
         self.file
-            .set_len(self.end)
+            .set_len(self.places.end)
             .and_then(|()| self.file.set_len(length))
             .and_then(|()| self.file.sync_all())
             .map_err(|error| CheckpointError::io(&self.path, error))?;
@@ -334,7 +420,7 @@ struct Version {
 /// Reads and checks the manifest in `dir`, the directory of an imported checkpoint.
 ///
 /// A manifest that is accepted is consistent in itself: its sizes follow from its spec and its own tensors lie in
-/// the data file. Whether the data file holds what the hashes say is found when its chunks are read.
+/// the data file, or in place in a file that it lists. Whether the files hold what the hashes say is found when its chunks are read.
 pub fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
     let path = dir.join(MANIFEST_FILE);
     let bytes = read_limited(&path, MAX_MANIFEST_BYTES)?;
@@ -388,6 +474,9 @@ fn check_manifest(manifest: &Manifest) -> Result<(), String> {
                 entry.chunks.len()
             ));
         }
+        if entry.in_place.is_some() {
+            continue;
+        }
         let end = entry.offset.checked_add(entry.bytes);
         let inside =
             end.is_some_and(|end| entry.checkpoint != manifest.checkpoint || end <= manifest.data_bytes);
@@ -398,7 +487,7 @@ fn check_manifest(manifest: &Manifest) -> Result<(), String> {
             ));
         }
     }
-    Ok(())
+    in_place::check(manifest.in_place.as_ref(), &manifest.tensors, &names)
 }
 
 /// Whether a name from outside can be used as the name of a directory beside others.

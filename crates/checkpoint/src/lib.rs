@@ -16,6 +16,7 @@ mod gguf_spec;
 mod gguf_tokenizer;
 mod hugging_face;
 pub mod import;
+pub mod in_place;
 mod layout;
 pub mod manifest;
 mod names;
@@ -31,8 +32,9 @@ pub use dtype::DType;
 pub use error::CheckpointError;
 pub use import::{
     Base, DATA_FILE, ImportProgress, KnownTensor, MANIFEST_FILE, TOKENIZER_FILE, import, import_adapter,
-    read_manifest,
+    import_in_place, read_manifest,
 };
+pub use in_place::{FilePlace, InPlace, InPlaceFile};
 pub use manifest::{
     CHUNK_BYTES, ContentId, GenerationDefaults, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry,
 };

@@ -4,12 +4,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::in_place::{FilePlace, InPlace};
 use crate::{DType, ModelSpec, Role};
 
 /// Bytes covered by one chunk hash. Chunks start at the tensor's first byte; the last one may be shorter.
 pub const CHUNK_BYTES: u64 = 2 << 20;
 
-/// Every tensor starts at a multiple of this in its data file.
+/// Every tensor starts at a multiple of this in its data file, and in memory.
 pub const TENSOR_ALIGNMENT: u64 = 256;
 
 /// A BLAKE3 hash, written as 64 hexadecimal digits.
@@ -86,10 +87,14 @@ pub struct TensorEntry {
     pub stage: u32,
     /// The checkpoint whose data file holds the bytes; another one's when the content was already on this disk.
     pub checkpoint: String,
-    /// Offset in that data file, a multiple of [`TENSOR_ALIGNMENT`].
+    /// Offset in that data file, a multiple of [`TENSOR_ALIGNMENT`]. With `in_place`, which no data file holds, the
+    /// place among the tensors of that checkpoint that are read in place.
     pub offset: u64,
     /// BLAKE3 of each [`CHUNK_BYTES`] chunk, in order.
     pub chunks: Vec<Hash>,
+    /// Where the bytes are, of a tensor that is read from a file of the user's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<FilePlace>,
 }
 
 /// Defaults for sampling that the checkpoint's author recommends (`generation_config.json`).
@@ -135,6 +140,9 @@ pub struct Manifest {
     /// Of an adapter: what its base was deployed as then. For people; what is computed with is in `tensors`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
+    /// Of a model deployed in place, and of adapters on it: the files that its tensors are read from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<InPlace>,
 }
 
 impl Manifest {

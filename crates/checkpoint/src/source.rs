@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::file::ReadAt;
+use crate::in_place::{FilePlace, InPlaceFile};
 use crate::{
     CheckpointError, DType, GenerationDefaults, LayerRole, ModelSpec, Role, gguf_model, hugging_face, layout,
 };
@@ -83,7 +84,7 @@ pub(crate) struct Found {
     pub(crate) tensor: SourceTensor,
 }
 
-/// Opens a checkpoint: a Hugging Face directory, a `.safetensors` file with `config.json` beside it, a `.gguf` file,
+/// Opens a checkpoint: a Hugging Face or ServerlessLLM directory, a `.safetensors` file with `config.json` beside it, a `.gguf` file,
 /// or a directory that holds exactly one `.gguf` file.
 ///
 /// Reads headers and small files only. Errors name the file, what is wrong with it and what to do.
@@ -203,6 +204,19 @@ impl Source {
     /// What the user should know although the checkpoint is usable.
     pub fn warnings(&self) -> &[String] {
         &self.text.warnings
+    }
+
+    /// The files that tensors lie in, as they were when they were opened.
+    pub(crate) fn in_place_files(&self) -> Result<Vec<InPlaceFile>, CheckpointError> {
+        self.files.iter().filter_map(|file| file.as_file()).map(InPlaceFile::of).collect()
+    }
+
+    /// Where in these files the bytes of `tensor` are, if they lie in one just as they are needed.
+    pub(crate) fn file_place(&self, tensor: &SourceTensor) -> Option<FilePlace> {
+        let Location { file, offset, rows } = tensor.location;
+        let before = self.files.get(..file)?.iter().filter(|other| other.as_file().is_some()).count();
+        let is_plain = self.files.get(file)?.as_file().is_some() && rows == RowOrder::Plain;
+        is_plain.then_some(FilePlace { file: before as u32, offset })
     }
 
     /// Fills `buffer` with the bytes of `tensor` (one of this source's) from byte `at` of the tensor.

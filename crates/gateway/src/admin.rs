@@ -62,12 +62,14 @@ enum DeployEvent {
 enum Deployable {
     /// The checkpoint at this path.
     Source(PathBuf),
+    /// The checkpoint at this path, its tensors left where they are.
+    InPlace(PathBuf),
     /// The adapter in this directory on the model of this name.
     Adapter(PathBuf, String),
 }
 
-/// `POST /admin/models` with `{"name", "source"}` or `{"name", "adapter", "base"}`: answers with one JSON object per
-/// line, progress first, then the model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
+/// `POST /admin/models` with `{"name", "source", "in_place"}` (`in_place` may be left out) or `{"name", "adapter",
+/// "base"}`: answers with one JSON object per line, progress first, then the model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
 /// cancelled.
 pub(crate) async fn deploy(
     State(gateway): State<Arc<Gateway>>,
@@ -86,6 +88,7 @@ pub(crate) async fn deploy(
         value.ok_or_else(|| ApiError::param(name, format!("'{name}' is required")))
     };
     let name = required("name")?;
+    let in_place = fields.boolean("in_place", false)?;
     let what = match (fields.raw("source"), fields.raw("adapter")) {
         (Some(_), Some(_)) => {
             return Err(ApiError::param(
@@ -93,7 +96,14 @@ pub(crate) async fn deploy(
                 "an adapter comes without 'source'; 'base' names its model",
             ));
         }
+        (None, Some(_)) if in_place => {
+            return Err(ApiError::param(
+                "in_place",
+                "an adapter's tensors are converted and cannot stay in place",
+            ));
+        }
         (None, Some(_)) => Deployable::Adapter(PathBuf::from(required("adapter")?), required("base")?),
+        (_, None) if in_place => Deployable::InPlace(PathBuf::from(required("source")?)),
         (_, None) => Deployable::Source(PathBuf::from(required("source")?)),
     };
     let param = if matches!(what, Deployable::Adapter(..)) { "adapter" } else { "source" };
@@ -161,6 +171,7 @@ fn run(
     };
     match what {
         Deployable::Source(source) => gateway.node.deploy(name, source, progress),
+        Deployable::InPlace(source) => gateway.node.deploy_in_place(name, source, progress),
         Deployable::Adapter(adapter, base) => gateway.node.deploy_adapter(name, adapter, base, progress),
     }
 }

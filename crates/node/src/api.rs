@@ -320,7 +320,11 @@ pub struct ModelStatus {
     pub dtype: String,
     /// Bytes of all weights.
     pub weight_bytes: u64,
-    /// Of these, bytes that some other deployed model has too.
+    /// Of these, bytes that are read from files of the user's where they lie; absent for a model that was not deployed
+    /// in place (and is no adapter on one).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_place_bytes: Option<u64>,
+    /// Of `weight_bytes`, bytes that some other deployed model has too.
     pub shared_bytes: u64,
     /// Of these, bytes in device memory now.
     pub resident_bytes: u64,

@@ -21,7 +21,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{
-    self as checkpoint, AdapterSource, ContentId, DATA_FILE, KnownTensor, Manifest, Source,
+    self as checkpoint, AdapterSource, ContentId, DATA_FILE, KnownTensor, Manifest, Source, TensorEntry,
 };
 
 use crate::api::{DeployError, DeployProgress};
@@ -47,6 +47,8 @@ pub(crate) struct Deployment {
 pub(crate) enum Import<'a> {
     /// A model of its own.
     Model(&'a Source),
+    /// A model of its own whose bytes stay in the files in which they are.
+    InPlace(&'a Source),
     /// An adapter on the model deployed under this name.
     Adapter(&'a AdapterSource, &'a str),
 }
@@ -127,6 +129,10 @@ impl Catalog {
         for (name, record) in catalog.records()? {
             match checkpoint::read_manifest(&catalog.checkpoint_dir(&record.checkpoint)) {
                 Ok(manifest) => {
+                    // It stays deployed: the file may come back, and what needs no loading is served.
+                    let files = manifest.in_place.iter().flat_map(|in_place| &in_place.files);
+                    let changes = files.filter_map(|file| file.check().err());
+                    problems.extend(changes.map(|change| format!("model '{name}': {change}")));
                     let manifest = Arc::new(manifest);
                     catalog.models.insert(name, Deployment { created: record.created, manifest });
                 }
@@ -190,7 +196,7 @@ impl Catalog {
     fn index_contents(&mut self) {
         self.contents.clear();
         for deployment in self.models.values() {
-            for tensor in &deployment.manifest.tensors {
+            for tensor in stored_tensors(&deployment.manifest) {
                 self.contents.entry(tensor.id).or_insert_with(|| {
                     let (checkpoint, chunks) = (tensor.checkpoint.clone(), tensor.chunks.clone());
                     (KnownTensor { checkpoint, offset: tensor.offset, chunks }, tensor.bytes)
@@ -276,6 +282,7 @@ impl Catalog {
         };
         let imported = match source {
             Import::Model(source) => checkpoint::import(source, staging, id, &known, progress),
+            Import::InPlace(source) => checkpoint::import_in_place(source, staging, id, &known, progress),
             Import::Adapter(adapter, base) => {
                 let deployment = self.models.get(base);
                 let manifest =
@@ -360,10 +367,10 @@ impl Catalog {
         let live: BTreeSet<(&str, u64)> = self
             .models
             .values()
-            .flat_map(|deployment| &deployment.manifest.tensors)
+            .flat_map(|deployment| stored_tensors(&deployment.manifest))
             .map(|tensor| (tensor.checkpoint.as_str(), tensor.offset))
             .collect();
-        for tensor in &manifest.tensors {
+        for tensor in stored_tensors(manifest) {
             let key = (tensor.checkpoint.as_str(), tensor.offset);
             if referenced.contains(key.0) && !live.contains(&key) && !self.retiring.contains_key(key.0) {
                 let path = self.checkpoint_dir(&tensor.checkpoint).join(DATA_FILE);
@@ -375,6 +382,11 @@ impl Catalog {
             }
         }
     }
+}
+
+/// The tensors whose bytes are in the data directory, not in a file of the user's.
+fn stored_tensors(manifest: &Manifest) -> impl Iterator<Item = &TensorEntry> {
+    manifest.tensors.iter().filter(|tensor| tensor.in_place.is_none())
 }
 
 /// The checkpoints whose files a model needs.

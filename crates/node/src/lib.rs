@@ -308,14 +308,28 @@ impl Node {
         source: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
-        check_name(name)?;
-        let source = tangram_checkpoint::open(source)?;
-        for warning in source.warnings() {
-            tracing::warn!(model = name, "{warning}");
-        }
+        let source = open_source(name, source)?;
         let weight_types = self.check_fits(name, &source)?;
         let catalog = lock(&self.catalog);
         self.put_into_service(catalog, name, Import::Model(&source), &weight_types, progress)
+    }
+
+    /// Deploys the checkpoint at `source` as [`Node::deploy`] does, but leaves its tensors in the files in which they
+    /// are, all but those that no file holds in the form in which they are needed. Reads all of it once. The files are
+    /// never written to or removed; when one of them has changed, requests that would have to read it fail and say so.
+    ///
+    /// # Errors
+    /// As [`Node::deploy`].
+    pub fn deploy_in_place(
+        &self,
+        name: &str,
+        source: &Path,
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Arc<DeployedModel>, DeployError> {
+        let source = open_source(name, source)?;
+        let weight_types = self.check_fits(name, &source)?;
+        let catalog = lock(&self.catalog);
+        self.put_into_service(catalog, name, Import::InPlace(&source), &weight_types, progress)
     }
 
     /// Deploys the LoRA adapter in the PEFT directory `adapter`, made for the model that is deployed as `base`, as a
@@ -652,6 +666,16 @@ impl Embedding {
     pub fn result_blocking(self) -> Result<Embeddings, RequestError> {
         self.result.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
     }
+}
+
+/// Opens the checkpoint that is to be deployed as `name`.
+fn open_source(name: &str, path: &Path) -> Result<Source, DeployError> {
+    check_name(name)?;
+    let source = tangram_checkpoint::open(path)?;
+    for warning in source.warnings() {
+        tracing::warn!(model = name, "{warning}");
+    }
+    Ok(source)
 }
 
 fn check_name(name: &str) -> Result<(), DeployError> {

@@ -2,13 +2,14 @@
 //!
 //! Costs no device memory: a model is only a list of tensors until a request asks for it.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tangram_checkpoint::{Hash, Manifest, Role};
+use tangram_checkpoint::{Hash, InPlaceFile, Manifest, Role, TensorEntry};
 use tangram_engine::{Adapter, Model, TensorDesc, Weights};
-use tangram_pool::{CatalogueEntry, Tensor, Vacancy, pages_alone};
-use tangram_store::TensorLoad;
+use tangram_pool::{CatalogueEntry, LoadFailure, Tensor, Vacancy, pages_alone};
+use tangram_store::{TensorLoad, Wake};
 
 use crate::api::TensorProfile;
 use crate::catalog::{Catalog, Deployment};
@@ -22,19 +23,30 @@ pub(crate) struct Location {
     pub(crate) offset: u64,
     pub(crate) chunks: Arc<[Hash]>,
     pub(crate) name: String,
+    /// What the file must still be, if it is the user's.
+    pub(crate) in_place: Option<Arc<InPlaceFile>>,
 }
 
-impl Location {
-    /// The task of filling `vacancy` from here.
-    pub(crate) fn load(&self, vacancy: Vacancy) -> TensorLoad {
-        TensorLoad {
-            vacancy,
-            file: self.file.clone(),
-            offset: self.offset,
-            chunks: self.chunks.clone(),
-            name: self.name.clone(),
+/// The tasks of filling vacancies from where their tensors lie. One whose file is no longer what was deployed fails here,
+/// with the reason; `wake` is called for it as the store would.
+pub(crate) fn loads<'a>(
+    vacancies: impl Iterator<Item = (Vacancy, &'a Location)>,
+    wake: &Wake,
+) -> Vec<TensorLoad> {
+    let mut checked: HashMap<&Path, Result<(), String>> = HashMap::new();
+    let load = |(vacancy, location): (Vacancy, &'a Location)| {
+        let Location { file, offset, chunks, name, in_place } = location;
+        if let Some(in_place) = in_place
+            && let Err(change) = checked.entry(&in_place.path).or_insert_with(|| in_place.check())
+        {
+            vacancy.fail(LoadFailure::Failed(change.clone()));
+            wake();
+            return None;
         }
-    }
+        let (file, chunks, name) = (file.clone(), chunks.clone(), name.clone());
+        Some(TensorLoad { vacancy, file, offset: *offset, chunks, name })
+    };
+    vacancies.filter_map(load).collect()
 }
 
 /// Everything about a deployed model that does not change while it runs. "Unique" tensors are those of the manifest
@@ -53,7 +65,7 @@ pub(crate) struct ModelPlan {
     pub(crate) unique_of: Vec<usize>,
     /// For each stage of the forward pass, how many unique tensors it and all earlier ones need.
     pub(crate) needed_by_stage: Vec<usize>,
-    /// Sizes of the data files that the entries refer to, bytes.
+    /// Sizes of the address ranges that the entries refer to, of data files and of what is read in place, bytes.
     pub(crate) data_bytes: Vec<(String, u64)>,
     /// What it takes of the pool, and how long it takes.
     pub(crate) forecast: Arc<Forecast>,
@@ -103,7 +115,9 @@ impl ModelPlan {
             (Vec::<CatalogueEntry>::new(), Vec::new(), Vec::new());
         let mut needed_by_stage = vec![0; stages];
         let mut bytes_by_stage = vec![0; stages];
-        let mut seen = std::collections::HashMap::new();
+        let files = manifest.in_place.iter().flat_map(|in_place| &in_place.files);
+        let files: Vec<Arc<InPlaceFile>> = files.cloned().map(Arc::new).collect();
+        let mut seen = HashMap::new();
         for tensor in &manifest.tensors {
             let stage = tensor.stage as usize;
             let unique = *seen.entry(tensor.id).or_insert_with(|| {
@@ -112,17 +126,12 @@ impl ModelPlan {
                 }
                 entries.push(CatalogueEntry {
                     id: tensor.id,
-                    checkpoint: tensor.checkpoint.clone(),
+                    checkpoint: range_of(tensor),
                     offset: tensor.offset,
                     bytes: tensor.bytes,
                     depth: stage as f64 / stages as f64,
                 });
-                locations.push(Location {
-                    file: catalog.checkpoint_dir(&tensor.checkpoint).join(tangram_checkpoint::DATA_FILE),
-                    offset: tensor.offset,
-                    chunks: tensor.chunks.clone().into(),
-                    name: role_name(tensor.role),
-                });
+                locations.push(locate(catalog, tensor, &files));
                 entries.len() - 1
             });
             unique_of.push(unique);
@@ -135,9 +144,13 @@ impl ModelPlan {
             needed_by_stage[stage] = needed_by_stage[stage].max(needed_by_stage[stage - 1]);
         }
         let mut data_bytes: Vec<(String, u64)> = Vec::new();
-        for entry in &entries {
-            if !data_bytes.iter().any(|(checkpoint, _)| *checkpoint == entry.checkpoint) {
-                data_bytes.push((entry.checkpoint.clone(), catalog.data_bytes(&entry.checkpoint)));
+        for (entry, location) in entries.iter().zip(&locations) {
+            if !data_bytes.iter().any(|(range, _)| *range == entry.checkpoint) {
+                let bytes = match (&location.in_place, &manifest.in_place) {
+                    (Some(_), Some(in_place)) => in_place.range_bytes,
+                    _ => catalog.data_bytes(&entry.checkpoint),
+                };
+                data_bytes.push((entry.checkpoint.clone(), bytes));
             }
         }
         for entry in &entries {
@@ -175,6 +188,12 @@ impl ModelPlan {
         self.entries.iter().map(|entry| entry.bytes).sum()
     }
 
+    /// Bytes of the unique tensors that are read from files of the user's.
+    pub(crate) fn in_place_bytes(&self) -> u64 {
+        let tensors = self.entries.iter().zip(&self.locations);
+        tensors.filter(|(_, location)| location.in_place.is_some()).map(|(entry, _)| entry.bytes).sum()
+    }
+
     /// The unique tensors, for a simulator.
     pub(crate) fn tensor_profiles(&self) -> Vec<TensorProfile> {
         let mut stage = 0;
@@ -198,7 +217,7 @@ impl AdapterPlan {
         let engine = Adapter::new(&manifest.spec, descs).map_err(|error| error.to_string())?;
         // In the order in which the base's own plan numbers them: by first appearance.
         let mut of_base: Vec<usize> = Vec::new();
-        let mut index_in_base = std::collections::HashMap::new();
+        let mut index_in_base = HashMap::new();
         for unique in of_role(manifest, unique_of, |role| !is_adapters(role)) {
             index_in_base.entry(unique).or_insert_with(|| {
                 of_base.push(unique);
@@ -206,7 +225,7 @@ impl AdapterPlan {
             });
         }
         let mut own: Vec<usize> = Vec::new();
-        let mut index_in_own = std::collections::HashMap::new();
+        let mut index_in_own = HashMap::new();
         let places = of_role(manifest, unique_of, is_adapters).into_iter().map(|unique| {
             if let Some(&index) = index_in_base.get(&unique) {
                 return AdapterPlace::Base(index);
@@ -219,6 +238,37 @@ impl AdapterPlan {
         let places = places.collect();
         let base = identity(&manifest.without_adapter())?;
         Ok(AdapterPlan { engine: Arc::new(engine), base, own, places })
+    }
+}
+
+/// The address range of a tensor: that of the data file in which it lies, or the one for all of a checkpoint's tensors
+/// that are read in place. The name of a checkpoint has no slash.
+fn range_of(tensor: &TensorEntry) -> String {
+    match tensor.in_place {
+        None => tensor.checkpoint.clone(),
+        Some(_) => format!("{}/in-place", tensor.checkpoint),
+    }
+}
+
+/// Where a tensor's bytes are. `files` are those that the manifest lists.
+fn locate(catalog: &Catalog, tensor: &TensorEntry, files: &[Arc<InPlaceFile>]) -> Location {
+    let (chunks, name) = (tensor.chunks.clone().into(), role_name(tensor.role));
+    let in_place = tensor.in_place.and_then(|place| Some((place, files.get(place.file as usize)?)));
+    match in_place {
+        Some((place, file)) => Location {
+            file: file.path.clone(),
+            offset: place.offset,
+            chunks,
+            name,
+            in_place: Some(file.clone()),
+        },
+        None => Location {
+            file: catalog.checkpoint_dir(&tensor.checkpoint).join(tangram_checkpoint::DATA_FILE),
+            offset: tensor.offset,
+            chunks,
+            name,
+            in_place: None,
+        },
     }
 }
 

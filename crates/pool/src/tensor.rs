@@ -129,6 +129,13 @@ impl Vacancy {
         &self.tensor
     }
 
+    /// Gives the room back and makes known why the tensor will not arrive.
+    pub fn fail(mut self, failure: LoadFailure) {
+        // Whoever sees the failure may ask for this room again at once, so it is free before that.
+        drop(self.extent.take());
+        self.tensor.settle(Err(failure));
+    }
+
     /// Cuts the room into parts of `part_bytes` (the last may be shorter) that can be filled in any order on any
     /// thread. The tensor becomes readable when the last one has been finished without an error.
     pub fn into_parts(mut self, part_bytes: usize) -> Vec<Part> {

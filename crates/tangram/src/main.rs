@@ -35,9 +35,13 @@ enum Command {
     Deploy {
         /// Name that requests will use.
         name: String,
-        /// Hugging Face directory, .safetensors file with its config.json beside it, or .gguf file.
+        /// Hugging Face or ServerlessLLM directory, .safetensors file with its config.json beside it, or .gguf file.
         #[arg(required_unless_present = "adapter", conflicts_with = "adapter")]
         source: Option<PathBuf>,
+        /// Leave the weights in the files in which they are and read them there. Only what these do not hold in the form
+        /// in which it is needed is stored. The files must stay as they are; they are never written to or deleted.
+        #[arg(long, conflicts_with = "adapter")]
+        in_place: bool,
         /// A LoRA adapter instead: PEFT directory with adapter_config.json and adapter_model.safetensors.
         #[arg(long, requires = "base")]
         adapter: Option<PathBuf>,
@@ -136,8 +140,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve { options } => commands::serve::run(options).await,
         Command::Quickstart(options) => commands::quickstart::run(options).await,
-        Command::Deploy { name, source, adapter, base, target } => {
+        Command::Deploy { name, source, in_place, adapter, base, target } => {
             let what = match (source, adapter, base) {
+                (Some(source), ..) if in_place => Deployable::InPlace(source),
                 (Some(source), ..) => Deployable::Source(source),
                 (None, Some(adapter), Some(base)) => Deployable::Adapter(adapter, base),
                 _ => anyhow::bail!("give a source, or --adapter with --base"),

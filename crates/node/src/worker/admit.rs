@@ -8,14 +8,13 @@ use tangram_device::DeviceError;
 use tangram_policy::pressure::{self, Growing};
 use tangram_policy::{Attempt, TensorKey};
 use tangram_pool::{KvReserve, Refusal, Vacancy};
-use tangram_store::TensorLoad;
 
 use super::adapters::ActiveAdapter;
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
 use crate::api::RequestError;
 use crate::forecast::LoadMeter;
-use crate::model::Location;
+use crate::model::{Location, loads};
 use crate::sequence::Sequence;
 
 /// Sequences of one model that run at once. Bounds the scratch memory of a step.
@@ -210,7 +209,7 @@ impl Worker {
             }
             loaded += activation.bytes_loaded;
             reused += activation.bytes_reused;
-            self.store.load(loads(activation.missing, [entry, base]), &self.wake);
+            self.store.load(loads(located(activation.missing, [entry, base]), &self.wake), &self.wake);
             Some(activation.lease)
         };
         if let Some(active) = &base.active {
@@ -309,17 +308,18 @@ impl Worker {
 }
 
 /// Where the bytes of tensors without any are to come from: for the base's, where the base has them now.
-fn loads(missing: Vec<Vacancy>, adapter_and_base: [&ModelEntry; 2]) -> Vec<TensorLoad> {
-    if missing.is_empty() {
-        return Vec::new();
-    }
+fn located(
+    missing: Vec<Vacancy>,
+    adapter_and_base: [&ModelEntry; 2],
+) -> impl Iterator<Item = (Vacancy, &Location)> {
     let mut locations: HashMap<TensorKey, &Location> = HashMap::new();
-    for entry in adapter_and_base {
-        locations.extend(entry.keys.iter().copied().zip(&entry.plan.locations));
+    if !missing.is_empty() {
+        for entry in adapter_and_base {
+            locations.extend(entry.keys.iter().copied().zip(&entry.plan.locations));
+        }
     }
-    let load = |vacancy: Vacancy| {
+    missing.into_iter().filter_map(move |vacancy| {
         let location = *locations.get(&vacancy.tensor().key())?;
-        Some(location.load(vacancy))
-    };
-    missing.into_iter().filter_map(load).collect()
+        Some((vacancy, location))
+    })
 }

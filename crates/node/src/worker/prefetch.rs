@@ -3,9 +3,10 @@
 //! Never takes anything from a request: it runs only while none is there (on this device copying and computing take the
 //! same cores), and lets go when one comes.
 
-use tangram_store::TensorLoad;
+use tangram_pool::Vacancy;
 
 use super::Worker;
+use crate::model::loads;
 
 /// Bytes brought in at a time. A request that comes meanwhile waits for no more than that.
 const BATCH_BYTES: u64 = 16 << 20;
@@ -26,15 +27,12 @@ impl Worker {
         }
         self.end_prefetch();
         let Some(fetch) = self.pool.fetch(BATCH_BYTES) else { return };
-        let loads: Vec<TensorLoad> = fetch
-            .missing
-            .into_iter()
-            .filter_map(|vacancy| {
-                let &(model, index) = self.located.get(&vacancy.tensor().key())?;
-                let location = self.models.get(model)?.as_ref()?.plan.locations.get(index)?;
-                Some(location.load(vacancy))
-            })
-            .collect();
+        let located = |vacancy: Vacancy| {
+            let &(model, index) = self.located.get(&vacancy.tensor().key())?;
+            let location = self.models.get(model)?.as_ref()?.plan.locations.get(index)?;
+            Some((vacancy, location))
+        };
+        let loads = loads(fetch.missing.into_iter().filter_map(located), &self.wake);
         self.store.load(loads, &self.wake);
         self.prefetching = Some(fetch.lease);
     }

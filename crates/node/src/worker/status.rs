@@ -67,6 +67,7 @@ impl Worker {
                 task: if deployed.spec.generates() { "generate" } else { "embed" }.to_owned(),
                 dtype: dominant_dtype(plan),
                 weight_bytes: plan.unique_bytes(),
+                in_place_bytes: plan.manifest.in_place.is_some().then(|| plan.in_place_bytes()),
                 shared_bytes: self.pool.shared_bytes(&entry.keys),
                 resident_bytes: self.pool.resident_bytes(&entry.keys),
                 kv_bytes_per_token: deployed.kv_bytes_per_token,

@@ -22,6 +22,8 @@ struct Models {
 pub(crate) enum Deployable {
     /// A checkpoint.
     Source(PathBuf),
+    /// A checkpoint whose tensors stay where they are.
+    InPlace(PathBuf),
     /// An adapter's directory and the deployed name of its base.
     Adapter(PathBuf, String),
 }
@@ -42,10 +44,28 @@ pub(crate) async fn deploy(name: &str, what: &Deployable, target: Target) -> any
         bytes(model.kv_bytes_per_token),
         model.context
     );
+    if let (Deployable::InPlace(_), Some(in_place)) = (what, model.in_place_bytes) {
+        println!("  {}", in_place_line(in_place, model.weight_bytes));
+    }
     for line in forecast_lines(&model) {
         println!("  {line}");
     }
     Ok(())
+}
+
+/// What an import in place left where it was, for people.
+fn in_place_line(in_place: u64, all: u64) -> String {
+    match all - in_place {
+        0 => {
+            "all of its weights are read from the files in which they are; leave these as they are".to_owned()
+        }
+        stored => format!(
+            "{} of its weights are read from the files in which they are, so leave these as they are; {} are not there \
+             in the form in which they are needed and were stored converted",
+            bytes(in_place),
+            bytes(stored)
+        ),
+    }
 }
 
 /// What a model will take, for people.
@@ -80,6 +100,9 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) ->
         |path: &Path| std::fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()));
     let body = match what {
         Deployable::Source(source) => json!({ "name": name, "source": absolute(source)? }),
+        Deployable::InPlace(source) => {
+            json!({ "name": name, "source": absolute(source)?, "in_place": true })
+        }
         Deployable::Adapter(adapter, base) => {
             json!({ "name": name, "adapter": absolute(adapter)?, "base": base })
         }
