@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use tangram_checkpoint::{LayerRole, LowRank, ModelSpec, Role};
 use tangram_node::{
-    Backend, DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, SamplingParams,
+    Backend, DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, SamplingParams, Verification,
 };
 use tangram_testkit::{Float, RandomAdapter, write_adapter_of};
 
@@ -102,6 +102,7 @@ fn main() {
         host_memory: 0,
         threads: None,
         max_waiting: 1000,
+        verification: Verification::Full,
     })
     .unwrap();
     let go_on = &mut |_| ControlFlow::Continue(());

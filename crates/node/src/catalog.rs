@@ -4,6 +4,7 @@
 //! DIR/catalog.redb              deployed name -> checkpoint id, time; locked by the running node
 //! DIR/checkpoints/ID/           data.bin, manifest.json, tokenizer.json
 //! DIR/staging/ID/               an import under way
+//! DIR/damaged.jsonl             tensors that did not match their hashes (`damage.rs`)
 //! ```
 //! Invariants: a checkpoint becomes part of the catalogue by one committed transaction after its files are durable
 //! under their final name; whatever no catalogued model refers to is litter and is removed at the next start. So a
@@ -25,6 +26,7 @@ use tangram_checkpoint::{
 };
 
 use crate::api::{DeployError, DeployProgress};
+use crate::damage::Damaged;
 
 const MODELS: TableDefinition<&str, &[u8]> = TableDefinition::new("models");
 
@@ -33,6 +35,9 @@ const MODELS: TableDefinition<&str, &[u8]> = TableDefinition::new("models");
 struct Record {
     checkpoint: String,
     created: u64,
+    /// What it was imported from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
 }
 
 /// A deployed model on disk.
@@ -103,11 +108,12 @@ pub(crate) struct Catalog {
     contents: HashMap<ContentId, (KnownTensor, u64)>,
     /// Checkpoints that no deployed model refers to any more but that running requests may still read.
     retiring: BTreeMap<String, usize>,
+    damaged: Arc<Damaged>,
 }
 
 impl Catalog {
     /// Opens or makes the data directory, takes its lock and removes litter. A deployed model whose manifest cannot be
-    /// read is reported in the second value and left out, its files untouched.
+    /// read, or one of whose tensors is damaged, is reported in the second value and left out, its files untouched.
     pub(crate) fn open(root: &Path) -> Result<(Catalog, Vec<String>), CatalogError> {
         for dir in [root.to_path_buf(), root.join("checkpoints"), root.join("staging")] {
             fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
@@ -123,12 +129,21 @@ impl Catalog {
             models: BTreeMap::new(),
             contents: HashMap::new(),
             retiring: BTreeMap::new(),
+            damaged: Arc::new(Damaged::open(root)),
         };
         let mut problems = Vec::new();
         let mut unreadable = BTreeSet::new();
         for (name, record) in catalog.records()? {
             match checkpoint::read_manifest(&catalog.checkpoint_dir(&record.checkpoint)) {
                 Ok(manifest) => {
+                    if let Some(damage) = catalog.damage_of(&manifest) {
+                        let from = record.source.as_deref().unwrap_or("its source");
+                        problems.push(format!(
+                            "model '{name}' cannot be used: {damage}; deploy it again from {from}"
+                        ));
+                        unreadable.extend(checkpoints_of(&manifest));
+                        continue;
+                    }
                     // It stays deployed: the file may come back, and what needs no loading is served.
                     let files = manifest.in_place.iter().flat_map(|in_place| &in_place.files);
                     let changes = files.filter_map(|file| file.check().err());
@@ -145,6 +160,25 @@ impl Catalog {
         catalog.index_contents();
         catalog.remove_litter(&unreadable)?;
         Ok((catalog, problems))
+    }
+
+    /// What is known to be damaged of a model, if anything is.
+    fn damage_of(&self, manifest: &Manifest) -> Option<String> {
+        manifest.tensors.iter().find_map(|tensor| {
+            let (file, offset) = match (tensor.in_place, &manifest.in_place) {
+                (Some(place), Some(in_place)) => {
+                    (in_place.files.get(place.file as usize)?.path.clone(), place.offset)
+                }
+                _ => (self.data_file(&tensor.checkpoint), tensor.offset),
+            };
+            let what = format_args!("the tensor for {:?} in {} is damaged", tensor.role, file.display());
+            self.damaged.has(&file, offset).then(|| what.to_string())
+        })
+    }
+
+    /// Tensors that did not match their hashes.
+    pub(crate) fn damaged(&self) -> &Arc<Damaged> {
+        &self.damaged
     }
 
     fn database_error(&self, error: impl std::fmt::Display) -> CatalogError {
@@ -208,9 +242,11 @@ impl Catalog {
     /// Whether the stored bytes of a tensor still match their hashes. A deployment must not refer to damaged bytes:
     /// deploying again is how a damaged model is repaired.
     fn is_intact(&self, known: &KnownTensor, bytes: u64) -> bool {
-        let Ok(file) = File::open(self.checkpoint_dir(&known.checkpoint).join(DATA_FILE)) else {
+        let path = self.data_file(&known.checkpoint);
+        let Ok(file) = File::open(&path) else { return false };
+        if self.damaged.has(&path, known.offset) {
             return false;
-        };
+        }
         let mut buffer = vec![0; checkpoint::CHUNK_BYTES.min(bytes) as usize];
         known.chunks.iter().zip(0u64..).all(|(hash, index)| {
             let start = index * checkpoint::CHUNK_BYTES;
@@ -231,24 +267,36 @@ impl Catalog {
         self.root.join("checkpoints").join(checkpoint)
     }
 
+    /// A checkpoint's data file.
+    pub(crate) fn data_file(&self, checkpoint: &str) -> PathBuf {
+        self.checkpoint_dir(checkpoint).join(DATA_FILE)
+    }
+
     /// Size of a checkpoint's data file, bytes; 0 if it cannot be read.
     pub(crate) fn data_bytes(&self, checkpoint: &str) -> u64 {
-        fs::metadata(self.checkpoint_dir(checkpoint).join(DATA_FILE)).map_or(0, |metadata| metadata.len())
+        fs::metadata(self.data_file(checkpoint)).map_or(0, |metadata| metadata.len())
     }
 
     /// Imports a checkpoint and commits it under `name`. An older deployment of that name is replaced; its files are
-    /// kept until [`Catalog::retired`] is called with its manifest.
+    /// kept until [`Catalog::retired`] is called with its manifest. `origin` is what to tell the user to import from
+    /// again if it is damaged one day.
     pub(crate) fn deploy(
         &mut self,
         name: &str,
         source: Import<'_>,
+        origin: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Deployment, DeployError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let id = format!("{:016x}", now.as_nanos() as u64);
         let staging = self.root.join("staging").join(&id);
         fs::create_dir(&staging).map_err(io_error("creating", &staging))?;
-        let imported = self.import_and_publish(name, &id, now.as_secs(), source, &staging, progress);
+        let record = Record {
+            checkpoint: id.clone(),
+            created: now.as_secs(),
+            source: Some(std::path::absolute(origin).as_deref().unwrap_or(origin).display().to_string()),
+        };
+        let imported = self.import_and_publish(name, &record, source, &staging, progress);
         if imported.is_err() {
             // What is left over, if even this fails, goes at the next start.
             let _ = fs::remove_dir_all(&staging);
@@ -266,12 +314,12 @@ impl Catalog {
     fn import_and_publish(
         &self,
         name: &str,
-        id: &str,
-        created: u64,
+        record: &Record,
         source: Import<'_>,
         staging: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Deployment, DeployError> {
+        let id = record.checkpoint.as_str();
         let known = |content: &ContentId| {
             let (known, bytes) = self.contents.get(content)?;
             self.is_intact(known, *bytes).then(|| known.clone())
@@ -304,9 +352,8 @@ impl Catalog {
         fs::rename(staging, &published).map_err(io_error("publishing", &published))?;
         let parent = self.root.join("checkpoints");
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(io_error("syncing", &parent))?;
-        let record = Record { checkpoint: id.to_owned(), created };
-        self.commit(name, Some(&record))?;
-        Ok(Deployment { created, manifest: Arc::new(manifest) })
+        self.commit(name, Some(record))?;
+        Ok(Deployment { created: record.created, manifest: Arc::new(manifest) })
     }
 
     fn commit(&self, name: &str, record: Option<&Record>) -> Result<(), CatalogError> {
@@ -393,4 +440,35 @@ fn stored_tensors(manifest: &Manifest) -> impl Iterator<Item = &TensorEntry> {
 fn checkpoints_of(manifest: &Manifest) -> BTreeSet<String> {
     let tensors = manifest.tensors.iter().map(|tensor| tensor.checkpoint.clone());
     tensors.chain([manifest.checkpoint.clone()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tangram_testkit::{Family, RandomModel, write_hf_model};
+
+    #[test]
+    fn a_start_says_what_is_damaged_and_where_to_get_it_again() {
+        let (source, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        write_hf_model(source.path(), &RandomModel::tiny(Family::Llama));
+        let import = checkpoint::open(source.path()).unwrap();
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let (mut catalog, _) = Catalog::open(root.path()).unwrap();
+        let old = catalog.deploy("m", Import::Model(&import), source.path(), go_on).unwrap().manifest;
+        let file = catalog.data_file(&old.checkpoint);
+        catalog.damaged().add(&file, old.tensors[1].offset, "t");
+        drop(catalog);
+        let (mut catalog, problems) = Catalog::open(root.path()).unwrap();
+        let [problem] = problems.as_slice() else { panic!("{problems:?}") };
+        let role = format!("{:?}", old.tensors[1].role);
+        for part in ["'m'", &role, "damaged", "deploy it again", source.path().to_str().unwrap()] {
+            assert!(problem.contains(part), "{problem}");
+        }
+        assert!(catalog.models().is_empty() && file.exists());
+        catalog.deploy("m", Import::Model(&import), source.path(), go_on).unwrap();
+        drop(catalog);
+        let (catalog, problems) = Catalog::open(root.path()).unwrap();
+        assert!(problems.is_empty() && catalog.models().contains_key("m"), "{problems:?}");
+        assert!(!file.exists(), "nothing refers to the damaged file any more");
+    }
 }

@@ -5,6 +5,8 @@
 
 mod api;
 mod catalog;
+mod damage;
+mod disks;
 mod forecast;
 mod machine;
 mod model;
@@ -27,11 +29,14 @@ use tangram_engine::sampling::Sampler;
 use tangram_engine::{Model, TensorDesc};
 pub use tangram_pool::Backend;
 use tangram_pool::Pool;
+pub use tangram_store::Verification;
+use tangram_store::{Damage, Options, Store};
 use tokio::sync::{mpsc, oneshot};
 
 pub use api::*;
 pub use catalog::CatalogError;
 use catalog::{Catalog, Deployment, Import};
+use disks::Disks;
 pub use forecast::{Forecast, SHOWN_PROMPT_TOKENS};
 use forecast::{footprint, weight_types};
 use machine::Machine;
@@ -58,10 +63,12 @@ pub struct NodeConfig {
     pub threads: Option<usize>,
     /// Requests that may wait before further ones are refused.
     pub max_waiting: usize,
+    /// How much of what is loaded is compared with its hash.
+    pub verification: Verification,
 }
 
 impl NodeConfig {
-    /// A paged pool with pages by its size, no host memory beside it, all threads, and a long queue.
+    /// A paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything verified.
     pub fn new(data: PathBuf, device_memory: u64) -> NodeConfig {
         NodeConfig {
             data,
@@ -71,6 +78,7 @@ impl NodeConfig {
             host_memory: 0,
             threads: None,
             max_waiting: 1024,
+            verification: Verification::Full,
         }
     }
 }
@@ -108,6 +116,7 @@ pub struct Node {
     worker: Option<JoinHandle<()>>,
     janitor: Option<JoinHandle<()>>,
     machine: Arc<Machine>,
+    disks: Arc<Disks>,
     /// Measures the machine where a start found deployments of which it knows nothing.
     measuring: Mutex<Option<JoinHandle<()>>>,
     page_bytes: u64,
@@ -153,7 +162,13 @@ impl Node {
         let (commands, receiver) = channel();
         let shared = Arc::new(Shared::default());
         let host = HostMemory::new(config.host_memory);
-        let worker = Worker::new(pool, host, threads, receiver, commands.clone(), shared.clone());
+        let damaged = catalog.damaged().clone();
+        let damaged =
+            Arc::new(move |damage: &Damage| damaged.add(&damage.file, damage.offset, &damage.tensor));
+        let options = Options { verification: config.verification, damaged };
+        let store = Store::with_options(memory.clone(), options);
+        let disks = Arc::new(Disks::open(&config.data, machine.describe(), store.clone()));
+        let worker = Worker::new(pool, store, host, threads, receiver, commands.clone(), shared.clone());
         let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
         let catalog = Arc::new(Mutex::new(catalog));
         let (retired, receiver) = channel::<Arc<Manifest>>();
@@ -172,6 +187,7 @@ impl Node {
             worker: Some(worker),
             janitor: Some(janitor),
             machine,
+            disks,
             measuring: Mutex::new(None),
             page_bytes,
             page_count,
@@ -189,21 +205,33 @@ impl Node {
                 tracing::error!("model '{name}' cannot be used: {reason}");
             }
         }
+        let models = catalog.models().values();
+        let checkpoints = models.map(|deployment| deployment.manifest.checkpoint.as_str());
+        let largest = checkpoints.max_by_key(|checkpoint| catalog.data_bytes(checkpoint));
+        let largest = largest.map(|checkpoint| catalog.data_file(checkpoint));
         drop(catalog);
-        node.measure_in_background();
+        node.measure_in_background(largest);
         Ok(node)
     }
 
-    /// Measures what forecasts for the deployed models need and no earlier run has left.
-    fn measure_in_background(&self) {
+    /// Measures what forecasts for the deployed models need and the disk of a data file, if no earlier run has.
+    fn measure_in_background(&self, data_file: Option<PathBuf>) {
         let dtypes: Vec<_> = self.models().iter().flat_map(|model| model.forecast.dtypes()).collect();
-        if dtypes.is_empty() || self.machine.knows(&dtypes) {
+        let data_file = data_file.filter(|file| !self.disks.tune(file));
+        let known = dtypes.is_empty() || self.machine.knows(&dtypes);
+        if known && data_file.is_none() {
             return;
         }
-        let machine = self.machine.clone();
+        let (machine, disks) = (self.machine.clone(), self.disks.clone());
         let thread = std::thread::Builder::new().name("measure".to_owned());
+        let measure = move || {
+            data_file.iter().for_each(|file| disks.measure(file));
+            if !known {
+                machine.measure(&dtypes);
+            }
+        };
         // Without it there are no times in the forecasts before the next deployment.
-        *lock(&self.measuring) = thread.spawn(move || machine.measure(&dtypes)).ok();
+        *lock(&self.measuring) = thread.spawn(measure).ok();
     }
 
     /// Makes a catalogued deployment available to requests.
@@ -297,7 +325,7 @@ impl Node {
         self.models.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
-    /// Imports the checkpoint at `source` and deploys it as `name`, replacing an older deployment of that name (its
+    /// Imports the checkpoint at `path` and deploys it as `name`, replacing an older deployment of that name (its
     /// running requests finish). Blocks for as long as reading the checkpoint takes.
     ///
     /// # Errors
@@ -305,16 +333,16 @@ impl Node {
     pub fn deploy(
         &self,
         name: &str,
-        source: &Path,
+        path: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
-        let source = open_source(name, source)?;
+        let source = open_source(name, path)?;
         let weight_types = self.check_fits(name, &source)?;
         let catalog = lock(&self.catalog);
-        self.put_into_service(catalog, name, Import::Model(&source), &weight_types, progress)
+        self.put_into_service(catalog, name, (Import::Model(&source), path), &weight_types, progress)
     }
 
-    /// Deploys the checkpoint at `source` as [`Node::deploy`] does, but leaves its tensors in the files in which they
+    /// Deploys the checkpoint at `path` as [`Node::deploy`] does, but leaves its tensors in the files in which they
     /// are, all but those that no file holds in the form in which they are needed. Reads all of it once. The files are
     /// never written to or removed; when one of them has changed, requests that would have to read it fail and say so.
     ///
@@ -323,13 +351,13 @@ impl Node {
     pub fn deploy_in_place(
         &self,
         name: &str,
-        source: &Path,
+        path: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
-        let source = open_source(name, source)?;
+        let source = open_source(name, path)?;
         let weight_types = self.check_fits(name, &source)?;
         let catalog = lock(&self.catalog);
-        self.put_into_service(catalog, name, Import::InPlace(&source), &weight_types, progress)
+        self.put_into_service(catalog, name, (Import::InPlace(&source), path), &weight_types, progress)
     }
 
     /// Deploys the LoRA adapter in the PEFT directory `adapter`, made for the model that is deployed as `base`, as a
@@ -360,15 +388,16 @@ impl Node {
             return Err(does_not_fit(name, bytes, 0, pool));
         }
         // The times of its base's types are known since that was deployed.
-        self.put_into_service(catalog, name, Import::Adapter(&source, base), &[], progress)
+        self.put_into_service(catalog, name, (Import::Adapter(&source, base), adapter), &[], progress)
     }
 
-    /// Imports and announces; undoes the first if the second fails. Measures what forecasts need of `weight_types`.
+    /// Imports from somewhere and announces; undoes the first if the second fails. Measures what forecasts need of
+    /// `weight_types`.
     fn put_into_service(
         &self,
         mut catalog: MutexGuard<'_, Catalog>,
         name: &str,
-        source: Import<'_>,
+        (source, origin): (Import<'_>, &Path),
         weight_types: &[DType],
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
@@ -378,7 +407,8 @@ impl Node {
         let pool_bytes = self.page_count * self.page_bytes;
         let old = catalog.models().get(name).cloned();
         let old_index = self.model(name).map(|model| model.index);
-        let deployment = catalog.deploy(name, source, progress)?;
+        let deployment = catalog.deploy(name, source, origin, progress)?;
+        self.disks.measure(&catalog.data_file(&deployment.manifest.checkpoint));
         self.machine.measure(weight_types);
         let announced = self.announce(&catalog, name, &deployment);
         let problem = match announced {

@@ -87,6 +87,11 @@ impl Machine {
         }
     }
 
+    /// What tells this machine from others.
+    pub(crate) fn describe(&self) -> String {
+        self.lock().machine.clone()
+    }
+
     /// Threads of the executor.
     pub(crate) fn threads(&self) -> usize {
         self.threads

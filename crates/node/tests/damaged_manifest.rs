@@ -1,4 +1,5 @@
-//! A manifest on disk that is well-formed and wrong: requests are told, and nobody waits for what will never be.
+//! What lies on disk and is wrong, a manifest that is well-formed or a bit of the data: requests are told, nobody waits for
+//! what will never be, and no wrong byte is computed with.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -47,4 +48,43 @@ fn a_request_for_which_the_device_refuses_a_place_ends_with_an_error() {
         (status.leased_bytes, status.waiting, status.kv_blocks) == (0, 0, 0)
     });
     node.remove("damaged").unwrap();
+}
+
+/// A flipped bit fails the request by the tensor's name; the next start refuses the model, and no other; deploying it again
+/// repairs it.
+#[test]
+fn damaged_data_is_refused_until_it_is_deployed_again() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let dirs = ["damaged", "sound"].map(|name| sources.path().join(name));
+    let (expected, file) = {
+        let node = open(data.path(), MEMORY);
+        for (dir, seed) in dirs.iter().zip([3, 4]) {
+            write_hf_model(dir, &RandomModel { seed, ..RandomModel::tiny(Family::Llama) });
+            deploy(&node, dir.file_name().unwrap().to_str().unwrap(), dir);
+        }
+        let model = node.model("damaged").unwrap();
+        let tokens = run(&node, request(&model, &[5, 6, 7], 4)).tokens;
+        (tokens, model.directory.join("data.bin"))
+    };
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    {
+        let node = open(data.path(), MEMORY);
+        let model = node.model("damaged").unwrap();
+        let error = finish(node.generate(request(&model, &[5, 6, 7], 4)).unwrap()).err().unwrap();
+        let RequestError::LoadFailed { reason, .. } = error else { panic!("{error}") };
+        assert!(reason.contains("hash") && reason.contains("data.bin"), "{reason}");
+    }
+    {
+        let node = open(data.path(), MEMORY);
+        assert!(node.model("damaged").is_none(), "refused by name at the start");
+        let sound = node.model("sound").unwrap();
+        assert_eq!(run(&node, request(&sound, &[5, 6, 7], 4)).tokens.len(), 4);
+        let model = deploy(&node, "damaged", &dirs[0]);
+        assert_eq!(run(&node, request(&model, &[5, 6, 7], 4)).tokens, expected);
+    }
+    let node = open(data.path(), MEMORY);
+    let model = node.model("damaged").expect("whole again");
+    assert_eq!(run(&node, request(&model, &[5, 6, 7], 4)).tokens, expected);
 }

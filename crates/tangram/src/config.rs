@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use bytesize::ByteSize;
 use clap::Args;
 use serde::Deserialize;
-use tangram_node::Backend;
+use tangram_node::{Backend, Verification};
 
 /// Flags of every command that runs a server, or may have to.
 #[derive(Args, Clone, Debug, Default)]
@@ -44,6 +44,10 @@ pub(crate) struct ServerOptions {
     /// Requests that may wait before further ones get status 429 [default: 1024].
     #[arg(long, env = "TANGRAM_MAX_WAITING")]
     pub(crate) max_waiting: Option<usize>,
+    /// How much of what is loaded is compared with its hash: `full`, or `sampled`, one part of sixteen, for machines whose
+    /// links are faster than their cores hash [default: full].
+    #[arg(long, env = "TANGRAM_VERIFY", value_enum)]
+    pub(crate) verify: Option<Verify>,
     /// Largest request body [default: 32MiB].
     #[arg(long, env = "TANGRAM_MAX_BODY")]
     pub(crate) max_body: Option<ByteSize>,
@@ -62,6 +66,16 @@ pub(crate) enum PoolLayout {
     Segment,
 }
 
+/// The two extents of verification.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verify {
+    /// Everything.
+    Full,
+    /// One part of sixteen.
+    Sampled,
+}
+
 /// The settings file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -75,6 +89,7 @@ struct File {
     host_memory: Option<String>,
     threads: Option<usize>,
     max_waiting: Option<usize>,
+    verify: Option<Verify>,
     max_body: Option<String>,
     api_key: Option<String>,
 }
@@ -90,6 +105,7 @@ pub(crate) struct Settings {
     pub(crate) host_memory: u64,
     pub(crate) threads: Option<usize>,
     pub(crate) max_waiting: usize,
+    pub(crate) verification: Verification,
     pub(crate) max_body: usize,
     pub(crate) api_key: Option<String>,
 }
@@ -140,6 +156,10 @@ impl ServerOptions {
                 .unwrap_or(DEFAULT_HOST_MEMORY.min(device_memory / 4)),
             threads: self.threads.or(file.threads),
             max_waiting: self.max_waiting.or(file.max_waiting).unwrap_or(DEFAULT_MAX_WAITING),
+            verification: match self.verify.or(file.verify) {
+                None | Some(Verify::Full) => Verification::Full,
+                Some(Verify::Sampled) => Verification::Sampled,
+            },
             max_body: size(self.max_body, file.max_body, "max-body")?
                 .map_or(DEFAULT_MAX_BODY, |n| n as usize),
             api_key: self.api_key.or(file.api_key).filter(|key| !key.is_empty()),

@@ -51,6 +51,7 @@ impl Server {
             host_memory: settings.host_memory,
             threads: settings.threads,
             max_waiting: settings.max_waiting,
+            verification: settings.verification,
         };
         let node = tokio::task::spawn_blocking(move || Node::open(config)).await??;
         let running_file = settings.data.join(RUNNING_FILE);

@@ -191,8 +191,9 @@ impl Worker {
             None
         } else {
             let mut activation = self.pool.activate(&keys, reserve, now);
-            if let Some(prefetching) = self.prefetching.take() {
-                // What this request does not share of it is given up.
+            if let Some((prefetching, load)) = self.prefetching.take() {
+                // What this request does not share of it is given up, and the rest is urgent now.
+                self.store.hasten(load);
                 self.pool.release(prefetching);
                 if activation.is_err() {
                     activation = self.pool.activate(&keys, reserve, now);

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use tangram_engine::{Executor, Pass};
 use tangram_policy::{Admission, Expectations, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
-use tangram_store::{Store, Wake};
+use tangram_store::{LoadId, Store, Wake};
 
 use self::adapters::ActiveAdapter;
 use self::step::Progress;
@@ -133,7 +133,7 @@ pub(crate) struct Worker {
     /// Models whose prompts have changed so much that their tensors have to be appraised anew.
     unappraised: Vec<usize>,
     /// What is being brought in before anybody asks for it.
-    prefetching: Option<Lease>,
+    prefetching: Option<(Lease, LoadId)>,
     /// For every catalogued tensor a model that has it, and its place among the model's tensors.
     located: HashMap<TensorKey, (usize, usize)>,
     epoch: Instant,
@@ -151,13 +151,13 @@ pub(crate) struct Worker {
 impl Worker {
     pub(crate) fn new(
         pool: Pool,
+        store: Arc<Store>,
         host: HostMemory,
         threads: usize,
         commands: Receiver<Command>,
         wake_sender: Sender<Command>,
         shared: Arc<Shared>,
     ) -> Worker {
-        let store = Store::new(pool.memory().clone());
         let wake_pending = Arc::new(AtomicBool::new(false));
         let pending = wake_pending.clone();
         let wake: Wake = Arc::new(move || {

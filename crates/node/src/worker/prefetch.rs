@@ -20,7 +20,7 @@ impl Worker {
         {
             return;
         }
-        if let Some(lease) = &self.prefetching
+        if let Some((lease, _)) = &self.prefetching
             && lease.tensors().iter().any(|tensor| !tensor.is_ready() && tensor.failure().is_none())
         {
             return;
@@ -33,13 +33,13 @@ impl Worker {
             Some((vacancy, location))
         };
         let loads = loads(fetch.missing.into_iter().filter_map(located), &self.wake);
-        self.store.load(loads, &self.wake);
-        self.prefetching = Some(fetch.lease);
+        let load = self.store.prefetch(loads, &self.wake);
+        self.prefetching = Some((fetch.lease, load));
     }
 
     /// Gives up what has not arrived and nobody else wants.
     pub(super) fn end_prefetch(&mut self) {
-        if let Some(lease) = self.prefetching.take() {
+        if let Some((lease, _)) = self.prefetching.take() {
             self.pool.release(lease);
         }
     }

@@ -1,0 +1,195 @@
+//! One part of a tensor on its way: how the bytes that were read become the bytes of the part, checked while they are hot.
+//!
+//! This is the seam for everything that lies between a file's bytes and a tensor's. Today that is nothing (they were read
+//! to their place), or a copy out of an aligned buffer; then the chunk's hash, computed over what the copy has just left in
+//! the cache. Nobody can read a part before [`Job::finish`].
+
+use std::io::{self, IoSliceMut};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::io::{Errno, ReadWriteFlags};
+use tangram_checkpoint::Hash;
+use tangram_pool::{LoadFailure, Part};
+
+use crate::buffer::Buffer;
+use crate::file::DataFile;
+use crate::schedule::{LoadId, Urgency};
+use crate::{Notify, Wake};
+
+/// Bytes that are copied from the page cache before they are hashed: they fit a core's own cache.
+const HOT_BYTES: usize = 256 << 10;
+
+/// Stored bytes that do not match their hash.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// The file.
+    pub file: PathBuf,
+    /// The tensor, as errors call it.
+    pub tensor: String,
+    /// First byte of the tensor in the file.
+    pub offset: u64,
+}
+
+/// A part and all that is needed to fill it.
+pub(crate) struct Job {
+    pub(crate) part: Part,
+    pub(crate) load: LoadId,
+    pub(crate) urgency: Urgency,
+    pub(crate) file: Arc<DataFile>,
+    /// First byte of the tensor in the file.
+    pub(crate) tensor_offset: u64,
+    /// First byte of the part in the file.
+    pub(crate) offset: u64,
+    pub(crate) len: usize,
+    /// What its bytes are compared with; `None` if they are not.
+    pub(crate) hash: Option<Hash>,
+    pub(crate) name: Arc<str>,
+    pub(crate) wake: Wake,
+    pub(crate) damaged: Notify,
+    /// The page cache was found not to have it.
+    pub(crate) uncached: bool,
+    /// What was not read straight to its place, and where in the part that belongs.
+    pub(crate) buffer: Option<Buffer>,
+    pub(crate) copies: Vec<(Range<usize>, usize)>,
+}
+
+/// How a job's bytes come.
+pub(crate) enum Arrival {
+    /// They are to be copied from the page cache.
+    Cached,
+    /// They were read from the disk, or could not be.
+    Read(io::Result<()>),
+}
+
+/// Where a job stands after it has landed.
+pub(crate) enum Landed {
+    /// It is over. Its buffer can be used again.
+    Over(Option<Buffer>),
+    /// The page cache has lost it: it has to be read from the disk.
+    Again(Box<Job>),
+}
+
+impl Job {
+    /// Ends the part and tells who waits.
+    pub(crate) fn finish(self, result: Result<(), String>) -> Option<Buffer> {
+        let failure = |problem| {
+            let path = self.file.path().display();
+            let text = format!(
+                "tensor {}: {problem} (file {path}); deploy the model again from its source",
+                self.name
+            );
+            LoadFailure::Failed(text)
+        };
+        let result = result.map_err(failure);
+        self.settle(result)
+    }
+
+    /// Ends the part of a tensor that nobody waits for any more.
+    pub(crate) fn abandon(self) {
+        self.settle(Err(LoadFailure::Abandoned));
+    }
+
+    fn settle(self, result: Result<(), LoadFailure>) -> Option<Buffer> {
+        if self.part.finish(result) {
+            // A thread that reads for everybody must survive what a caller does.
+            let _ = catch_unwind(AssertUnwindSafe(|| (self.wake)()));
+        }
+        self.buffer
+    }
+
+    /// Takes in the bytes and verifies them.
+    pub(crate) fn land(mut self, arrival: Arrival) -> Landed {
+        let sum = match arrival {
+            Arrival::Cached => match self.copy_from_cache() {
+                Some(sum) => sum,
+                None => {
+                    self.uncached = true;
+                    return Landed::Again(Box::new(self));
+                }
+            },
+            Arrival::Read(Ok(())) => self.take_from_buffer(),
+            Arrival::Read(Err(error)) => {
+                let problem = describe(&error);
+                return Landed::Over(self.finish(Err(problem)));
+            }
+        };
+        let result = if self.matches(sum) || self.read_again() {
+            Ok(())
+        } else {
+            let file = self.file.path().to_owned();
+            let damage = Damage { file, tensor: self.name.to_string(), offset: self.tensor_offset };
+            let _ = catch_unwind(AssertUnwindSafe(|| (self.damaged)(&damage)));
+            Err(format!(
+                "the stored bytes at offset {} do not match their hash: the file is damaged",
+                self.offset
+            ))
+        };
+        Landed::Over(self.finish(result))
+    }
+
+    fn matches(&self, sum: Option<Hash>) -> bool {
+        self.hash.is_none() || self.hash == sum
+    }
+
+    /// Copies from the page cache without ever waiting for the disk; gives the hash if it is wanted. `None` if not all
+    /// of it is there.
+    fn copy_from_cache(&mut self) -> Option<Option<Hash>> {
+        let mut hasher = self.hash.map(|_| blake3::Hasher::new());
+        let step = if hasher.is_some() { HOT_BYTES } else { self.len };
+        let (file, mut offset) = (self.file.cached(), self.offset);
+        for piece in self.part.bytes_mut()?.chunks_mut(step) {
+            let mut done = 0;
+            while let Some(rest) = piece.get_mut(done..).filter(|rest| !rest.is_empty()) {
+                let at = offset + done as u64;
+                let read =
+                    rustix::io::preadv2(&**file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT);
+                match read {
+                    Ok(0) => return None,
+                    Ok(read) => done += read,
+                    Err(Errno::INTR) => {}
+                    Err(_) => return None,
+                }
+            }
+            offset += piece.len() as u64;
+            if let Some(hasher) = &mut hasher {
+                hasher.update(piece);
+            }
+        }
+        Some(hasher.map(|hasher| Hash(*hasher.finalize().as_bytes())))
+    }
+
+    /// Copies what came through the buffer, and gives the hash if it is wanted.
+    fn take_from_buffer(&mut self) -> Option<Hash> {
+        let bytes = self.part.bytes_mut()?;
+        if let Some(buffer) = &mut self.buffer {
+            for (from, to) in self.copies.drain(..) {
+                let len = from.len();
+                if let Some((from, to)) = buffer.bytes().get(from).zip(bytes.get_mut(to..to + len)) {
+                    to.copy_from_slice(from);
+                }
+            }
+        }
+        self.hash.map(|_| Hash::of(bytes))
+    }
+
+    /// Whether the bytes are right when the disk is asked once more: a file is called damaged for what is on the disk
+    /// and not for what happened on the way.
+    fn read_again(&mut self) -> bool {
+        self.file.drop_from_cache(self.offset, self.len);
+        let (file, offset) = (self.file.cached().clone(), self.offset);
+        let Some(bytes) = self.part.bytes_mut() else { return false };
+        file.read_exact_at(bytes, offset).is_ok() && self.hash == Some(Hash::of(bytes))
+    }
+}
+
+/// What went wrong with a read, for the user.
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "its data file is truncated".to_owned(),
+        _ => format!("its data file cannot be read: {error}"),
+    }
+}

@@ -1,0 +1,307 @@
+//! One disk: its queue, and the thread (or threads) that read for it.
+//!
+//! With io_uring one thread keeps as many reads under way as the disk was measured to need; where that is refused a few
+//! threads read one part each. What the page cache has is not read but handed on to be copied. Each disk has threads of its
+//! own, so a slow one holds up nobody else's; and none of these threads copies or hashes.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::buffer::Buffer;
+use crate::file::DataFile;
+use crate::job::{Arrival, Job};
+use crate::landing::Landings;
+use crate::plan::{self, Place, Plan};
+use crate::probe::Tuning;
+use crate::ring::{Bell, Ring, cached_bytes};
+use crate::schedule::{LoadId, Schedule, Urgency};
+
+/// Threads that read for a disk without io_uring.
+const READERS: usize = 4;
+
+/// How a disk is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Engine {
+    /// By io_uring where it is allowed, else by threads.
+    Best,
+    /// By threads.
+    #[cfg_attr(not(test), allow(dead_code))]
+    Threads,
+}
+
+struct State {
+    schedule: Schedule<Job>,
+    tuning: Tuning,
+    /// Jobs that are being copied or verified.
+    landing: usize,
+    /// Buffers to use again.
+    spare: Vec<Buffer>,
+    closed: bool,
+}
+
+/// A disk.
+pub(crate) struct Source {
+    state: Mutex<State>,
+    changed: Condvar,
+    bell: Option<Arc<Bell>>,
+    /// Jobs that may be copied or verified at a time: enough to keep everybody busy, few enough that a more urgent load
+    /// does not wait behind them.
+    most_landing: usize,
+}
+
+impl Source {
+    /// A disk with threads that read.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(crate) fn start(
+        tuning: Tuning,
+        engine: Engine,
+        landings: &Arc<Landings>,
+        name: &str,
+    ) -> io::Result<Arc<Source>> {
+        let ring = match engine {
+            Engine::Best => {
+                Bell::new().map(Arc::new).and_then(|bell| Ok((Ring::new(bell.clone())?, bell))).ok()
+            }
+            Engine::Threads => None,
+        };
+        let (ring, bell) = ring.unzip();
+        let state =
+            State { schedule: Schedule::default(), tuning, landing: 0, spare: Vec::new(), closed: false };
+        let source = Arc::new(Source {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            bell,
+            most_landing: 2 * landings.workers().max(1),
+        });
+        let spawn = |body: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name.to_owned()).spawn(body).map(drop)
+        };
+        match ring {
+            Some(ring) => {
+                let (source, landings) = (source.clone(), landings.clone());
+                spawn(Box::new(move || source.read_by_ring(ring, &landings)))?;
+            }
+            None => {
+                for started in 0..READERS {
+                    let (source, landings) = (source.clone(), landings.clone());
+                    let spawned = spawn(Box::new(move || source.read_one_by_one(&landings)));
+                    if started == 0 {
+                        spawned?;
+                    }
+                }
+            }
+        }
+        Ok(source)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn notify(&self) {
+        match &self.bell {
+            Some(bell) => bell.ring(),
+            None => self.changed.notify_all(),
+        }
+    }
+
+    /// Adds a load's parts.
+    pub(crate) fn push(&self, load: LoadId, urgency: Urgency, jobs: VecDeque<Job>) {
+        self.lock().schedule.push(load, urgency, jobs);
+        self.notify();
+    }
+
+    /// Makes what is left of a load urgent.
+    pub(crate) fn hasten(&self, load: LoadId) {
+        self.lock().schedule.hasten(load);
+    }
+
+    /// How it is read from now on.
+    pub(crate) fn tune(&self, tuning: Tuning) {
+        self.lock().tuning = tuning;
+    }
+
+    /// A job has landed, and left a buffer.
+    pub(crate) fn landed(&self, buffer: Option<Buffer>) {
+        let mut state = self.lock();
+        state.landing -= 1;
+        if let Some(buffer) = buffer
+            && state.spare.len() < state.tuning.depth
+        {
+            state.spare.push(buffer);
+        }
+        drop(state);
+        self.notify();
+    }
+
+    /// A job that was to be copied has to be read.
+    pub(crate) fn put_back(&self, job: Job) {
+        let (load, urgency) = (job.load, job.urgency);
+        self.lock().schedule.put_back(load, urgency, job);
+        self.notify();
+    }
+
+    /// Gives up everything that waits; the threads end with what is under way.
+    pub(crate) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let jobs = state.schedule.drain();
+        drop(state);
+        drop(jobs);
+        self.notify();
+    }
+
+    /// The next job, if there is one and room for what becomes of it.
+    fn take(&self, state: &mut State) -> Option<Job> {
+        if state.landing >= self.most_landing {
+            return None;
+        }
+        let (_, urgency, mut job) = state.schedule.next()?;
+        job.urgency = urgency;
+        Some(job)
+    }
+
+    /// Hands a job over to be copied or verified.
+    fn land(self: &Arc<Self>, job: Job, arrival: Arrival, landings: &Arc<Landings>) {
+        self.lock().landing += 1;
+        landings.push(job, arrival, self.clone());
+    }
+
+    /// Decides how a job's bytes come. `None` if there is nothing to read.
+    fn begin(self: &Arc<Self>, mut job: Job, landings: &Arc<Landings>) -> Option<(Job, Reads)> {
+        if job.part.is_unwanted() {
+            job.abandon();
+            return None;
+        }
+        let Some(address) = job.part.bytes_mut().map(|bytes| bytes.as_ptr() as usize) else {
+            let _ = job.finish(Err("the device has no memory that the host can write".to_owned()));
+            return None;
+        };
+        if !job.uncached && is_cached(&job.file, job.offset, job.len) {
+            self.land(job, Arrival::Cached, landings);
+            return None;
+        }
+        let mut state = self.lock();
+        let block = state.tuning.block;
+        let (file, plan) = match job.file.direct() {
+            Some((file, alignment)) => {
+                let block = block.next_multiple_of(alignment.offset);
+                (file.clone(), plan::direct(job.offset, job.len, address, alignment, block))
+            }
+            None => (job.file.cached().clone(), plan::buffered(job.offset, job.len, block)),
+        };
+        let Plan { pieces, buffer, copies } = plan;
+        let spare = state.spare.pop();
+        drop(state);
+        job.buffer = match spare {
+            _ if buffer == 0 => None,
+            Some(spare) if spare.len() >= buffer => Some(spare),
+            _ => Some(Buffer::new(buffer)),
+        };
+        job.copies = copies;
+        Some((job, Reads { file, pieces }))
+    }
+
+    /// Deals with the end of a job's reads. Gives it back if it has to be read another way.
+    fn end(self: &Arc<Self>, mut job: Job, result: io::Result<()>, landings: &Arc<Landings>) -> Option<Job> {
+        let refused = result
+            .as_ref()
+            .is_err_and(|error| [Some(libc::EINVAL), Some(libc::EOPNOTSUPP)].contains(&error.raw_os_error()));
+        if refused && job.file.direct().is_some() {
+            job.file.refuse_direct();
+            job.copies.clear();
+            return Some(job);
+        }
+        self.land(job, Arrival::Read(result), landings);
+        None
+    }
+
+    fn read_by_ring(self: Arc<Self>, mut ring: Ring<Job>, landings: &Arc<Landings>) {
+        let mut again = Vec::new();
+        loop {
+            loop {
+                let mut state = self.lock();
+                if ring.operations() >= state.tuning.depth {
+                    break;
+                }
+                let Some(job) = again.pop().or_else(|| self.take(&mut state)) else { break };
+                drop(state);
+                if let Some((job, Reads { file, pieces })) = self.begin(job, landings) {
+                    ring.start(job, file, pieces);
+                }
+            }
+            if self.lock().closed {
+                return;
+            }
+            for (job, result) in ring.wait() {
+                again.extend(self.end(job, result, landings));
+            }
+        }
+    }
+
+    fn read_one_by_one(self: Arc<Self>, landings: &Arc<Landings>) {
+        loop {
+            let mut state = self.lock();
+            let job = loop {
+                if state.closed {
+                    return;
+                }
+                if let Some(job) = self.take(&mut state) {
+                    break job;
+                }
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(state);
+            let mut next = Some(job);
+            while let Some(job) = next.take() {
+                if let Some((mut job, reads)) = self.begin(job, landings) {
+                    let result = reads.carry_out(&mut job);
+                    next = self.end(job, result, landings);
+                }
+            }
+        }
+    }
+}
+
+/// What has to be read for a job.
+struct Reads {
+    file: Arc<std::fs::File>,
+    pieces: Vec<plan::Piece>,
+}
+
+impl Reads {
+    /// Reads it on this thread.
+    fn carry_out(self, job: &mut Job) -> io::Result<()> {
+        let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
+        for piece in self.pieces {
+            let memory = match piece.place {
+                Place::Part => job.part.bytes_mut(),
+                Place::Buffer => job.buffer.as_mut().map(Buffer::bytes),
+            };
+            let memory = memory.and_then(|memory| memory.get_mut(piece.at)).ok_or_else(short)?;
+            let mut done = 0;
+            while done < piece.needed {
+                match self.file.read_at(&mut memory[done..], piece.offset + done as u64) {
+                    Ok(0) => return Err(short()),
+                    Ok(read) if done + read < piece.needed && !read.is_multiple_of(512) => {
+                        return Err(short());
+                    }
+                    Ok(read) => done += read,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the page cache has all of a range. Where the kernel does not tell, it is worth a try: a read that does not wait
+/// says it.
+fn is_cached(file: &DataFile, offset: u64, len: usize) -> bool {
+    cached_bytes(file.cached(), offset, len as u64).is_none_or(|cached| cached >= len as u64)
+}

@@ -1,0 +1,370 @@
+//! Loads from real files into a real pool, by both engines, from the page cache and past it.
+
+use std::io::Write;
+use std::sync::Condvar;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use super::*;
+use tangram_device::cpu::CpuDevice;
+use tangram_policy::TensorKey;
+use tangram_pool::{Activation, Backend, CatalogueEntry, Pool, Tensor};
+
+const CHUNK: usize = CHUNK_BYTES as usize;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct World {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+    pool: Pool,
+    store: Arc<Store>,
+    keys: Vec<TensorKey>,
+    data: Vec<Vec<u8>>,
+    offsets: Vec<u64>,
+    damage: Arc<Mutex<Vec<Damage>>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    engine: Engine,
+    backend: Backend,
+    verification: Verification,
+    /// Tensors start at multiples of this.
+    alignment: usize,
+}
+
+const SETUP: Setup =
+    Setup { engine: Engine::Best, backend: Backend::Paged, verification: Verification::Full, alignment: 256 };
+
+/// Tensors of these sizes in one file, in order.
+fn world(sizes: &[usize]) -> World {
+    world_of(sizes, SETUP)
+}
+
+fn world_of(sizes: &[usize], setup: Setup) -> World {
+    // Beside the build's output and not in a directory for temporary files, which may be in memory.
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = dir.path().join("data.bin");
+    let data: Vec<Vec<u8>> = sizes
+        .iter()
+        .enumerate()
+        .map(|(t, &len)| (0..len).map(|i| (i * 7 + i / 251 + t * 13) as u8).collect())
+        .collect();
+    let (mut file, mut offsets) = (Vec::new(), Vec::new());
+    for bytes in &data {
+        file.resize(file.len().next_multiple_of(setup.alignment), 0);
+        offsets.push(file.len() as u64);
+        file.extend(bytes);
+    }
+    let mut written = std::fs::File::create(&path).unwrap();
+    written.write_all(&file).unwrap();
+    written.sync_all().unwrap();
+    let total: usize = sizes.iter().sum();
+    let memory =
+        CpuDevice::open((total + sizes.len() * 32768).next_power_of_two().max(1 << 20), 16384).unwrap();
+    let mut pool = Pool::new(memory.clone(), setup.backend).unwrap();
+    let entries: Vec<_> = (0..sizes.len())
+        .map(|i| CatalogueEntry {
+            id: Hash::of(&(i as u64).to_le_bytes()),
+            checkpoint: "c".into(),
+            offset: (offsets[i] as usize).next_multiple_of(256) as u64
+                + 256 * i as u64 * u64::from(setup.alignment < 256),
+            bytes: sizes[i] as u64,
+            depth: 0.0,
+        })
+        .collect();
+    let room = file.len() as u64 + 512 * sizes.len() as u64;
+    let keys = pool.catalogue(&entries, |_| room).unwrap();
+    let damage = Arc::new(Mutex::new(Vec::new()));
+    let for_store = damage.clone();
+    let options = Options {
+        verification: setup.verification,
+        damaged: Arc::new(move |damage| for_store.lock().unwrap().push(damage.clone())),
+    };
+    let store = Store::with_engine(memory, options, setup.engine);
+    World { path, pool, store, keys, data, offsets, damage, _dir: dir }
+}
+
+/// A wake that can be waited for.
+fn wake() -> (Wake, Receiver<()>) {
+    let (sender, woken) = channel();
+    let sender = Mutex::new(sender);
+    (Arc::new(move || sender.lock().unwrap().send(()).unwrap_or(())), woken)
+}
+
+impl World {
+    fn drop_cache(&self) {
+        let file = std::fs::File::open(&self.path).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+
+    fn loads(&self, activation: &mut Activation) -> Vec<TensorLoad> {
+        let load = |vacancy: Vacancy| {
+            let i = self.keys.iter().position(|key| *key == vacancy.tensor().key()).unwrap();
+            let chunks = self.data[i].chunks(CHUNK).map(Hash::of);
+            TensorLoad {
+                file: self.path.clone(),
+                offset: self.offsets[i],
+                chunks: chunks.collect(),
+                name: format!("t{i}"),
+                vacancy,
+            }
+        };
+        std::mem::take(&mut activation.missing).into_iter().map(load).collect()
+    }
+
+    fn load(&mut self) -> Vec<Arc<Tensor>> {
+        let mut activation = self.pool.activate(&self.keys, &[], 0.0).unwrap();
+        let tensors = activation.lease.tensors().to_vec();
+        let (wake, woken) = wake();
+        self.store.load(self.loads(&mut activation), &wake);
+        for _ in 0..tensors.len() {
+            woken.recv_timeout(PATIENCE).expect("the load ends");
+        }
+        tensors
+    }
+
+    /// Loads everything and compares every byte.
+    fn check(&mut self, what: &str) {
+        let tensors = self.load();
+        for (i, (tensor, data)) in tensors.iter().zip(&self.data).enumerate() {
+            assert!(
+                tensor.bytes() == Some(data),
+                "{what}: tensor {i} of {} bytes: {:?}",
+                data.len(),
+                tensor.failure()
+            );
+        }
+    }
+}
+
+#[test]
+fn every_byte_arrives_whatever_the_sizes_and_the_way() {
+    let sizes = [
+        1,
+        255,
+        256,
+        257,
+        511,
+        513,
+        4095,
+        4096,
+        4097,
+        70_001,
+        CHUNK - 1,
+        CHUNK,
+        CHUNK + 1,
+        3 * CHUNK + 12345,
+        3,
+    ];
+    for engine in [Engine::Best, Engine::Threads] {
+        for (backend, alignment) in
+            [(Backend::Paged, 256), (Backend::Paged, 4096), (Backend::Segment, 256), (Backend::Paged, 1)]
+        {
+            for cold in [false, true] {
+                let setup = Setup { engine, backend, alignment, ..SETUP };
+                let mut world = world_of(&sizes, setup);
+                world.store.tune(disk_of(&world.path).unwrap().0, Tuning { block: 1 << 19, depth: 3 });
+                if cold {
+                    world.drop_cache();
+                }
+                world.check(&format!("{setup:?}, cold: {cold}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_partly_cached_arrives_whole() {
+    let mut world = world(&[5 * CHUNK + 777]);
+    world.drop_cache();
+    let file = std::fs::File::open(&world.path).unwrap();
+    let mut piece = vec![0; 100_000];
+    for at in [1000u64, 3_000_000, 5_000_000] {
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut piece, at).unwrap();
+    }
+    world.check("partly cached");
+}
+
+#[test]
+fn a_flipped_bit_fails_its_tensor_by_name_and_no_other() {
+    for cold in [false, true] {
+        let mut world = world(&[1000, 3 << 20, 1000]);
+        let mut file = std::fs::read(&world.path).unwrap();
+        file[world.offsets[1] as usize + (5 << 19)] ^= 4;
+        std::fs::write(&world.path, file).unwrap();
+        std::fs::File::open(&world.path).unwrap().sync_all().unwrap();
+        if cold {
+            world.drop_cache();
+        }
+        let tensors = world.load();
+        assert!(tensors[0].is_ready() && tensors[2].is_ready());
+        let Some(LoadFailure::Failed(message)) = tensors[1].failure() else { panic!("must fail") };
+        assert!(
+            message.contains("t1") && message.contains("hash") && message.contains("deploy"),
+            "{message}"
+        );
+        let damage = Damage { file: world.path.clone(), tensor: "t1".to_owned(), offset: world.offsets[1] };
+        assert_eq!(*world.damage.lock().unwrap(), [damage]);
+    }
+}
+
+#[test]
+fn sampling_finds_damage_in_time_and_takes_most_on_trust() {
+    let setup = Setup { verification: Verification::Sampled, ..SETUP };
+    let mut world = world_of(&[4096; 300], setup);
+    let mut file = std::fs::read(&world.path).unwrap();
+    for offset in &world.offsets {
+        file[*offset as usize] ^= 1;
+    }
+    std::fs::write(&world.path, file).unwrap();
+    let verified = world.load().iter().filter(|tensor| tensor.failure().is_some()).count();
+    // 19 on average; fewer than 1 or more than 60 come once in 10^8 runs.
+    assert!((1..=60).contains(&verified), "{verified} of 300 parts were verified");
+}
+
+#[test]
+fn truncated_and_missing_files_fail_with_what_to_do() {
+    for engine in [Engine::Best, Engine::Threads] {
+        let setup = Setup { engine, ..SETUP };
+        for left in [100, 1500, 4096] {
+            let mut short = world_of(&[1000, 5000], setup);
+            std::fs::write(&short.path, vec![0; left]).unwrap();
+            let Some(LoadFailure::Failed(message)) = short.load()[1].failure().cloned() else {
+                panic!("must fail")
+            };
+            assert!(message.contains("truncated"), "{message}");
+        }
+        let mut gone = world_of(&[1000], setup);
+        std::fs::remove_file(&gone.path).unwrap();
+        let Some(LoadFailure::Failed(message)) = gone.load()[0].failure().cloned() else {
+            panic!("must fail")
+        };
+        assert!(message.contains("cannot be opened") && message.contains("t0"), "{message}");
+    }
+}
+
+#[test]
+fn a_panic_on_the_way_loses_no_stream() {
+    let mut world = world(&[1000, 1000, 1000, 1000, 1000]);
+    let mut activation = world.pool.activate(&world.keys, &[], 0.0).unwrap();
+    let mut loads = world.loads(&mut activation);
+    let last = loads.split_off(4);
+    let bad: Wake = Arc::new(|| panic!("expected by the test"));
+    world.store.load(loads, &bad);
+    let (good, woken) = wake();
+    world.store.load(last, &good);
+    woken.recv_timeout(PATIENCE).expect("the streams go on");
+    assert!(activation.lease.tensors()[4].is_ready());
+}
+
+/// A gate that holds the copy streams until it is opened.
+struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    fn close(memory: &Memory) -> Gate {
+        let gate = Arc::new((Mutex::new(false), Condvar::new()));
+        for stream in memory.streams() {
+            let gate = gate.clone();
+            stream.submit(Box::new(move || {
+                let mut open = gate.0.lock().unwrap();
+                while !*open {
+                    open = gate.1.wait(open).unwrap();
+                }
+            }));
+        }
+        Gate(gate)
+    }
+
+    fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+}
+
+/// Loads one tensor each as `start` says, with the streams held until all are there; gives the order of arrival.
+fn order_of(world: &mut World, start: impl Fn(&Store, usize, Vec<TensorLoad>, &Wake)) -> Vec<usize> {
+    let gate = Gate::close(world.pool.memory());
+    let (sender, woken) = channel();
+    let mut held = Vec::new();
+    for i in 0..world.keys.len() {
+        let mut activation = world.pool.activate(&world.keys[i..=i], &[], 0.0).unwrap();
+        let loads = world.loads(&mut activation);
+        held.push(activation);
+        let sender = Mutex::new(sender.clone());
+        let wake: Wake = Arc::new(move || sender.lock().unwrap().send(i).unwrap_or(()));
+        start(&world.store, i, loads, &wake);
+    }
+    gate.open();
+    let order = held.iter().map(|_| woken.recv_timeout(PATIENCE).expect("the loads end")).collect();
+    assert!(held.iter().all(|activation| activation.lease.tensors()[0].is_ready()));
+    order
+}
+
+#[test]
+fn loads_side_by_side_take_turns() {
+    for engine in [Engine::Best, Engine::Threads] {
+        let mut world = world_of(&[32 << 20, 100], Setup { engine, ..SETUP });
+        let order = order_of(&mut world, |store, _, loads, wake| store.load(loads, wake));
+        assert_eq!(order, [1, 0], "the small load must not wait for the large one");
+    }
+}
+
+#[test]
+fn a_request_overtakes_prefetching_and_a_hastened_prefetch_the_others() {
+    let mut world = world(&[16 << 20, 16 << 20, 12 << 20]);
+    let order = order_of(&mut world, |store, i, loads, wake| {
+        if i < 2 {
+            store.prefetch(loads, wake);
+        } else {
+            store.load(loads, wake);
+        }
+    });
+    assert_eq!(order[0], 2, "{order:?}");
+    let mut world = world_of(&[16 << 20, 16 << 20, 16 << 20], SETUP);
+    let order = order_of(&mut world, |store, i, loads, wake| {
+        let load = store.prefetch(loads, wake);
+        if i == 2 {
+            store.hasten(load);
+        }
+    });
+    assert_eq!(order[0], 2, "{order:?}");
+}
+
+#[test]
+fn what_nobody_waits_for_is_given_up() {
+    let mut world = world(&[64 << 20, 100]);
+    world.drop_cache();
+    let gate = Gate::close(world.pool.memory());
+    let mut big = world.pool.activate(&world.keys[..1], &[], 0.0).unwrap();
+    let (wake, woken) = wake();
+    let loads = world.loads(&mut big);
+    world.store.load(loads, &wake);
+    let tensor = big.lease.tensors()[0].clone();
+    world.pool.release(big.lease);
+    gate.open();
+    woken.recv_timeout(PATIENCE).expect("the load ends");
+    assert_eq!(tensor.failure(), Some(&LoadFailure::Abandoned));
+}
+
+#[test]
+fn a_store_that_goes_away_fails_what_waits() {
+    for engine in [Engine::Best, Engine::Threads] {
+        let mut world = world_of(&[64 << 20], Setup { engine, ..SETUP });
+        world.drop_cache();
+        let gate = Gate::close(world.pool.memory());
+        let mut activation = world.pool.activate(&world.keys, &[], 0.0).unwrap();
+        let (wake, _woken) = wake();
+        let loads = world.loads(&mut activation);
+        let store = std::mem::replace(&mut world.store, Store::new(world.pool.memory().clone()));
+        store.load(loads, &wake);
+        drop(store);
+        gate.open();
+        let tensor = &activation.lease.tensors()[0];
+        let deadline = Instant::now() + PATIENCE;
+        while tensor.failure().is_none() {
+            assert!(Instant::now() < deadline, "it is never settled");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
