@@ -1,0 +1,133 @@
+//! `tangram bench load`: how fast a checkpoint gets from disk into the pool, beside what the disk and the memory give.
+//!
+//! Everything runs in turn within each round, so that a disturbance meets all of it; a share is taken within a round, and
+//! the median of the rounds is reported. Page faults of a new pool are no part of any figure: a pool pays them once.
+
+mod ours;
+mod peers;
+mod raw;
+mod report;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use tangram_checkpoint::DATA_FILE;
+
+use self::ours::Bench;
+use self::report::{Report, Run};
+
+/// What to load, and beside what.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Checkpoint: Hugging Face directory, .safetensors file with its config.json beside it, or .gguf file.
+    source: PathBuf,
+    /// Directory on the disk that is to be measured; the checkpoint is imported to it and removed afterwards [default:
+    /// the directory of the checkpoint].
+    #[arg(long)]
+    scratch: Option<PathBuf>,
+    /// How often everything is run.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// A Python with safetensors, fastsafetensors or runai-model-streamer, which then load the same files in turn.
+    #[arg(long)]
+    peers: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Write a chart.
+    #[arg(long)]
+    svg: Option<PathBuf>,
+}
+
+/// How one run went.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    bytes: u64,
+    seconds: f64,
+    /// User and system time of the process.
+    cpu_seconds: f64,
+    /// Most memory that was resident beside what was loaded into, if that is known.
+    peak_bytes: Option<u64>,
+}
+
+/// Measures and reports.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let scratch = match &options.scratch {
+        Some(dir) => dir.clone(),
+        None if options.source.is_dir() => options.source.clone(),
+        None => options.source.parent().map(Path::to_owned).unwrap_or_default(),
+    };
+    let scratch = Scratch::create(&scratch)?;
+    let source = tangram_checkpoint::open(&options.source)?;
+    let bytes = source.weight_bytes();
+    eprintln!("importing {} into {}", crate::output::bytes(bytes), scratch.0.display());
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let manifest = tangram_checkpoint::import(&source, &scratch.0, "bench", &|_| None, go_on)?;
+    drop(source);
+    let file = scratch.0.join(DATA_FILE);
+    let peers = match &options.peers {
+        Some(python) => peers::Peers::find(python, &options.source)?,
+        None => peers::Peers::none(),
+    };
+    let mut bench = Bench::new(&manifest, &file)?;
+    let copy = raw::Copy::new();
+    let mut report = Report::new(options.source.display().to_string(), bytes, bench.measured());
+    // Not counted: everything is touched for the first time.
+    bench.whole(ours::Mode::COLD)?;
+    for round in 0..options.rounds.max(1) {
+        eprintln!("round {} of {}", round + 1, options.rounds.max(1));
+        let mut runs = Vec::new();
+        raw::drop_cache(&file)?;
+        let disk = raw::direct(&file)?;
+        runs.push(Run::limit("raw direct reads", disk));
+        for (name, mode) in [
+            ("cold", ours::Mode::COLD),
+            ("cold, sampled", ours::Mode { sampled: true, ..ours::Mode::COLD }),
+            ("cold, 16 loads at once", ours::Mode { loads: 16, ..ours::Mode::COLD }),
+        ] {
+            runs.push(Run::of(name, bench.whole(mode)?, disk));
+        }
+        runs.extend(peers.cold()?.into_iter().map(|(name, cost)| Run::of(&name, cost, disk)));
+        let [alone, among] = bench.urgent()?;
+        report.urgent(alone, among);
+        raw::fill_cache(&file)?;
+        let memory = copy.run(bytes);
+        runs.push(Run::limit("memory copy", memory));
+        let warm = ours::Mode { cold: false, ..ours::Mode::COLD };
+        for (name, mode) in [("warm", warm), ("warm, sampled", ours::Mode { sampled: true, ..warm })] {
+            runs.push(Run::of(name, bench.whole(mode)?, memory));
+        }
+        runs.extend(peers.warm()?.into_iter().map(|(name, cost)| Run::of(&name, cost, memory)));
+        report.add(runs);
+    }
+    if let Some(path) = &options.svg {
+        std::fs::write(path, report.chart()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report.summary())?);
+    } else {
+        report.print();
+    }
+    Ok(())
+}
+
+/// A directory that goes when this does.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn create(parent: &Path) -> anyhow::Result<Scratch> {
+        let dir = parent.join(format!("tangram-bench-load-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        Ok(Scratch(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            eprintln!("warning: {} was not removed: {error}", self.0.display());
+        }
+    }
+}

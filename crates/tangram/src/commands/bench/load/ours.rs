@@ -1,0 +1,220 @@
+//! Our own loads: an imported checkpoint through the store into a pool that has room for it once.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tangram_checkpoint::{Hash, Manifest};
+use tangram_device::cpu::CpuDevice;
+use tangram_policy::TensorKey;
+use tangram_pool::{Backend, CatalogueEntry, Lease, Pool};
+use tangram_store::{Measured, Options, Store, TensorLoad, Verification, Wake, disk_of, measure};
+
+use super::Cost;
+use super::raw::{cpu_time, drop_cache};
+
+/// A load that takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// For this long prefetching goes on before a request comes.
+const HEAD_START: Duration = Duration::from_millis(30);
+/// Loads of the comparison with one that is urgent.
+const LOADS: usize = 16;
+
+/// How to load.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mode {
+    /// With nothing in the page cache.
+    pub(super) cold: bool,
+    pub(super) sampled: bool,
+    /// The tensors are divided among as many loads that start together.
+    pub(super) loads: usize,
+}
+
+impl Mode {
+    pub(super) const COLD: Mode = Mode { cold: true, sampled: false, loads: 1 };
+}
+
+struct Place {
+    offset: u64,
+    bytes: u64,
+    chunks: Arc<[Hash]>,
+    name: String,
+}
+
+/// A pool and what is loaded into it.
+pub(super) struct Bench {
+    file: PathBuf,
+    pool: Pool,
+    places: Vec<Place>,
+    /// The same tensors under two identities, so that each set pushes the other out.
+    sets: [Vec<TensorKey>; 2],
+    turn: usize,
+    measured: Option<Measured>,
+}
+
+impl Bench {
+    pub(super) fn new(manifest: &Manifest, file: &Path) -> anyhow::Result<Bench> {
+        let mut seen = HashSet::new();
+        let tensors = manifest.tensors.iter().filter(|tensor| seen.insert(tensor.id));
+        let place = |tensor: &tangram_checkpoint::TensorEntry| Place {
+            offset: tensor.offset,
+            bytes: tensor.bytes,
+            chunks: tensor.chunks.clone().into(),
+            name: format!("{:?}", tensor.role),
+        };
+        let places: Vec<Place> = tensors.map(place).collect();
+        let bytes = manifest.data_bytes;
+        let page = CpuDevice::default_page_bytes(bytes as usize);
+        let memory = CpuDevice::open((bytes as usize).next_multiple_of(page), page)?;
+        let mut pool = Pool::new(memory, Backend::Paged)?;
+        let mut set = |set: u64| {
+            let entry = |(tensor, place): (u64, &Place)| CatalogueEntry {
+                id: Hash::of(&[set, tensor].map(u64::to_le_bytes).concat()),
+                checkpoint: set.to_string(),
+                offset: place.offset,
+                bytes: place.bytes,
+                depth: 0.0,
+            };
+            let entries: Vec<_> = (0..).zip(&places).map(entry).collect();
+            pool.catalogue(&entries, |_| bytes)
+        };
+        let sets = [set(0)?, set(1)?];
+        let measured = measure(file)?;
+        Ok(Bench { file: file.to_owned(), pool, places, sets, turn: 0, measured })
+    }
+
+    /// What the disk was measured to need.
+    pub(super) fn measured(&self) -> Option<Measured> {
+        self.measured
+    }
+
+    fn store(&self, sampled: bool) -> anyhow::Result<Arc<Store>> {
+        let verification = if sampled { Verification::Sampled } else { Verification::Full };
+        let options = Options { verification, ..Options::default() };
+        let store = Store::with_options(self.pool.memory().clone(), options);
+        if let Some(measured) = self.measured {
+            store.tune(disk_of(&self.file)?.0, measured.tuning);
+        }
+        Ok(store)
+    }
+
+    /// Makes room for all tensors, in which none of them is.
+    fn activate(&mut self) -> anyhow::Result<(Lease, Vec<TensorLoad>)> {
+        let keys = &self.sets[self.turn];
+        self.turn = 1 - self.turn;
+        let activation = self.pool.activate(keys, &[], 0.0);
+        let activation = activation.map_err(|refusal| anyhow::anyhow!("no room: {refusal:?}"))?;
+        if activation.missing.len() != self.places.len() {
+            bail!(
+                "{} of {} tensors were there",
+                self.places.len() - activation.missing.len(),
+                self.places.len()
+            );
+        }
+        let loads = activation.missing.into_iter().zip(&self.places).map(|(vacancy, place)| TensorLoad {
+            vacancy,
+            file: self.file.clone(),
+            offset: place.offset,
+            chunks: place.chunks.clone(),
+            name: place.name.clone(),
+        });
+        Ok((activation.lease, loads.collect()))
+    }
+
+    /// Divides loads into groups of about as many bytes, in order.
+    fn divide(loads: Vec<TensorLoad>, groups: usize) -> Vec<Vec<TensorLoad>> {
+        let total: u64 = loads.iter().map(|load| load.vacancy.tensor().len() as u64).sum();
+        let (mut divided, mut before): (Vec<Vec<TensorLoad>>, u64) = (Vec::new(), 0);
+        divided.resize_with(groups, Vec::new);
+        for load in loads {
+            let group = (before * groups as u64 / total.max(1)) as usize;
+            before += load.vacancy.tensor().len() as u64;
+            if let Some(group) = divided.get_mut(group) {
+                group.push(load);
+            }
+        }
+        divided
+    }
+
+    /// Loads everything.
+    pub(super) fn whole(&mut self, mode: Mode) -> anyhow::Result<Cost> {
+        if mode.cold {
+            drop_cache(&self.file)?;
+        }
+        let store = self.store(mode.sampled)?;
+        // Resets the most memory that was resident; where that is not allowed the figure is too high.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+        let (started, cpu) = (Instant::now(), cpu_time());
+        let (lease, loads) = self.activate()?;
+        let (wake, woken) = counter();
+        for group in Bench::divide(loads, mode.loads) {
+            store.load(group, &wake);
+        }
+        wait(&woken, self.places.len())?;
+        let (seconds, cpu_seconds) = (started.elapsed().as_secs_f64(), (cpu_time() - cpu).as_secs_f64());
+        let pool = self.pool.memory().page_bytes() * self.pool.memory().page_count();
+        let peak_bytes = most_resident().map(|bytes| bytes.saturating_sub(pool as u64));
+        self.finish(lease)?;
+        let bytes = self.places.iter().map(|place| place.bytes).sum();
+        Ok(Cost { bytes, seconds, cpu_seconds, peak_bytes })
+    }
+
+    /// Seconds of a sixteenth of the bytes, cold: alone, and for a request while the rest is being prefetched.
+    pub(super) fn urgent(&mut self) -> anyhow::Result<[f64; 2]> {
+        let mut seconds = [0.0; 2];
+        for (among, seconds) in seconds.iter_mut().enumerate() {
+            drop_cache(&self.file)?;
+            let store = self.store(false)?;
+            let (lease, loads) = self.activate()?;
+            let mut groups = Bench::divide(loads, LOADS).into_iter();
+            let urgent = groups.next().unwrap_or_default();
+            let (others_wake, others_woken) = counter();
+            let mut others = 0;
+            if among == 1 {
+                for group in groups {
+                    others += group.len();
+                    store.prefetch(group, &others_wake);
+                }
+                std::thread::sleep(HEAD_START);
+            }
+            let (wake, woken) = counter();
+            let count = urgent.len();
+            let started = Instant::now();
+            store.load(urgent, &wake);
+            wait(&woken, count)?;
+            *seconds = started.elapsed().as_secs_f64();
+            wait(&others_woken, others)?;
+            self.pool.release(lease);
+        }
+        Ok(seconds)
+    }
+
+    fn finish(&mut self, lease: Lease) -> anyhow::Result<()> {
+        let failed = lease.tensors().iter().find_map(|tensor| tensor.failure().cloned());
+        self.pool.release(lease);
+        failed.map_or(Ok(()), |failure| bail!("a load failed: {failure:?}"))
+    }
+}
+
+fn counter() -> (Wake, Receiver<()>) {
+    let (sender, woken) = channel();
+    let sender = Mutex::new(sender);
+    let wake: Wake = Arc::new(move || {
+        let _ = sender.lock().unwrap_or_else(PoisonError::into_inner).send(());
+    });
+    (wake, woken)
+}
+
+fn wait(woken: &Receiver<()>, tensors: usize) -> anyhow::Result<()> {
+    (0..tensors).try_for_each(|_| woken.recv_timeout(PATIENCE)).context("the load does not end")
+}
+
+/// The most bytes of this process that were resident since that was reset.
+fn most_resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}

@@ -1,0 +1,122 @@
+//! The limits: what the disk gives to the simplest reader past the page cache, and what a plain copy of memory takes.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::fs::{Advice, OFlags, fadvise};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::Cost;
+
+/// Threads of the simplest reader, each with one read under way: more did not give more on any disk tried.
+const READERS: usize = 4;
+/// Bytes of each of its reads.
+const READ: usize = 4 << 20;
+/// Suits the direct reads of every disk.
+const ALIGNMENT: usize = 4096;
+/// Threads of the memory copy: as many as the CPU device has copy streams.
+const COPIERS: usize = 2;
+/// Each copier's memory, far more than a cache holds.
+const COPIED: usize = 128 << 20;
+
+/// Takes a file out of the page cache.
+pub(super) fn drop_cache(path: &Path) -> anyhow::Result<()> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    file.sync_all()?;
+    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+}
+
+/// Brings a file into the page cache.
+pub(super) fn fill_cache(path: &Path) -> anyhow::Result<()> {
+    let (file, mut buffer, mut at) = (File::open(path)?, vec![0; READ], 0);
+    loop {
+        match file.read_at(&mut buffer, at)? {
+            0 => return Ok(()),
+            read => at += read as u64,
+        }
+    }
+}
+
+/// User and system time of this process so far.
+pub(super) fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Reads a whole file with direct reads.
+pub(super) fn direct(path: &Path) -> anyhow::Result<Cost> {
+    let flags = OFlags::DIRECT.bits() as i32;
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = file.with_context(|| format!("{} cannot be read past the page cache", path.display()))?;
+    let bytes = file.metadata()?.len();
+    let next = AtomicU64::new(0);
+    let reader = || -> std::io::Result<()> {
+        let mut buffer = vec![1; READ + ALIGNMENT];
+        let address = buffer.as_ptr() as usize;
+        let start = address.next_multiple_of(ALIGNMENT) - address;
+        loop {
+            let at = next.fetch_add(READ as u64, Ordering::Relaxed);
+            if at >= bytes {
+                return Ok(());
+            }
+            let whole = (bytes - at).next_multiple_of(ALIGNMENT as u64).min(READ as u64) as usize;
+            if file.read_at(&mut buffer[start..start + whole], at)? == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    };
+    let (started, cpu) = (Instant::now(), cpu_time());
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
+        readers.into_iter().try_for_each(|reader| {
+            reader.join().unwrap_or_else(|_| Err(std::io::Error::other("a reader panicked")))
+        })
+    })?;
+    Ok(Cost {
+        bytes,
+        seconds: started.elapsed().as_secs_f64(),
+        cpu_seconds: (cpu_time() - cpu).as_secs_f64(),
+        peak_bytes: None,
+    })
+}
+
+/// Memory to copy within.
+pub(super) struct Copy {
+    from: Vec<u8>,
+}
+
+impl Copy {
+    pub(super) fn new() -> Copy {
+        Copy { from: (0..COPIED).map(|i| i as u8).collect() }
+    }
+
+    /// Copies as many bytes, into memory that has been written before.
+    pub(super) fn run(&self, bytes: u64) -> Cost {
+        let (from, share) = (self.from.as_slice(), bytes as usize / COPIERS);
+        let mut to: Vec<Vec<u8>> = (0..COPIERS).map(|_| vec![1; COPIED]).collect();
+        let (started, cpu) = (Instant::now(), cpu_time());
+        std::thread::scope(|scope| {
+            for to in &mut to {
+                scope.spawn(move || {
+                    let mut left = share;
+                    while left > 0 {
+                        let len = left.min(COPIED);
+                        to[..len].copy_from_slice(std::hint::black_box(&from[..len]));
+                        std::hint::black_box(&*to);
+                        left -= len;
+                    }
+                });
+            }
+        });
+        Cost {
+            bytes: (share * COPIERS) as u64,
+            seconds: started.elapsed().as_secs_f64(),
+            cpu_seconds: (cpu_time() - cpu).as_secs_f64(),
+            peak_bytes: None,
+        }
+    }
+}
