@@ -1,6 +1,6 @@
 //! Writes a block.
 
-use crate::block::{CODED, HEADER_BYTES, PLAIN, REST, plane_bytes};
+use crate::block::{CODED, HEADER_BYTES, PLAIN, REST};
 use crate::table::{Symbol, Table};
 use crate::{Format, LANES};
 
@@ -36,11 +36,10 @@ impl Step {
 fn coded(format: Format, plain: &[u8], out: &mut Vec<u8>) -> Option<()> {
     let raw_bits = format.raw_bits();
     // The sign rotates to the lowest bit, so that the exponent is at the top.
-    let words = || plain.as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes).rotate_left(1));
-    let exponents: Vec<u8> = words().map(|word| (word >> raw_bits) as u8).collect();
-    let mut counts = [0u32; 256];
-    exponents.iter().for_each(|&exponent| counts[usize::from(exponent)] += 1);
-    let table = Table::of_counts(&counts)?;
+    let words = plain.as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes).rotate_left(1));
+    let words: Vec<u16> = words.collect();
+    let exponents: Vec<u8> = words.iter().map(|word| (word >> raw_bits) as u8).collect();
+    let table = Table::of_counts(&counts(&exponents))?;
     // Exponents without a symbol take the escape's.
     let mut symbol_of = [table.escape().unwrap_or(0); 256];
     for (index, symbol) in table.symbols().iter().enumerate() {
@@ -58,27 +57,7 @@ fn coded(format: Format, plain: &[u8], out: &mut Vec<u8>) -> Option<()> {
     for (step, &symbol) in steps.iter_mut().zip(&symbol_of) {
         *step = Step::new(table.symbols().get(symbol)?);
     }
-
-    // Coding runs backwards. The last round is filled up with the most frequent symbol, which is never the escape.
-    let filler = Step::new(table.symbols().first()?);
-    let padded = exponents.len().next_multiple_of(LANES);
-    let mut states = [u32::from(REST); LANES];
-    // At most one byte per element, because a state loses eight of its sixteen bits by each.
-    let mut code = vec![0; padded];
-    let mut free = padded;
-    let fill = std::iter::repeat_n(&filler, padded - exponents.len());
-    let steps = fill.chain(exponents.iter().rev().map(|&exponent| &steps[usize::from(exponent)]));
-    for (index, step) in (0..padded).rev().zip(steps) {
-        let state = &mut states[index % LANES];
-        if *state >= step.frequency << 8 {
-            free -= 1;
-            *code.get_mut(free)? = *state as u8;
-            *state >>= 8;
-        }
-        let quotient = ((u64::from(*state) * step.inverse) >> 24) as u32;
-        *state = (quotient << 8) + step.start + (*state - quotient * step.frequency);
-    }
-    let code = code.get(free..)?;
+    let (states, code) = run(&exponents, &steps, Step::new(table.symbols().first()?));
 
     let escape = u8::from(table.escape().is_some());
     out.extend([CODED, table.symbols().len() as u8, escape, 0]);
@@ -92,25 +71,63 @@ fn coded(format: Format, plain: &[u8], out: &mut Vec<u8>) -> Option<()> {
     }
     out.extend(literals);
     out.extend(code);
-    planes(format, words(), exponents.len(), out);
-    out.extend(words().map(|word| word as u8));
+    planes(format, &words, out);
+    out.extend(words.iter().map(|&word| word as u8));
     Some(())
 }
 
-/// The raw bits above the low byte. For each round of 128 elements its planes follow each other.
-fn planes(format: Format, words: impl Iterator<Item = u16>, elements: usize, out: &mut Vec<u8>) {
-    const PLANE: usize = LANES / 8;
-    let start = out.len();
-    out.resize(start + format.planes() * plane_bytes(elements), 0);
-    let Some(planes) = out.get_mut(start..) else { return };
-    if planes.is_empty() {
-        return;
+/// How often each exponent occurs.
+fn counts(exponents: &[u8]) -> [u32; 256] {
+    // Neighbours are often equal; counters of their own keep one from waiting for the other.
+    let mut counts = [[0u32; 256]; 4];
+    let (quads, rest) = exponents.as_chunks::<4>();
+    for quad in quads {
+        for (counts, &exponent) in counts.iter_mut().zip(quad) {
+            counts[usize::from(exponent)] += 1;
+        }
     }
-    for (index, word) in words.enumerate() {
-        let (round, lane) = (index / LANES, index % LANES);
+    let [mut sum, others @ ..] = counts;
+    rest.iter().for_each(|&exponent| sum[usize::from(exponent)] += 1);
+    others.iter().for_each(|counts| sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count));
+    sum
+}
+
+/// Runs the coders, backwards: gives their last states, which are a decoder's first ones, and the bytes for it. The last
+/// round is filled up with the symbol `filler`.
+fn run(exponents: &[u8], steps: &[Step; 256], filler: Step) -> ([u32; LANES], Vec<u8>) {
+    let mut states = [u32::from(REST); LANES];
+    // At most one byte per element, because a state loses eight of its sixteen bits by each; and one in front that is
+    // overwritten until it is kept.
+    let mut code = vec![0; exponents.len().next_multiple_of(LANES) + 1];
+    let mut free = code.len();
+    for round in exponents.chunks(LANES).rev() {
+        for (lane, state) in states.iter_mut().enumerate().rev() {
+            let step = round.get(lane).map_or(&filler, |&exponent| &steps[usize::from(exponent)]);
+            // Whether a byte goes cannot be foretold, so there is no branch.
+            let full = *state >= step.frequency << 8;
+            if let Some(byte) = code.get_mut(free - 1) {
+                *byte = *state as u8;
+            }
+            free -= usize::from(full);
+            let kept = *state >> (8 * u32::from(full));
+            let quotient = ((u64::from(kept) * step.inverse) >> 24) as u32;
+            *state = (quotient << 8) + step.start + (kept - quotient * step.frequency);
+        }
+    }
+    code.drain(..free);
+    (states, code)
+}
+
+/// The raw bits above the low byte. For each round of 128 elements its planes follow each other.
+fn planes(format: Format, words: &[u16], out: &mut Vec<u8>) {
+    for round in words.chunks(LANES) {
         for plane in 0..format.planes() {
-            let bit = (word >> (8 + plane) & 1) as u8;
-            planes[(round * format.planes() + plane) * PLANE + lane / 8] |= bit << (lane % 8);
+            let end = out.len() + LANES / 8;
+            out.extend(round.chunks(8).map(|words| {
+                let bits = words.iter().zip(0..).map(|(word, lane)| (word >> (8 + plane) & 1) << lane);
+                bits.fold(0, |byte, bit| byte | bit) as u8
+            }));
+            out.resize(end, 0);
         }
     }
 }

@@ -9,7 +9,6 @@ mod avx2;
 mod avx512;
 mod scalar;
 
-use crate::Corrupt;
 use crate::block::{Coded, Cursor};
 
 /// The instruction set that decodes.
@@ -61,13 +60,9 @@ impl Isa {
     }
 }
 
-/// Decodes all elements of a block.
-pub(crate) fn decode(
-    isa: Isa,
-    coded: &Coded<'_>,
-    cursor: &mut Cursor,
-    out: &mut [u8],
-) -> Result<(), Corrupt> {
+/// Decodes all elements of a block. What is damaged leaves the cursor elsewhere than at the end of both of its parts, or
+/// some coder not at rest.
+pub(crate) fn decode(isa: Isa, coded: &Coded<'_>, cursor: &mut Cursor, out: &mut [u8]) {
     let rounds = match isa.0 {
         Kind::Scalar => 0,
         #[cfg(target_arch = "x86_64")]
@@ -75,5 +70,5 @@ pub(crate) fn decode(
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512(proof) => avx512::rounds(proof, coded, cursor, out),
     };
-    scalar::from_round(rounds, coded, cursor, out)
+    scalar::from_round(rounds, coded, cursor, out);
 }
