@@ -1,0 +1,377 @@
+//! The driver's entry points, under their names.
+//!
+//! Safety of all of them: the caller passes pointers as the driver's documentation demands, valid for what it says is
+//! read or written through them.
+
+#![allow(non_snake_case)]
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::os::fd::IntoRawFd;
+use std::sync::PoisonError;
+
+use crate::gpu::{Gpu, INVALID_CONTEXT, INVALID_DEVICE, INVALID_HANDLE, INVALID_VALUE, Outcome, SUCCESS};
+use crate::streams::Work;
+use crate::{device, devices};
+
+thread_local! {
+    /// Ordinal of the device whose context is current.
+    static CURRENT: Cell<Option<i32>> = const { Cell::new(None) };
+}
+
+/// Opaque pointers are small numbers above this.
+const OPAQUE: usize = 0x1000;
+
+fn opaque(number: usize) -> *mut c_void {
+    (OPAQUE + number) as *mut c_void
+}
+
+fn number(opaque: *mut c_void) -> usize {
+    (opaque as usize).wrapping_sub(OPAQUE)
+}
+
+fn code(outcome: Outcome) -> c_int {
+    outcome.err().unwrap_or(SUCCESS)
+}
+
+/// A call that names its device.
+fn on(ordinal: c_int, call: &str, run: impl FnOnce(&mut Gpu) -> Outcome) -> c_int {
+    let Some(gpu) = device(ordinal) else { return INVALID_DEVICE };
+    let mut gpu = gpu.lock().unwrap_or_else(PoisonError::into_inner);
+    code(gpu.enter(call).and_then(|()| run(&mut gpu)))
+}
+
+/// A call in the current context.
+fn here(call: &str, run: impl FnOnce(&mut Gpu) -> Outcome) -> c_int {
+    let Some(ordinal) = CURRENT.get() else { return INVALID_CONTEXT };
+    on(ordinal, call, |gpu| if gpu.has_context() { run(gpu) } else { Err(INVALID_CONTEXT) })
+}
+
+/// Writes an answer to where the caller wants it.
+///
+/// # Safety
+/// `to` must be null or valid for writing a `T`.
+unsafe fn put<T>(to: *mut T, value: T) -> Outcome {
+    if to.is_null() {
+        return Err(INVALID_VALUE);
+    }
+    // SAFETY: not null, and valid as the caller says.
+    unsafe { to.write(value) };
+    Ok(())
+}
+
+/// What `cuMemCreate` is told of the memory; the beginning of `CUmemAllocationProp`.
+#[repr(C)]
+struct AllocationProp {
+    kind: c_int,
+    handle_types: c_int,
+    location_kind: c_int,
+    location: c_int,
+}
+
+/// `CUmemAccessDesc`.
+#[repr(C)]
+struct AccessDesc {
+    location_kind: c_int,
+    location: c_int,
+    flags: c_int,
+}
+
+macro_rules! entry_points {
+    ($($(#[$meta:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => {
+        $(
+            $(#[$meta])*
+            #[unsafe(no_mangle)]
+            unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
+                // SAFETY: as the file's first lines say.
+                #[allow(unused_unsafe)]
+                unsafe { $body }
+            }
+        )*
+
+        pub(crate) fn symbol(name: &str) -> Option<*const c_void> {
+            match name {
+                $(stringify!($name) => Some($name as *const c_void),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+entry_points! {
+    fn cuInit(_flags: c_uint) {
+        const NO_DEVICE: c_int = 100;
+        if devices().is_empty() { NO_DEVICE } else { SUCCESS }
+    }
+
+    fn cuDriverGetVersion(version: *mut c_int) {
+        code(put(version, 13_000))
+    }
+
+    fn cuGetErrorName(error: c_int, name: *mut *const c_char) {
+        let text: &CStr = match error {
+            1 => c"CUDA_ERROR_INVALID_VALUE",
+            2 => c"CUDA_ERROR_OUT_OF_MEMORY",
+            100 => c"CUDA_ERROR_NO_DEVICE",
+            101 => c"CUDA_ERROR_INVALID_DEVICE",
+            201 => c"CUDA_ERROR_INVALID_CONTEXT",
+            214 => c"CUDA_ERROR_ECC_UNCORRECTABLE",
+            400 => c"CUDA_ERROR_INVALID_HANDLE",
+            700 => c"CUDA_ERROR_ILLEGAL_ADDRESS",
+            719 => c"CUDA_ERROR_LAUNCH_FAILED",
+            _ => return INVALID_VALUE,
+        };
+        code(put(name, text.as_ptr()))
+    }
+
+    fn cuDeviceGetCount(count: *mut c_int) {
+        code(put(count, devices().len() as c_int))
+    }
+
+    fn cuDeviceGet(found: *mut c_int, ordinal: c_int) {
+        on(ordinal, "cuDeviceGet", |_| put(found, ordinal))
+    }
+
+    fn cuDeviceGetName(name: *mut c_char, len: c_int, ordinal: c_int) {
+        on(ordinal, "cuDeviceGetName", |_| {
+            let text = c"stand-in without a GPU".to_bytes_with_nul();
+            if name.is_null() || (len as usize) < text.len() {
+                return Err(INVALID_VALUE);
+            }
+            std::ptr::copy_nonoverlapping(text.as_ptr().cast(), name, text.len());
+            Ok(())
+        })
+    }
+
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, ordinal: c_int) {
+        on(ordinal, "cuDeviceGetAttribute", |_| {
+            let answer = match attribute {
+                // Compute capability.
+                75 => 9,
+                76 => 0,
+                // Virtual memory management, export as file descriptors.
+                102 | 103 => 1,
+                _ => return Err(INVALID_VALUE),
+            };
+            put(value, answer)
+        })
+    }
+
+    fn cuDevicePrimaryCtxRetain(context: *mut *mut c_void, ordinal: c_int) {
+        on(ordinal, "cuDevicePrimaryCtxRetain", |gpu| {
+            put(context, opaque(ordinal as usize))?;
+            gpu.retain();
+            Ok(())
+        })
+    }
+
+    fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) {
+        on(ordinal, "cuDevicePrimaryCtxRelease_v2", Gpu::release)
+    }
+
+    fn cuDevicePrimaryCtxReset_v2(ordinal: c_int) {
+        // Not refused to a dead context: this is what brings it back.
+        let Some(gpu) = device(ordinal) else { return INVALID_DEVICE };
+        gpu.lock().unwrap_or_else(PoisonError::into_inner).reset();
+        SUCCESS
+    }
+
+    fn cuCtxSetCurrent(context: *mut c_void) {
+        if context.is_null() {
+            CURRENT.set(None);
+            return SUCCESS;
+        }
+        let ordinal = number(context) as c_int;
+        if device(ordinal).is_none() {
+            return INVALID_CONTEXT;
+        }
+        CURRENT.set(Some(ordinal));
+        SUCCESS
+    }
+
+    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
+        here("cuMemGetInfo_v2", |gpu| {
+            put(free, gpu.free())?;
+            put(total, gpu.total())
+        })
+    }
+
+    fn cuMemGetAllocationGranularity(granularity: *mut usize, prop: *const AllocationProp, _option: c_int) {
+        here("cuMemGetAllocationGranularity", |gpu| {
+            if prop.is_null() {
+                return Err(INVALID_VALUE);
+            }
+            put(granularity, gpu.granularity())
+        })
+    }
+
+    fn cuMemAddressReserve(address: *mut u64, bytes: usize, alignment: usize, _wish: u64, flags: u64) {
+        here("cuMemAddressReserve", |gpu| {
+            if flags != 0 {
+                return Err(INVALID_VALUE);
+            }
+            let reserved = gpu.reserve(bytes, alignment)?;
+            put(address, reserved as u64)
+        })
+    }
+
+    fn cuMemAddressFree(address: u64, bytes: usize) {
+        here("cuMemAddressFree", |gpu| gpu.unreserve(address as usize, bytes))
+    }
+
+    fn cuMemCreate(handle: *mut u64, bytes: usize, prop: *const AllocationProp, flags: u64) {
+        here("cuMemCreate", |gpu| {
+            let Some(prop) = prop.as_ref() else { return Err(INVALID_VALUE) };
+            // Pinned memory on a device, exportable as a file descriptor.
+            if flags != 0 || (prop.kind, prop.handle_types, prop.location_kind) != (1, 1, 1) {
+                return Err(INVALID_VALUE);
+            }
+            if Some(prop.location) != CURRENT.get() {
+                return gpu.violation(format!("memory of device {} is created in another's context", prop.location));
+            }
+            let created = gpu.create(bytes)?;
+            put(handle, created)
+        })
+    }
+
+    fn cuMemRelease(handle: u64) {
+        here("cuMemRelease", |gpu| gpu.release_handle(handle))
+    }
+
+    fn cuMemMap(address: u64, bytes: usize, offset: usize, handle: u64, flags: u64) {
+        here("cuMemMap", |gpu| match flags {
+            0 => gpu.map(address as usize, bytes, offset, handle),
+            _ => Err(INVALID_VALUE),
+        })
+    }
+
+    fn cuMemSetAccess(address: u64, bytes: usize, desc: *const AccessDesc, count: usize) {
+        here("cuMemSetAccess", |gpu| {
+            let Some(desc) = desc.as_ref() else { return Err(INVALID_VALUE) };
+            if count != 1 || (desc.location_kind, desc.flags) != (1, 3) || Some(desc.location) != CURRENT.get() {
+                return gpu.violation("access by another than the memory's own device".to_owned());
+            }
+            gpu.set_access(address as usize, bytes)
+        })
+    }
+
+    fn cuMemUnmap(address: u64, bytes: usize) {
+        here("cuMemUnmap", |gpu| gpu.unmap(address as usize, bytes))
+    }
+
+    fn cuMemExportToShareableHandle(shareable: *mut c_void, handle: u64, kind: c_int, flags: u64) {
+        here("cuMemExportToShareableHandle", |gpu| {
+            if kind != 1 || flags != 0 || shareable.is_null() {
+                return Err(INVALID_VALUE);
+            }
+            let file = gpu.export(handle)?;
+            put(shareable.cast::<c_int>(), file.into_raw_fd())
+        })
+    }
+
+    fn cuMemHostAlloc(address: *mut *mut c_void, bytes: usize, _flags: c_uint) {
+        here("cuMemHostAlloc", |gpu| {
+            let pinned = gpu.pin(bytes)?;
+            put(address, pinned as *mut c_void)
+        })
+    }
+
+    fn cuMemFreeHost(address: *mut c_void) {
+        here("cuMemFreeHost", |gpu| gpu.unpin(address as usize))
+    }
+
+    fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) {
+        here("cuStreamCreate", |gpu| {
+            let created = gpu.streams.create();
+            put(stream, opaque(created))
+        })
+    }
+
+    fn cuStreamDestroy_v2(stream: *mut c_void) {
+        here("cuStreamDestroy_v2", |gpu| {
+            // The driver lets the stream's work end first.
+            let stream = number(stream);
+            gpu.run_until(stream, gpu.streams.submitted(stream))?;
+            if gpu.streams.destroy(stream) { Ok(()) } else { Err(INVALID_HANDLE) }
+        })
+    }
+
+    fn cuStreamSynchronize(stream: *mut c_void) {
+        here("cuStreamSynchronize", |gpu| {
+            let stream = number(stream);
+            if !gpu.streams.exists(stream) {
+                return Err(INVALID_HANDLE);
+            }
+            gpu.run_until(stream, gpu.streams.submitted(stream))
+        })
+    }
+
+    fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) {
+        here("cuEventCreate", |gpu| {
+            let created = gpu.streams.create_event();
+            put(event, opaque(created))
+        })
+    }
+
+    fn cuEventDestroy_v2(event: *mut c_void) {
+        here("cuEventDestroy_v2", |gpu| {
+            if gpu.streams.destroy_event(number(event)) { Ok(()) } else { Err(INVALID_HANDLE) }
+        })
+    }
+
+    fn cuEventRecord(event: *mut c_void, stream: *mut c_void) {
+        here("cuEventRecord", |gpu| {
+            if gpu.streams.record(number(event), number(stream)) { Ok(()) } else { Err(INVALID_HANDLE) }
+        })
+    }
+
+    fn cuEventSynchronize(event: *mut c_void) {
+        here("cuEventSynchronize", |gpu| match gpu.streams.awaited(number(event)) {
+            None => Err(INVALID_HANDLE),
+            // An event that was never recorded is over.
+            Some(None) => Ok(()),
+            Some(Some((stream, until))) => gpu.run_until(stream, until),
+        })
+    }
+
+    fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: *mut c_void) {
+        here("cuMemcpyHtoDAsync_v2", |gpu| {
+            let (from, to) = (from as usize, to as usize);
+            let work = if gpu.is_pinned(from, bytes) {
+                Work::ToDevice { from, to, bytes }
+            } else {
+                // The driver copies pageable memory aside before it returns.
+                Work::Write { from: std::slice::from_raw_parts(from as *const u8, bytes).to_vec(), to }
+            };
+            gpu.submit(number(stream), work)
+        })
+    }
+
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: *mut c_void) {
+        here("cuMemcpyDtoHAsync_v2", |gpu| {
+            let (stream, from, to) = (number(stream), from as usize, to as usize);
+            if gpu.is_pinned(to, bytes) {
+                return gpu.submit(stream, Work::ToHost { from, to, bytes });
+            }
+            // To pageable memory the driver copies before it returns.
+            gpu.run_until(stream, gpu.streams.submitted(stream))?;
+            if !gpu.is_accessible(from, bytes) {
+                return gpu.violation(format!("{from:#x}+{bytes} is read, which is not accessible"));
+            }
+            std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes);
+            Ok(())
+        })
+    }
+
+    fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: *mut c_void) {
+        here("cuMemcpyDtoDAsync_v2", |gpu| {
+            gpu.submit(number(stream), Work::Within { from: from as usize, to: to as usize, bytes })
+        })
+    }
+
+    fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: *mut c_void) {
+        here("cuMemsetD8Async", |gpu| {
+            gpu.submit(number(stream), Work::Fill { to: to as usize, bytes, value })
+        })
+    }
+}
