@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::cuda::Transfer;
 use crate::pages::FreePages;
-use crate::{Device, DeviceError, Mapping, Stream};
+use crate::{Device, DeviceError, Mapping, Pinned, Staging, Stream};
 
 /// A device with its free physical pages.
 pub struct Memory {
@@ -47,6 +48,52 @@ impl Memory {
     pub fn streams(&self) -> &[Stream] {
         self.device.streams()
     }
+
+    /// Where a load puts its bytes, on a device that the host cannot address.
+    pub fn staging(&self) -> Option<&Staging> {
+        self.device.staging()
+    }
+
+    /// Why the device works no more, if that is so: [`DeviceError::Lost`].
+    pub fn lost(&self) -> Option<DeviceError> {
+        self.device.lost()
+    }
+
+    /// Copies bytes of a staging buffer to extents of this memory. `done` gets the extents back when their bytes are
+    /// there, or with an error; it is called once, perhaps on a thread that other copies wait for, and the buffer is
+    /// free by then.
+    ///
+    /// # Panics
+    /// When a piece reaches beyond the buffer, or buffer or extents are of another device.
+    pub fn upload(
+        self: &Arc<Self>,
+        buffer: Pinned,
+        pieces: Vec<Piece>,
+        done: impl FnOnce(Vec<Extent>, Result<(), DeviceError>) + Send + 'static,
+    ) {
+        let Some(staging) = self.staging().filter(|staging| buffer.is_of(staging)) else {
+            panic!("a buffer of another device");
+        };
+        let transfer = |piece: &Piece| {
+            let (from, bytes) = (piece.from, piece.extent.len);
+            assert!(from.checked_add(bytes).is_some_and(|end| end <= buffer.len()), "beyond the buffer");
+            assert!(Arc::ptr_eq(&piece.extent.arena.memory, self), "an extent of another device");
+            Transfer { from, to: piece.extent.address(), bytes }
+        };
+        let transfers: Vec<Transfer> = pieces.iter().map(transfer).collect();
+        let extents: Vec<Extent> = pieces.into_iter().map(|piece| piece.extent).collect();
+        // SAFETY: the destinations are under these extents, which `done` holds until it is called.
+        unsafe { staging.upload(buffer, &transfers, Box::new(move |result| done(extents, result))) };
+    }
+}
+
+/// An extent that is to get the bytes of a staging buffer from `from` on.
+#[derive(Debug)]
+pub struct Piece {
+    /// First byte in the buffer.
+    pub from: usize,
+    /// Where they go, and how many.
+    pub extent: Extent,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -195,7 +242,11 @@ impl Arena {
                 }
             }
         }
-        self.scrub(&fresh, claims, contents);
+        if let Err(error) = self.scrub(&fresh, claims, contents) {
+            let offsets: Vec<usize> = claims.iter().map(|claim| claim.offset).collect();
+            self.release_in(&mut state, &offsets);
+            return Err(error);
+        }
         Ok(claims
             .iter()
             .map(|&claim| Extent { arena: self.clone(), offset: claim.offset, len: claim.len })
@@ -258,13 +309,12 @@ impl Arena {
 
     /// Zeroes what an earlier owner may have left: the claims themselves if they ask for zeros, and the bytes of
     /// fresh pages outside the claims always.
-    fn scrub(&self, fresh: &[usize], claims: &[Claim], contents: Contents) {
+    fn scrub(&self, fresh: &[usize], claims: &[Claim], contents: Contents) -> Result<(), DeviceError> {
         let page_bytes = self.memory.page_bytes();
-        let zero = |range: Range<usize>| {
+        let mut dirty: Vec<(usize, usize)> = Vec::new();
+        let mut zero = |range: Range<usize>| {
             if !range.is_empty() {
-                // SAFETY: the range is inside a page mapped for the first time by this call or inside a claim that
-                // this call has just made exclusive, so nobody else can access it.
-                unsafe { self.memory.device.zero(self.address + range.start, range.len()) };
+                dirty.push((self.address + range.start, range.len()));
             }
         };
         let mut sorted: Vec<Claim> = claims.to_vec();
@@ -290,11 +340,17 @@ impl Arena {
                 zero(claim.offset..claim.offset + claim.len);
             }
         }
+        // SAFETY: every range is inside a page mapped for the first time by this call or inside a claim that this call
+        // has just made exclusive, so nobody else can access it.
+        unsafe { self.memory.device.zero(&dirty) }
     }
 
     /// Ends the claims at these offsets and frees the pages that nobody uses any more.
     fn release(&self, offsets: &[usize]) {
-        let mut state = lock(&self.state);
+        self.release_in(&mut lock(&self.state), offsets);
+    }
+
+    fn release_in(&self, state: &mut ArenaState, offsets: &[usize]) {
         let mut emptied: Vec<(usize, u32)> = Vec::new();
         for &offset in offsets {
             let Some(len) = state.claims.remove(&offset) else { continue };
@@ -392,6 +448,34 @@ impl Extent {
         self.host().then(|| unsafe { std::slice::from_raw_parts_mut(self.address() as *mut u8, self.len) })
     }
 
+    fn span(&self, at: usize, bytes: usize) -> usize {
+        assert!(at.checked_add(bytes).is_some_and(|end| end <= self.len), "beyond the extent");
+        self.address() + at
+    }
+
+    /// Copies bytes from `at` on to host memory; works on every device.
+    ///
+    /// # Errors
+    /// When the device refuses or is lost.
+    pub fn read(&self, at: usize, into: &mut [u8]) -> Result<(), DeviceError> {
+        // SAFETY: the range is mapped while `self` lives, and writes need `&mut self`.
+        unsafe { self.arena.memory.device.read(self.span(at, into.len()), into) }
+    }
+
+    /// Copies host memory to the bytes from `at` on; works on every device.
+    ///
+    /// # Errors
+    /// When the device refuses or is lost.
+    pub fn write(&mut self, at: usize, from: &[u8]) -> Result<(), DeviceError> {
+        // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
+        unsafe { self.arena.memory.device.write(from, self.span(at, from.len())) }
+    }
+
+    /// The memory that it is part of.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.arena.memory
+    }
+
     /// Prepares the bytes for being written from end to end, where that makes the writing cheaper.
     pub fn prepare_write(&mut self) {
         // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
@@ -403,7 +487,7 @@ impl Extent {
     ///
     /// # Errors
     /// [`DeviceError::BadClaim`], and no change, if the new place is out of range or overlaps another extent, or the
-    /// arena is no segment.
+    /// arena is no segment; [`DeviceError::Lost`].
     pub fn move_to(&mut self, offset: usize) -> Result<(), DeviceError> {
         let arena = self.arena.clone();
         let bad =
@@ -427,10 +511,12 @@ impl Extent {
         }
         // SAFETY: both ranges are mapped, as all of a segment is; this extent owns the old one and, since the claim
         // above, the new one; the lock keeps both from anybody else until the copy is done.
-        unsafe { arena.memory.device.copy(arena.address + self.offset, arena.address + offset, self.len) };
+        let moved = unsafe {
+            arena.memory.device.copy(arena.address + self.offset, arena.address + offset, self.len)
+        };
         drop(state);
         self.offset = offset;
-        Ok(())
+        moved
     }
 
     fn host(&self) -> bool {
@@ -510,143 +596,4 @@ impl Drop for Extent {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cpu::CpuDevice;
-    use proptest::prelude::*;
-
-    const PAGE: usize = 4096;
-
-    fn memory(pages: usize) -> Arc<Memory> {
-        CpuDevice::open(pages * PAGE, PAGE).unwrap()
-    }
-
-    #[test]
-    fn neighbours_share_the_page_on_their_border() {
-        let memory = memory(4);
-        let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
-        let first = arena.claim(0, PAGE + 100).unwrap();
-        assert_eq!(memory.free_pages(), 2);
-        let second = arena.claim(PAGE + 100, 50).unwrap();
-        assert_eq!(memory.free_pages(), 2, "the second extent lies on a page that is already there");
-        drop(first);
-        assert_eq!(memory.free_pages(), 3, "the shared page stays for the second extent");
-        drop(second);
-        assert_eq!(memory.free_pages(), 4);
-    }
-
-    #[test]
-    fn overlap_overrun_and_empty_claims_are_refused_and_change_nothing() {
-        let memory = memory(4);
-        let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
-        let _held = arena.claim(100, 100).unwrap();
-        for (offset, len) in [(150, 10), (0, 101), (199, 1), (0, 0), (4 * PAGE, 1), (usize::MAX, 2)] {
-            assert!(matches!(arena.claim(offset, len), Err(DeviceError::BadClaim { .. })), "{offset}+{len}");
-        }
-        let both = [Claim { offset: 300, len: 10 }, Claim { offset: 305, len: 10 }];
-        assert!(arena.claim_all(&both, Contents::Zeroed).is_err());
-        assert!(arena.claim(300, 10).is_ok(), "a failed batch leaves no claim behind");
-        assert!(arena.claim(200, 1).is_ok());
-    }
-
-    #[test]
-    fn too_much_is_refused_whole() {
-        let memory = memory(2);
-        let arena = Arena::reserve(memory.clone(), 8 * PAGE).unwrap();
-        let _one = arena.claim(0, PAGE).unwrap();
-        let error = arena.claim(2 * PAGE, 2 * PAGE).unwrap_err();
-        assert!(matches!(error, DeviceError::OutOfPages { needed: 2, free: 1, .. }));
-        assert_eq!(memory.free_pages(), 1);
-    }
-
-    #[test]
-    fn an_address_survives_eviction_and_leftovers_are_scrubbed() {
-        let memory = memory(1);
-        let arena = Arena::reserve(memory.clone(), PAGE).unwrap();
-        let other = Arena::reserve(memory.clone(), PAGE).unwrap();
-        let mut secret = arena.claim(0, PAGE).unwrap();
-        let address = secret.address();
-        secret.host_bytes_mut().unwrap().fill(0x5e);
-        drop(secret);
-        // The same physical page, for a tensor of another tenant that covers only a part of it.
-        let claim = Claim { offset: 1000, len: 1000 };
-        let loaded = other.claim_all(&[claim], Contents::Overwritten).unwrap();
-        let rest: Vec<_> = [other.claim(0, 1000).unwrap(), other.claim(2000, PAGE - 2000).unwrap()].into();
-        assert!(rest.iter().all(|extent| extent.host_bytes().unwrap().iter().all(|&byte| byte == 0)));
-        drop((loaded, rest));
-        assert_eq!(arena.claim(0, PAGE).unwrap().address(), address);
-    }
-
-    #[test]
-    fn a_split_extent_frees_its_parts_separately() {
-        let memory = memory(4);
-        let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
-        let mut head = arena.claim(0, 3 * PAGE).unwrap();
-        let mut tail = head.split_off(PAGE + 10);
-        let last = tail.split_off(PAGE);
-        tail.join(last);
-        drop(head);
-        assert_eq!(memory.free_pages(), 2);
-        drop(tail);
-        assert_eq!(memory.free_pages(), 4);
-    }
-
-    #[test]
-    fn a_segment_moves_its_extents_and_gives_all_pages_back() {
-        let memory = memory(4);
-        let segment = Arena::segment(memory.clone()).unwrap();
-        assert_eq!(memory.free_pages(), 0);
-        let mut extent = segment.claim(2 * PAGE + 100, PAGE).unwrap();
-        let bytes: Vec<u8> = (0..PAGE).map(|i| i as u8 ^ (i >> 8) as u8).collect();
-        extent.host_bytes_mut().unwrap().copy_from_slice(&bytes);
-        let wall = segment.claim(256, 64).unwrap();
-        for offset in [2 * PAGE, 2 * PAGE + 7, 3 * PAGE, 320] {
-            extent.move_to(offset).unwrap();
-            assert_eq!(extent.offset(), offset);
-            assert_eq!(extent.host_bytes().unwrap(), bytes);
-        }
-        for offset in [256, 319, 3 * PAGE + 1, usize::MAX] {
-            assert!(extent.move_to(offset).is_err(), "{offset}");
-            assert_eq!(extent.host_bytes().unwrap(), bytes);
-        }
-        assert!(segment.claim(320, 1).is_err(), "the extent is where it was moved to");
-        assert!(segment.claim(2 * PAGE + 100, 1).is_ok(), "and no longer where it was");
-        drop((extent, wall, segment));
-        assert_eq!(memory.free_pages(), 4);
-        let arena = Arena::reserve(memory, PAGE).unwrap();
-        assert!(arena.claim(0, 100).unwrap().move_to(200).is_err(), "only a segment's extents move");
-    }
-
-    proptest! {
-        /// Random claims and releases over two arenas against a plain model: contents stay, fresh bytes are zero,
-        /// the page count is what the live extents cover.
-        #[test]
-        fn arenas_agree_with_a_model(
-            steps in proptest::collection::vec((0usize..2, 0usize..16 * PAGE, 1usize..3 * PAGE, any::<u8>()), 1..60)
-        ) {
-            let memory = memory(12);
-            let arenas = [0, 1].map(|_| Arena::reserve(memory.clone(), 16 * PAGE).unwrap());
-            let mut live: Vec<(usize, Extent, u8)> = Vec::new();
-            for (arena, offset, len, value) in steps {
-                if value % 3 == 0 && !live.is_empty() {
-                    let at = offset % live.len();
-                    if value % 2 == 0 { drop(live.swap_remove(at)); } else {
-                        let many = live.split_off(at).into_iter().map(|(_, extent, _)| extent).collect();
-                        Extent::release_all(many);
-                    }
-                } else if let Ok(mut extent) = arenas[arena].claim(offset, len) {
-                    prop_assert!(extent.host_bytes().unwrap().iter().all(|&byte| byte == 0));
-                    extent.host_bytes_mut().unwrap().fill(value | 1);
-                    live.push((arena, extent, value | 1));
-                }
-                let mut pages = std::collections::BTreeSet::new();
-                for (arena, extent, value) in &live {
-                    prop_assert!(extent.host_bytes().unwrap().iter().all(|byte| byte == value));
-                    let span = extent.offset() / PAGE..(extent.offset() + extent.len()).div_ceil(PAGE);
-                    pages.extend(span.map(|page| (*arena, page)));
-                }
-                prop_assert_eq!(memory.free_pages(), 12 - pages.len());
-            }
-        }
-    }
-}
+mod tests;

@@ -171,14 +171,30 @@ unsafe impl Device for CpuDevice {
         Ok(())
     }
 
-    unsafe fn zero(&self, address: usize, bytes: usize) {
-        // SAFETY: the caller says that the range is mapped and exclusively his.
-        unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
+    unsafe fn zero(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError> {
+        for &(address, bytes) in batch {
+            // SAFETY: the caller says that the range is mapped and exclusively his.
+            unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
+        }
+        Ok(())
     }
 
-    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) {
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError> {
         // SAFETY: the caller says that both ranges are mapped and exclusively his; `copy` allows overlap.
         unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
+    unsafe fn read(&self, address: usize, into: &mut [u8]) -> Result<(), DeviceError> {
+        // SAFETY: the caller says that the range is mapped and that nobody writes it.
+        into.copy_from_slice(unsafe { std::slice::from_raw_parts(address as *const u8, into.len()) });
+        Ok(())
+    }
+
+    unsafe fn write(&self, from: &[u8], address: usize) -> Result<(), DeviceError> {
+        // SAFETY: the caller says that the range is mapped and exclusively his.
+        unsafe { std::slice::from_raw_parts_mut(address as *mut u8, from.len()) }.copy_from_slice(from);
+        Ok(())
     }
 
     unsafe fn prepare_write(&self, address: usize, bytes: usize) {

@@ -16,10 +16,12 @@
 
 mod arena;
 pub mod cpu;
+pub mod cuda;
 mod pages;
 mod stream;
 
-pub use arena::{Arena, Claim, Contents, Extent, Memory};
+pub use arena::{Arena, Claim, Contents, Extent, Memory, Piece};
+pub use cuda::{Pinned, Staging};
 pub use stream::{Copy, Event, Stream};
 
 /// What can go wrong on a device.
@@ -54,6 +56,45 @@ pub enum DeviceError {
         operation: &'static str,
         /// The system's answer.
         source: std::io::Error,
+    },
+    /// There is no GPU that can be used.
+    #[error(transparent)]
+    NoGpu(#[from] cuda::NoGpu),
+    /// What was asked for cannot be had.
+    #[error("{0}")]
+    BadConfig(String),
+    /// The pool and the reserve are larger than what is free.
+    #[error(
+        "{device} has {free} bytes free, of which {reserve} are left for others: a pool of {wanted} bytes does not fit"
+    )]
+    TooLarge {
+        /// Which device.
+        device: String,
+        /// Bytes of the pool.
+        wanted: usize,
+        /// Bytes free.
+        free: usize,
+        /// Bytes left alone.
+        reserve: usize,
+    },
+    /// The GPU's driver refused; the device works on.
+    #[error("{operation} failed on {device}: {error}")]
+    Cuda {
+        /// What was attempted.
+        operation: &'static str,
+        /// Which device.
+        device: String,
+        /// The driver's name for what went wrong.
+        error: String,
+    },
+    /// The device does not work any more, and what was in its memory is gone. It can be opened anew when nothing of it
+    /// is left.
+    #[error("{device} is lost ({reason}); its memory has to be set up anew")]
+    Lost {
+        /// Which device.
+        device: String,
+        /// What happened.
+        reason: String,
     },
 }
 
@@ -114,17 +155,41 @@ pub unsafe trait Device: Send + Sync {
     /// The ranges must be mapped and nobody may hold references into them.
     unsafe fn unmap(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError>;
 
-    /// Fills a mapped range with zeros before returning.
+    /// Fills mapped ranges (address, bytes) with zeros before returning.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], [`DeviceError::Cuda`]; the ranges then have anything in them.
     ///
     /// # Safety
-    /// The range must be mapped and nobody else may access it.
-    unsafe fn zero(&self, address: usize, bytes: usize);
+    /// The ranges must be mapped and nobody else may access them.
+    unsafe fn zero(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError>;
 
     /// Copies mapped bytes to another mapped range before returning; the two may overlap.
     ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    ///
     /// # Safety
     /// Both ranges must be mapped and nobody else may access either.
-    unsafe fn copy(&self, from: usize, to: usize, bytes: usize);
+    unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError>;
+
+    /// Copies mapped bytes to host memory before returning.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], [`DeviceError::Cuda`].
+    ///
+    /// # Safety
+    /// As many bytes as `into` has must be mapped there, and nobody may write them.
+    unsafe fn read(&self, address: usize, into: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Copies host memory to mapped bytes before returning.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], [`DeviceError::Cuda`].
+    ///
+    /// # Safety
+    /// As many bytes as `from` has must be mapped there, and nobody else may access them.
+    unsafe fn write(&self, from: &[u8], address: usize) -> Result<(), DeviceError>;
 
     /// Prepares a mapped range for being written from end to end, where that makes the writing cheaper.
     ///
@@ -137,4 +202,14 @@ pub unsafe trait Device: Send + Sync {
 
     /// The device's copy streams; each runs its copies in order, different streams run side by side.
     fn streams(&self) -> &[Stream];
+
+    /// Where a load puts its bytes on a device that the host cannot address.
+    fn staging(&self) -> Option<&Staging> {
+        None
+    }
+
+    /// Why the device works no more, if that is so: [`DeviceError::Lost`].
+    fn lost(&self) -> Option<DeviceError> {
+        None
+    }
 }
