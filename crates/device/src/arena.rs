@@ -462,6 +462,21 @@ impl Extent {
         unsafe { self.arena.memory.device.read(self.span(at, into.len()), into) }
     }
 
+    /// A copy of all bytes; works on every device.
+    ///
+    /// # Errors
+    /// When the device refuses or is lost.
+    pub fn to_vec(&self) -> Result<Vec<u8>, DeviceError> {
+        match self.host_bytes() {
+            Some(bytes) => Ok(bytes.to_vec()),
+            None => {
+                let mut bytes = vec![0; self.len];
+                self.read(0, &mut bytes)?;
+                Ok(bytes)
+            }
+        }
+    }
+
     /// Copies host memory to the bytes from `at` on; works on every device.
     ///
     /// # Errors

@@ -3,9 +3,9 @@
 //! A tensor's bytes can be read only after all of them have arrived and been verified, and from then on never change.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 
-use tangram_device::Extent;
+use tangram_device::{DeviceError, Extent, Piece, Pinned, cuda};
 use tangram_policy::TensorKey;
 
 /// Why a tensor did not arrive.
@@ -48,7 +48,12 @@ impl Tensor {
 
     /// The bytes, once they have arrived, on a device that the host can address.
     pub fn bytes(&self) -> Option<&[u8]> {
-        self.outcome.get()?.as_ref().ok()?.host_bytes()
+        self.extent()?.host_bytes()
+    }
+
+    /// Where the bytes are, once they have arrived.
+    pub fn extent(&self) -> Option<&Extent> {
+        self.outcome.get()?.as_ref().ok()
     }
 
     /// Whether all bytes have arrived.
@@ -155,7 +160,12 @@ impl Vacancy {
         extents
             .into_iter()
             .enumerate()
-            .map(|(index, extent)| Part { filling: Some(filling.clone()), index, extent: Some(extent) })
+            .map(|(index, extent)| Part {
+                filling: Some(filling.clone()),
+                index,
+                extent: Some(extent),
+                staged: None,
+            })
             .collect()
     }
 }
@@ -187,11 +197,15 @@ struct FillingState {
 }
 
 /// A part of a tensor under way. Dropping it unfinished fails the tensor, so that nobody waits for ever.
+///
+/// [`Part::stage`], [`Part::bytes_mut`], [`Part::finish`] are how it is filled on every device.
 #[derive(Debug)]
 pub struct Part {
     filling: Option<Arc<Filling>>,
     index: usize,
     extent: Option<Extent>,
+    /// On a device that the host cannot address, the buffer with the bytes, which begin this far into it.
+    staged: Option<(Pinned, usize)>,
 }
 
 impl Part {
@@ -200,9 +214,59 @@ impl Part {
         self.index
     }
 
-    /// Where the bytes go, on a device that the host can address.
+    /// Where the part lies on the device.
+    pub fn address(&self) -> Option<usize> {
+        self.extent.as_ref().map(Extent::address)
+    }
+
+    /// Size in bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.extent.as_ref().map_or(0, Extent::len)
+    }
+
+    /// Makes [`Part::bytes_mut`] give the bytes: at once where the host can address the device, otherwise with a pinned
+    /// buffer, for which this waits. They then begin `skew` bytes behind a multiple of [`cuda::ALIGNMENT`], so that a
+    /// file can be read past the page cache. Who has staged parts must finish one before it waits here for another.
+    ///
+    /// # Errors
+    /// When the device is lost, or the part is larger than a buffer.
+    pub fn stage(&mut self, skew: usize) -> Result<(), DeviceError> {
+        self.stage_with(skew, |staging| staging.take().map(Some)).map(drop)
+    }
+
+    /// Like [`Part::stage`], but does not wait: `false` if there is no buffer now.
+    ///
+    /// # Errors
+    /// As [`Part::stage`].
+    pub fn try_stage(&mut self, skew: usize) -> Result<bool, DeviceError> {
+        self.stage_with(skew, cuda::Staging::try_take)
+    }
+
+    fn stage_with(
+        &mut self,
+        skew: usize,
+        take: impl FnOnce(&cuda::Staging) -> Result<Option<Pinned>, DeviceError>,
+    ) -> Result<bool, DeviceError> {
+        let Some(extent) = self.extent.as_ref().filter(|_| self.staged.is_none()) else { return Ok(true) };
+        let Some(staging) = extent.memory().staging() else { return Ok(true) };
+        let (skew, len) = (skew % cuda::ALIGNMENT, extent.len());
+        if skew + len > staging.buffer_bytes() {
+            return Err(DeviceError::BadConfig(format!(
+                "a part of {len} bytes does not fit into a staging buffer of {}",
+                staging.buffer_bytes()
+            )));
+        }
+        self.staged = take(staging)?.map(|buffer| (buffer, skew));
+        Ok(self.staged.is_some())
+    }
+
+    /// Where the bytes go, if the part has been staged or the host can address the device.
     pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         let extent = self.extent.as_mut()?;
+        if let Some((buffer, skew)) = &mut self.staged {
+            return buffer.get_mut(*skew..*skew + extent.len());
+        }
         extent.prepare_write();
         extent.host_bytes_mut()
     }
@@ -215,17 +279,47 @@ impl Part {
         })
     }
 
-    /// Reports the part as filled and verified, or as failed. Gives `true` if the whole tensor was settled by this.
+    /// Reports the part as filled and verified, or as failed. Gives `true` if the whole tensor was settled by this. If
+    /// the part is staged, waits until its bytes are on the device.
     pub fn finish(mut self, result: Result<(), LoadFailure>) -> bool {
-        self.settle(result)
+        if self.staged.is_none() {
+            return self.settle(result);
+        }
+        let (sender, settled) = mpsc::channel();
+        self.finish_then(result, move |whole| {
+            let _ = sender.send(whole);
+        });
+        // The other end is gone without an answer only if nothing was settled.
+        settled.recv().unwrap_or(false)
+    }
+
+    /// Like [`Part::finish`], but does not wait: `then` gets the answer, on a thread that other copies wait for, when the
+    /// bytes are on the device.
+    pub fn finish_then(mut self, result: Result<(), LoadFailure>, then: impl FnOnce(bool) + Send + 'static) {
+        match (result, self.staged.take(), self.extent.take()) {
+            (Ok(()), Some((buffer, skew)), Some(extent)) => {
+                let memory = extent.memory().clone();
+                memory.upload(buffer, vec![Piece { from: skew, extent }], move |mut extents, copied| {
+                    self.extent = extents.pop();
+                    then(self.settle(copied.map_err(|error| LoadFailure::Failed(error.to_string()))));
+                });
+            }
+            (result, staged, extent) => {
+                drop(staged);
+                self.extent = extent;
+                then(self.settle(result));
+            }
+        }
     }
 
     fn settle(&mut self, result: Result<(), LoadFailure>) -> bool {
-        let (Some(filling), Some(extent)) = (self.filling.take(), self.extent.take()) else { return false };
+        let Some(filling) = self.filling.take() else { return false };
+        let result = result.and_then(|()| self.extent.take().ok_or_else(interrupted));
+        let extent = self.extent.take();
         let mut state = filling.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.missing -= 1;
         match result {
-            Ok(()) => state.filled[self.index] = Some(extent),
+            Ok(extent) => state.filled[self.index] = Some(extent),
             Err(failure) => {
                 // A real failure tells the user more than the abandonment that may follow from it.
                 if !matches!(state.failure, Some(LoadFailure::Failed(_))) {

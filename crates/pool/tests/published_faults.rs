@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use tangram_checkpoint::Hash;
-use tangram_device::cpu::CpuDevice;
+use tangram_device::cuda::stand_in;
 use tangram_device::{Contents, Extent, Memory};
 use tangram_policy::admission::{Admission, Attempt, MAX_OVERTAKES};
 use tangram_policy::packing::{self, Move, Packer, Strategy};
@@ -21,7 +21,15 @@ const PAGE: usize = 4096;
 const BOTH: [Backend; 2] = [Backend::Paged, Backend::Segment];
 
 fn pool(backend: Backend, pages: usize) -> Pool {
-    Pool::new(CpuDevice::open(pages * PAGE, PAGE).unwrap(), backend).unwrap()
+    Pool::new(stand_in::memory_under_test(pages * PAGE, PAGE), backend).unwrap()
+}
+
+fn fill_block(block: &mut Extent, value: u8) {
+    block.write(0, &vec![value; block.len()]).unwrap();
+}
+
+fn block_is(block: &Extent, value: u8) -> bool {
+    block.to_vec().unwrap().iter().all(|&byte| byte == value)
 }
 
 fn short(refusal: Refusal) -> Shortage {
@@ -60,6 +68,7 @@ fn fill(vacancy: Vacancy, id: u8) {
     let bytes = content(id, vacancy.tensor().len());
     for mut part in vacancy.into_parts(1000) {
         let from = part.index() * 1000;
+        part.stage(from).unwrap();
         let room = part.bytes_mut().unwrap();
         room.copy_from_slice(&bytes[from..from + room.len()]);
         part.finish(Ok(()));
@@ -78,16 +87,21 @@ fn load(pool: &mut Pool, model: &Model, now: f64) -> Result<(Lease, u64), Shorta
 
 fn check(model: &Model, lease: &Lease) {
     for (tensor, &id) in lease.tensors().iter().zip(&model.ids) {
-        assert!(tensor.bytes().unwrap() == content(id, tensor.len()), "tensor {id}");
+        assert!(tensor.extent().unwrap().to_vec().unwrap() == content(id, tensor.len()), "tensor {id}");
     }
 }
 
 fn addresses(lease: &Lease) -> Vec<usize> {
-    lease.tensors().iter().map(|tensor| tensor.bytes().unwrap().as_ptr() as usize).collect()
+    lease.tensors().iter().map(|tensor| tensor.extent().unwrap().address()).collect()
 }
 
 fn resident(offset: u64, len: u64, movable: bool) -> packing::Extent {
     packing::Extent { offset, len, movable }
+}
+
+#[test]
+fn all_of_this_holds_on_a_stand_in_too() {
+    stand_in::run_suite_again(&[]);
 }
 
 /// B1: the addresses of tensors that were found resident were noted before compaction, which then moved just these.
@@ -147,7 +161,7 @@ fn b03_loads_leave_running_models_alone() {
             (0..6).map(|i| deploy(&mut pool, &[entry(10 + i, &format!("b{i}"), 0, 5 * PAGE)])).collect();
         let (lease, _) = load(&mut pool, &running, 0.0).unwrap();
         let mut block = take(&mut pool, kv).unwrap();
-        block.host_bytes_mut().unwrap().fill(0x77);
+        fill_block(&mut block, 0x77);
         let (before, block_address) = (addresses(&lease), block.address());
         for round in 0..30 {
             let other = &others[round % others.len()];
@@ -157,7 +171,7 @@ fn b03_loads_leave_running_models_alone() {
             check(&running, &lease);
             assert_eq!(addresses(&lease), before);
             assert_eq!(block.address(), block_address);
-            assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == 0x77));
+            assert!(block_is(&block, 0x77));
         }
         assert!(pool.stats().evicted_total > 0, "the case is about eviction");
     }
@@ -168,7 +182,7 @@ fn b03_loads_leave_running_models_alone() {
 #[test]
 fn b04_a_load_under_way_holds_nobody_up() {
     for backend in BOTH {
-        let memory: Arc<Memory> = CpuDevice::open(12 * PAGE, PAGE).unwrap();
+        let memory: Arc<Memory> = stand_in::memory_under_test(12 * PAGE, PAGE);
         let mut pool = Pool::new(memory.clone(), backend).unwrap();
         let slow = deploy(&mut pool, &[entry(1, "a", 0, 3 * PAGE)]);
         let quick = deploy(&mut pool, &[entry(2, "b", 0, 3 * PAGE)]);
@@ -264,7 +278,7 @@ fn b07_what_is_missing_is_told_for_any_model_and_for_a_named_device() {
 fn b08_the_pool_is_as_large_as_asked_for() {
     for backend in BOTH {
         // A second one beside it is no smaller.
-        let memories = [(); 2].map(|()| CpuDevice::open(10 * PAGE + 123, PAGE).unwrap());
+        let memories = [(); 2].map(|()| stand_in::memory_under_test(10 * PAGE + 123, PAGE));
         let pools = memories.clone().map(|memory| Pool::new(memory, backend).unwrap());
         for (memory, pool) in memories.iter().zip(pools) {
             assert_eq!((memory.page_count(), memory.page_bytes()), (10, PAGE));
@@ -344,7 +358,7 @@ fn b11_a_slide_over_a_small_gap_is_one_copy_and_loads_are_asynchronous() {
     let (lease, loaded) = load(&mut pool, &behind, 2.0).unwrap();
     assert_eq!(loaded, 0);
     check(&behind, &lease);
-    let memory: Arc<Memory> = CpuDevice::open(4 * PAGE, PAGE).unwrap();
+    let memory: Arc<Memory> = stand_in::memory_under_test(4 * PAGE, PAGE);
     let (go, wait) = mpsc::channel::<()>();
     memory.streams()[0].submit(Box::new(move || wait.recv().unwrap()));
     let under_way = memory.streams()[0].record();
@@ -379,10 +393,10 @@ fn b12_no_block_is_an_error_and_every_block_has_one_owner() {
         spans.sort_unstable();
         assert!(spans.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{spans:?}");
         for (tag, block) in sequences.iter_mut().flatten().enumerate() {
-            block.host_bytes_mut().unwrap().fill(tag as u8 + 1);
+            fill_block(block, tag as u8 + 1);
         }
         for (tag, block) in sequences.iter().flatten().enumerate() {
-            assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == tag as u8 + 1));
+            assert!(block_is(block, tag as u8 + 1));
         }
     }
 }
@@ -423,7 +437,7 @@ fn b13_placing_knows_queues_damage_and_room_and_starves_nobody() {
 #[test]
 fn b16_a_shortage_loses_nothing_scattered_pages_serve_and_no_more_goes_than_needed() {
     // All or nothing.
-    let memory: Arc<Memory> = CpuDevice::open(4 * PAGE, PAGE).unwrap();
+    let memory: Arc<Memory> = stand_in::memory_under_test(4 * PAGE, PAGE);
     let arena = tangram_device::Arena::reserve(memory.clone(), 16 * PAGE).unwrap();
     let claims = [0, 2, 4, 6, 8].map(|page| tangram_device::Claim { offset: page * PAGE, len: PAGE });
     assert!(arena.claim_all(&claims, Contents::Zeroed).is_err());

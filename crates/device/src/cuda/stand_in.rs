@@ -1,4 +1,7 @@
 //! The stand-in driver of the tests as a device. It shows misuse of the driver; it cannot show what a GPU does.
+//!
+//! A suite that asks [`memory_under_test`] for its devices runs on the processor's memory, and a second time on stand-ins
+//! when one of its tests calls [`run_suite_again`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tangram_fake_cuda::{Delay, Options, StandIn};
 
 use super::{CudaConfig, CudaDevice, Driver};
+use crate::cpu::CpuDevice;
 use crate::{DeviceError, Memory};
 
 /// A driver that has the stand-in devices of this process.
@@ -60,4 +64,39 @@ pub fn memory(pool_bytes: usize, page_bytes: usize) -> Arc<Memory> {
     };
     let (_, device) = open(options, pool_bytes, page_bytes);
     device.unwrap_or_else(|error| panic!("{error}")).into_memory()
+}
+
+/// Set to anything, suites run on stand-ins.
+const VARIABLE: &str = "TANGRAM_TEST_STAND_IN";
+
+/// The memory that a suite is about: the processor's, or a stand-in's.
+///
+/// # Panics
+/// When it cannot be set up.
+pub fn memory_under_test(pool_bytes: usize, page_bytes: usize) -> Arc<Memory> {
+    if std::env::var_os(VARIABLE).is_some() {
+        return memory(pool_bytes, page_bytes);
+    }
+    CpuDevice::open(pool_bytes, page_bytes).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Runs all tests of the calling program once more, on stand-ins, with these variables set besides. Does nothing in that
+/// second run.
+///
+/// # Panics
+/// When one of the tests fails; says what they printed.
+pub fn run_suite_again(variables: &[(&str, String)]) {
+    if std::env::var_os(VARIABLE).is_some() {
+        return;
+    }
+    let program = std::env::current_exe().unwrap_or_else(|error| panic!("{error}"));
+    let run = std::process::Command::new(program)
+        .env(VARIABLE, "1")
+        .envs(variables.iter().map(|(name, value)| (name, value)))
+        .output()
+        .unwrap_or_else(|error| panic!("{error}"));
+    let [out, problems] = [&run.stdout, &run.stderr].map(|text| String::from_utf8_lossy(text));
+    assert!(run.status.success(), "on stand-ins ({}):\n{out}{problems}", run.status);
+    let summary = out.lines().rfind(|line| line.starts_with("test result"));
+    println!("on stand-ins: {}", summary.unwrap_or_default());
 }

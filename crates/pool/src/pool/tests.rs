@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use tangram_checkpoint::Hash;
-use tangram_device::cpu::CpuDevice;
+use tangram_device::cuda::stand_in;
 
 use super::*;
 use crate::{LoadFailure, Part};
@@ -32,10 +32,19 @@ fn fill(vacancy: Vacancy, id: u8) {
     let content = content(id, len);
     for mut part in vacancy.into_parts(3000) {
         let at = part.index() * 3000;
+        part.stage(at).unwrap();
         let bytes = part.bytes_mut().unwrap();
         bytes.copy_from_slice(&content[at..at + bytes.len()]);
         part.finish(Ok(()));
     }
+}
+
+fn fill_block(block: &mut Extent, value: u8) {
+    block.write(0, &vec![value; block.len()]).unwrap();
+}
+
+fn block_is(block: &Extent, value: u8) -> bool {
+    block.to_vec().unwrap().iter().all(|&byte| byte == value)
 }
 
 fn short(refusal: Refusal) -> Shortage {
@@ -51,7 +60,7 @@ impl World {
     }
 
     fn on(backend: Backend, pages: usize) -> World {
-        let memory = CpuDevice::open(pages * PAGE, PAGE).unwrap();
+        let memory = stand_in::memory_under_test(pages * PAGE, PAGE);
         World { pool: Pool::new(memory, backend).unwrap(), now: 0.0 }
     }
 
@@ -79,9 +88,18 @@ impl World {
     fn check(&self, lease: &Lease) {
         for tensor in lease.tensors() {
             let id = self.pool.slot(tensor.key()).unwrap().id.0[0];
-            assert_eq!(tensor.bytes().unwrap(), content(id, tensor.len()), "bytes of tensor {id}");
+            assert_eq!(
+                tensor.extent().unwrap().to_vec().unwrap(),
+                content(id, tensor.len()),
+                "bytes of tensor {id}"
+            );
         }
     }
+}
+
+#[test]
+fn all_of_this_holds_on_a_stand_in_too() {
+    stand_in::run_suite_again(&[]);
 }
 
 #[test]
@@ -100,20 +118,49 @@ fn resident_bytes_are_never_loaded_again_whoever_brought_them() {
     assert_eq!((again.bytes_loaded, again.bytes_reused), (0, 14_100));
 }
 
+/// More parts than a GPU has buffers, several of them handed over before the first has arrived.
+#[test]
+fn parts_can_be_handed_over_without_waiting_for_them() {
+    const LEN: usize = 10 * 3000 + 17;
+    let mut world = World::new(16);
+    let keys = world.model(&[entry(1, "a", 4096 + 300, LEN)]);
+    let activation = world.activate(&keys).unwrap();
+    let (content, tensor) = (content(1, LEN), activation.lease.tensors()[0].clone());
+    let (sender, settled) = std::sync::mpsc::channel();
+    let parts = activation.missing.into_iter().next().unwrap().into_parts(3000);
+    let address = parts[0].address().unwrap();
+    for mut part in parts {
+        let at = part.index() * 3000;
+        assert_eq!((part.address(), part.len()), (Some(address + at), 3000.min(LEN - at)));
+        part.stage(300 + at).unwrap();
+        assert!(part.try_stage(0).unwrap(), "a staged part stays staged");
+        let bytes = part.bytes_mut().unwrap();
+        assert_eq!(bytes.as_ptr() as usize % 4096, (300 + at) % 4096, "as it lies in the file");
+        bytes.copy_from_slice(&content[at..at + bytes.len()]);
+        let sender = sender.clone();
+        part.finish_then(Ok(()), move |whole| sender.send(whole).unwrap());
+    }
+    drop(sender);
+    let answers: Vec<bool> = settled.iter().collect();
+    assert_eq!(answers.len(), 11);
+    assert_eq!(answers.iter().filter(|&&whole| whole).count(), 1, "one part is the last");
+    assert!(tensor.extent().unwrap().to_vec().unwrap() == content);
+}
+
 #[test]
 fn addresses_are_stable_across_eviction() {
     let mut world = World::new(4);
     let a = world.model(&[entry(1, "a", 0, 3 * PAGE)]);
     let b = world.model(&[entry(2, "b", 0, 3 * PAGE)]);
     let (lease, _) = world.load(&a);
-    let address = lease.tensors()[0].bytes().unwrap().as_ptr();
+    let address = lease.tensors()[0].extent().unwrap().address();
     world.pool.release(lease);
     let (lease, _) = world.load(&b);
     assert_eq!(world.pool.stats().evicted_total, 3 * PAGE as u64);
     world.pool.release(lease);
     let (lease, loaded) = world.load(&a);
     assert_eq!(loaded, [1]);
-    assert_eq!(lease.tensors()[0].bytes().unwrap().as_ptr(), address);
+    assert_eq!(lease.tensors()[0].extent().unwrap().address(), address);
     world.check(&lease);
 }
 
@@ -143,9 +190,9 @@ fn kv_pushes_out_idle_weights_but_never_leased_ones_and_weights_never_push_out_k
     world.pool.release(lease_b);
     let mut blocks = world.pool.take_kv(kv, 1).unwrap();
     assert_eq!(world.pool.resident_bytes(&b), 0);
-    blocks[0].host_bytes_mut().unwrap().fill(7);
+    fill_block(&mut blocks[0], 7);
     assert!(world.activate(&b).is_err(), "one page is free, two are needed, and KV in use is not evictable");
-    assert!(blocks[0].host_bytes().unwrap().iter().all(|&byte| byte == 7));
+    assert!(block_is(&blocks[0], 7));
     world.check(&lease_a);
     world.pool.give_kv(kv, blocks);
     assert_eq!(world.pool.stats().kv_bytes, 0);
@@ -186,7 +233,7 @@ fn a_failed_load_leaves_nothing_behind() {
     drop(parts);
     let tensor = &activation.lease.tensors()[0];
     assert_eq!(tensor.failure(), Some(&LoadFailure::Failed("bad hash".to_owned())));
-    assert!(tensor.bytes().is_none());
+    assert!(tensor.extent().is_none());
     world.pool.release(activation.lease);
     assert_eq!(world.pool.memory().free_pages(), 8);
     assert_eq!(world.pool.stats().resident_bytes, 0);
@@ -232,7 +279,7 @@ fn a_cached_block_makes_room_for_one_of_its_model_even_where_it_frees_no_page() 
     let mut blocks: Vec<Extent> = world.pool.take_kv(kv, 4).unwrap();
     for (hash, index) in [(1, 2), (2, 0)] {
         let mut block = blocks.remove(index);
-        block.host_bytes_mut().unwrap().fill(0x5e);
+        fill_block(&mut block, 0x5e);
         let mut prefix = crate::Prefix::default();
         world.pool.publish(kv, &mut prefix, [hash; 32], block, 0.01 * f64::from(hash), 0.0);
         world.pool.release_prefix(prefix);
@@ -240,7 +287,7 @@ fn a_cached_block_makes_room_for_one_of_its_model_even_where_it_frees_no_page() 
     assert!(!world.pool.has_room(&[KvReserve { kv, blocks: 1 }]));
     for left in [1, 0] {
         let block = world.pool.take_kv(kv, 1).unwrap().pop().unwrap();
-        assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == 0), "leftovers in a block");
+        assert!(block_is(&block, 0), "leftovers in a block");
         blocks.push(block);
         assert_eq!(world.pool.stats().kv_cached_bytes, left * PAGE as u64 / 2);
         let prefix = world.pool.lease_prefix(kv, &[[2; 32]], 0.01, 1.0);
@@ -488,8 +535,8 @@ proptest! {
                     world.pool.release(lease);
                 }
                 4 => for mut block in world.pool.take_kv(kv, 1 + index.index(3)).unwrap_or_default() {
-                    prop_assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == 0));
-                    block.host_bytes_mut().unwrap().fill(step as u8);
+                    prop_assert!(block_is(&block, 0));
+                    fill_block(&mut block, step as u8);
                     blocks.push((block, step as u8));
                 },
                 5 if !blocks.is_empty() => {
@@ -501,7 +548,7 @@ proptest! {
                     let mut prefix = world.pool.lease_prefix(kv, &hashes[..length], 0.01, world.now);
                     while prefix.len() < length && let Ok(mut taken) = world.pool.take_kv(kv, 1) {
                         let mut block = taken.pop().unwrap();
-                        block.host_bytes_mut().unwrap().fill(prefix.len() as u8 + 1);
+                        fill_block(&mut block, prefix.len() as u8 + 1);
                         let hash = hashes[prefix.len()];
                         world.pool.publish(kv, &mut prefix, hash, block, 0.01, world.now);
                     }
@@ -527,14 +574,14 @@ proptest! {
             }
             for prefix in &prefixes {
                 for (i, block) in prefix.blocks().iter().enumerate() {
-                    prop_assert!(block.host_bytes().unwrap().iter().all(|&byte| byte == i as u8 + 1));
+                    prop_assert!(block_is(block, i as u8 + 1));
                 }
             }
             for lease in &leases {
                 world.check(lease);
             }
             for (block, value) in &blocks {
-                prop_assert!(block.host_bytes().unwrap().iter().all(|byte| byte == value));
+                prop_assert!(block_is(block, *value));
             }
             let leased: BTreeMap<_, _> = leases.iter().flat_map(|lease| lease.tensors())
                 .map(|tensor| (tensor.key(), tensor.len() as u64)).collect();
@@ -609,19 +656,19 @@ fn a_hit_that_packing_moves_is_found_where_it_is() {
     // Both: what is resident and small, and what needs two of the holes together.
     let both = world.model(&[entry(1, "a", size, size), entry(9, "b", 0, 2 * size)]);
     let leases: Vec<_> = parts.iter().map(|keys| world.load(keys).0).collect();
-    let before = leases[1].tensors()[0].bytes().unwrap().as_ptr();
+    let before = leases[1].tensors()[0].extent().unwrap().address();
     let mut leases = leases.into_iter();
     let (first, hit, third, last) =
         (leases.next().unwrap(), leases.next().unwrap(), leases.next().unwrap(), leases.next().unwrap());
-    let last_address = last.tensors()[0].bytes().unwrap().as_ptr();
+    let last_address = last.tensors()[0].extent().unwrap().address();
     [first, hit, third].into_iter().for_each(|lease| world.pool.release(lease));
     let (lease, loaded) = world.load(&both);
     assert_eq!(loaded, [9]);
     world.check(&lease);
     assert!(world.pool.stats().moved_total > 0, "the hit lay between the holes");
-    assert_ne!(lease.tensors()[0].bytes().unwrap().as_ptr(), before);
+    assert_ne!(lease.tensors()[0].extent().unwrap().address(), before);
     world.check(&last);
-    assert_eq!(last.tensors()[0].bytes().unwrap().as_ptr(), last_address, "what is leased is a wall");
+    assert_eq!(last.tensors()[0].extent().unwrap().address(), last_address, "what is leased is a wall");
 }
 
 #[test]

@@ -107,17 +107,18 @@ impl Program {
                     Stage::Arriving => assert!(!tensor.is_ready() && failure.is_none()),
                     Stage::Failed(expected) => assert_eq!(failure, Some(expected)),
                     Stage::Ready => {
-                        let bytes = tensor.bytes().expect("ready");
-                        let address = bytes.as_ptr() as usize;
+                        let extent = tensor.extent().expect("ready");
+                        let address = extent.address();
                         assert_eq!(Some(address), resident.address, "it moved under a lease");
-                        if seen.insert(*content, bytes.as_ptr() as usize).is_none() {
+                        if seen.insert(*content, address).is_none() {
+                            let bytes = extent.to_vec().expect("readable");
                             assert!(bytes == self.universe.contents[*content].bytes, "content {content}");
-                            span(bytes.as_ptr() as usize, bytes.len());
+                            span(address, bytes.len());
                         }
                         continue;
                     }
                 }
-                assert!(tensor.bytes().is_none(), "content {content} can be read before it is there");
+                assert!(tensor.extent().is_none(), "content {content} can be read before it is there");
             }
         }
         for slot in self.reference.slots.values() {
@@ -130,13 +131,13 @@ impl Program {
         }
         for sequence in &self.sequences {
             for (block, tag) in &sequence.own {
-                assert!(reads(block.host_bytes().unwrap(), *tag), "a block at {:#x} changed", block.offset());
+                assert!(reads(&block.to_vec().unwrap(), *tag), "a block at {:#x} changed", block.offset());
                 span(block.address(), block.len());
             }
             for (end, block) in sequence.prefix.blocks().iter().enumerate() {
                 let name = &sequence.blocks[..=end];
                 let hash = hash(sequence.identity, name);
-                assert!(reads(block.host_bytes().unwrap(), word(&hash)), "published block {name:?} changed");
+                assert!(reads(&block.to_vec().unwrap(), word(&hash)), "published block {name:?} changed");
                 let published = &self.reference.kv[sequence.identity].published[name];
                 assert_eq!(published.offset, block.offset(), "a block in use moved");
                 span(block.address(), block.len());

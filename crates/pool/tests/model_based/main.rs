@@ -68,6 +68,13 @@ fn paged_with_pages_of_64_kib() {
     run(Backend::Paged, 64 << 10);
 }
 
+/// Every read and write is a call of the driver there, so there are fewer of them.
+#[test]
+fn all_of_this_holds_on_stand_ins_too() {
+    let operations = number("TANGRAM_MODEL_OPS", 60_000) / 6;
+    tangram_device::cuda::stand_in::run_suite_again(&[("TANGRAM_MODEL_OPS", operations.to_string())]);
+}
+
 #[test]
 fn segment() {
     run(Backend::Segment, 4 << 10);

@@ -365,7 +365,7 @@ impl Program {
             assert_eq!((tensor.key(), tensor.len()), (key, self.reference.slots[&content].len));
             if self.reference.slots[&content].resident.is_some() {
                 self.reference.reused_total += tensor.len() as u64;
-                let address = tensor.bytes().map(|bytes| bytes.as_ptr() as usize);
+                let address = tensor.extent().map(Extent::address);
                 let bound = self.reference.lease(content, address);
                 if let (Some(bound), Some(address)) = (bound, address) {
                     assert_eq!(address, bound, "content {content} moved under a lease");
@@ -407,12 +407,12 @@ impl Program {
         }
         let part_bytes = self.random.random_range(len.div_ceil(9)..=len);
         let mut parts = vacancy.into_parts(part_bytes);
-        let address = parts[0].bytes_mut().unwrap().as_ptr() as usize;
+        let address = parts[0].address().unwrap();
         self.reference.arriving(content, Some(address), part_bytes, fetched);
         self.check_place(content);
         for part in &mut parts {
-            let (start, len) = (part.index() * part_bytes, part.bytes_mut().unwrap().len());
-            assert_eq!(part.bytes_mut().unwrap().as_ptr() as usize, address + start);
+            let (start, len) = (part.index() * part_bytes, part.len());
+            assert_eq!(part.address(), Some(address + start));
             assert_eq!(self.reference.resident_mut(content).parts[part.index()].0, start..start + len);
         }
         self.loads.push(Load { content, part_bytes, parts });
@@ -566,6 +566,7 @@ impl Program {
         let result = match failure {
             None => {
                 let from = index * part_bytes;
+                part.stage(from).unwrap();
                 let bytes = part.bytes_mut().unwrap();
                 bytes.copy_from_slice(&self.universe.contents[content].bytes[from..from + bytes.len()]);
                 Ok(())
@@ -598,6 +599,7 @@ impl Program {
                 scope.spawn(move || {
                     for (content, part_bytes, mut part) in share {
                         let from = part.index() * part_bytes;
+                        part.stage(from).unwrap();
                         let bytes = part.bytes_mut().unwrap();
                         bytes.copy_from_slice(&contents[content].bytes[from..from + bytes.len()]);
                         part.finish(Ok(()));
@@ -622,6 +624,7 @@ impl Program {
         for Load { content, part_bytes, parts } in std::mem::take(&mut self.loads) {
             for mut part in parts {
                 let from = part.index() * part_bytes;
+                part.stage(from).unwrap();
                 let bytes = part.bytes_mut().unwrap();
                 bytes.copy_from_slice(&self.universe.contents[content].bytes[from..from + bytes.len()]);
                 let settles = self.reference.part_finished(content, part.index(), None);

@@ -77,10 +77,11 @@ impl Program {
                 assert_eq!(blocks.len(), count);
                 for mut block in blocks {
                     assert_eq!(block.len(), bytes);
-                    let room = block.host_bytes_mut().unwrap();
+                    let mut room = block.to_vec().unwrap();
                     assert!(room.iter().all(|&byte| byte == 0), "leftovers in a block");
                     self.tag += 1;
-                    write_words(room, self.tag);
+                    write_words(&mut room, self.tag);
+                    block.write(0, &room).unwrap();
                     self.sequences[index].own.push((block, self.tag));
                 }
                 self.counts.add("blocks taken", count as u64);
@@ -111,7 +112,9 @@ impl Program {
         let name = sequence.blocks[..=at].to_vec();
         let hash = hash(sequence.identity, &name);
         let (mut block, _) = sequence.own.remove(0);
-        write_words(block.host_bytes_mut().unwrap(), word(&hash));
+        let mut bytes = vec![0; block.len()];
+        write_words(&mut bytes, word(&hash));
+        block.write(0, &bytes).unwrap();
         let (identity, bytes) = (sequence.identity, block.len() as u64);
         let cached = self.pool.stats().kv_cached_bytes;
         self.pool.publish(sequence.kv, &mut sequence.prefix, hash, block, 0.01, self.now);

@@ -35,6 +35,7 @@ fn load(mut part: Part, from: usize, content: usize, universe: &Universe, fails:
         part.finish(Err(LoadFailure::Abandoned));
         return;
     }
+    part.stage(from).unwrap();
     let room = part.bytes_mut().unwrap();
     room.copy_from_slice(&universe.contents[content].bytes[from..from + room.len()]);
     part.finish(if fails { Err(LoadFailure::Failed("the program says so".to_owned())) } else { Ok(()) });
@@ -100,9 +101,10 @@ impl Race {
     fn take_block(&mut self, tag: u8) {
         let Ok(blocks) = self.pool.take_kv(self.kv, 1).map_err(short) else { return };
         for mut block in blocks {
-            let bytes = block.host_bytes_mut().unwrap();
+            let mut bytes = block.to_vec().unwrap();
             assert!(bytes.iter().all(|&byte| byte == 0), "leftovers in a block");
             bytes.fill(tag);
+            block.write(0, &bytes).unwrap();
             self.blocks.push((block, tag));
         }
     }
@@ -112,9 +114,12 @@ impl Race {
         let mut addresses = BTreeMap::new();
         for tensor in self.leases.iter().flat_map(|lease| lease.tensors()) {
             let content = self.contents[&tensor.key()];
-            if let Some(bytes) = tensor.bytes() {
-                assert!(bytes == self.universe.contents[content].bytes, "content {content}");
-                addresses.insert(tensor.key(), bytes.as_ptr() as usize);
+            if let Some(extent) = tensor.extent() {
+                assert!(
+                    extent.to_vec().unwrap() == self.universe.contents[content].bytes,
+                    "content {content}"
+                );
+                addresses.insert(tensor.key(), extent.address());
             }
             leased.insert(tensor.key(), tensor.len() as u64);
         }
@@ -125,7 +130,7 @@ impl Race {
         }
         self.addresses = addresses;
         for (block, tag) in &self.blocks {
-            assert!(block.host_bytes().unwrap().iter().all(|byte| byte == tag), "a block changed");
+            assert!(block.to_vec().unwrap().iter().all(|byte| byte == tag), "a block changed");
         }
         let stats = self.pool.stats();
         assert_eq!(stats.leased_bytes, leased.values().sum::<u64>());

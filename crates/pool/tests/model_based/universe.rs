@@ -4,12 +4,12 @@
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, RngExt};
 use tangram_checkpoint::{ContentId, Hash};
-use tangram_device::cpu::CpuDevice;
+use tangram_device::cuda::stand_in;
 use tangram_pool::{Backend, CatalogueEntry, Pool};
 
 /// The pool under test, over `pages` pages of `page_bytes`.
 pub fn pool(backend: Backend, page_bytes: usize, pages: usize) -> Pool {
-    Pool::new(CpuDevice::open(pages * page_bytes, page_bytes).unwrap(), backend).unwrap()
+    Pool::new(stand_in::memory_under_test(pages * page_bytes, page_bytes), backend).unwrap()
 }
 
 /// A tensor: what is in it, and in which files it can be found.
