@@ -9,7 +9,7 @@ use super::Worker;
 use crate::model::loads;
 
 /// Bytes brought in at a time. A request that comes meanwhile waits for no more than that.
-const BATCH_BYTES: u64 = 16 << 20;
+const BATCH_BYTES: u64 = 4 << 20;
 
 impl Worker {
     /// Starts the next piece of prefetching if there is nothing else to do.
