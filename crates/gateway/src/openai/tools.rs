@@ -8,15 +8,7 @@ use tangram_node::{DeployedModel, Grammar};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::structured::Wanted;
-use crate::text::{TextTokenizer, ToolFormat, ToolParser, ToolPiece};
-
-/// A function that the model may call.
-#[derive(Debug, PartialEq)]
-struct Tool {
-    name: String,
-    /// JSON schema of its arguments.
-    parameters: Json,
-}
+use crate::text::{Function, TextTokenizer, ToolFormat, ToolParser, ToolPiece};
 
 /// Whether functions are called.
 #[derive(Debug, PartialEq)]
@@ -30,7 +22,7 @@ enum ToolChoice {
 /// What a request says about tools.
 #[derive(Debug)]
 pub(crate) struct ToolUse {
-    tools: Vec<Tool>,
+    tools: Vec<Function>,
     choice: ToolChoice,
     /// More than one call per answer is welcome.
     parallel: bool,
@@ -68,27 +60,27 @@ impl ToolUse {
     }
 
     /// How calls are written: as the template has it; where it has no form that is known, a call that is required is
-    /// bare JSON, and others are not looked for.
+    /// bare JSON, and others are not looked for. So are required calls where the template has tags: only JSON can be
+    /// held to a schema.
     fn format(&self) -> Option<ToolFormat> {
         let forced = matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_));
-        self.format.or(forced.then_some(ToolFormat::Bare)).filter(|_| self.calls_possible())
+        let format = self.format.filter(|&format| !forced || format != ToolFormat::Markup);
+        format.or(forced.then_some(ToolFormat::Bare)).filter(|_| self.calls_possible())
     }
 
     /// What to take an answer apart with, if it may have calls.
     pub(crate) fn parser(&self) -> Option<ToolParser> {
-        let names = self.tools.iter().map(|tool| tool.name.clone()).collect();
-        self.format().map(|format| ToolParser::new(format, names, !self.parallel))
+        self.format().map(|format| ToolParser::new(format, self.tools.clone(), !self.parallel))
     }
 
     /// Special tokens that announce calls, which decoding would leave out.
     pub(crate) fn special_tokens(&self, tokenizer: &TextTokenizer) -> Vec<(u32, String)> {
-        let markers = |format: ToolFormat| tokenizer.special_tokens(&[format.marker(), format.end_marker()]);
-        self.format().map(markers).unwrap_or_default()
+        self.format().map(|format| tokenizer.special_tokens(format.special())).unwrap_or_default()
     }
 
     /// The grammar of an answer that has to call a function, in the model's own format.
     pub(crate) fn required(&self, tokenizer: &TextTokenizer) -> Option<Wanted> {
-        let (tools, single): (Vec<&Tool>, bool) = match &self.choice {
+        let (tools, single): (Vec<&Function>, bool) = match &self.choice {
             ToolChoice::None | ToolChoice::Auto => return None,
             ToolChoice::Required => (self.tools.iter().collect(), !self.parallel),
             ToolChoice::Named(name) => (self.tools.iter().filter(|tool| tool.name == *name).collect(), true),
@@ -117,12 +109,26 @@ impl ToolUse {
                 }
                 format!("start: {open} calls\ncalls: {}", Grammar::lark_json(list))
             }
+            ToolFormat::Named => {
+                let more = if single { "" } else { " call*" };
+                let choices: Vec<String> = (0..tools.len()).map(|index| format!("call{index}")).collect();
+                let mut lark = format!("start: call{more}\ncall: {}", choices.join(" | "));
+                for (index, tool) in tools.iter().enumerate() {
+                    let (name, arguments) = (json!(tool.name), Grammar::lark_json(tool.parameters.clone()));
+                    let args = literal("[ARGS]");
+                    lark +=
+                        &format!("\ncall{index}: {open} {name} {args} args{index}\nargs{index}: {arguments}");
+                }
+                lark
+            }
+            // Never asked for: `format`.
+            ToolFormat::Markup => return None,
         };
         Some(Wanted::new("tools", Grammar::Lark(lark)))
     }
 }
 
-fn read_tool(index: usize, tool: &Json) -> Result<Tool, ApiError> {
+fn read_tool(index: usize, tool: &Json) -> Result<Function, ApiError> {
     let name = |rest: &str| format!("tools[{index}]{rest}");
     let bad = |name: &str, what: &str| ApiError::param(name, format!("'{name}' must be {what}"));
     if tool.get("type").and_then(Json::as_str) != Some("function") {
@@ -139,10 +145,10 @@ fn read_tool(index: usize, tool: &Json) -> Result<Tool, ApiError> {
         Some(Json::Object(schema)) => Json::Object(schema.clone()),
         Some(_) => return Err(bad(&name(".function.parameters"), "a JSON schema")),
     };
-    Ok(Tool { name: called.to_owned(), parameters })
+    Ok(Function { name: called.to_owned(), parameters })
 }
 
-fn read_choice(fields: &Fields<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
+fn read_choice(fields: &Fields<'_>, tools: &[Function]) -> Result<ToolChoice, ApiError> {
     const NAME: &str = "tool_choice";
     let choice: Option<Json> = fields.tree(NAME, "a string or an object")?;
     let choice = match choice {
@@ -180,8 +186,8 @@ fn read_choice(fields: &Fields<'_>, tools: &[Tool]) -> Result<ToolChoice, ApiErr
 }
 
 /// The schema of a call of one of these functions; `path` is where in the document's schema it will stand.
-fn any_call(tools: &[&Tool], arguments_key: &str, path: &str) -> Json {
-    let call = |(index, tool): (usize, &&Tool)| {
+fn any_call(tools: &[&Function], arguments_key: &str, path: &str) -> Json {
+    let call = |(index, tool): (usize, &&Function)| {
         let mut parameters = tool.parameters.clone();
         let place = format!("{path}/anyOf/{index}/properties/{arguments_key}");
         move_references(&mut parameters, &place);
@@ -255,7 +261,7 @@ impl ChoiceText {
         let last = |count: usize| id.get(id.len().saturating_sub(count)..).unwrap_or_default();
         let id = match tools.format() {
             // Mistral's templates insist on nine letters and digits, of which the call's number is two.
-            Some(ToolFormat::List) => format!("{}{:02x}", last(5), index % 256),
+            Some(ToolFormat::List | ToolFormat::Named) => format!("{}{:02x}", last(5), index % 256),
             _ => format!("call_{}{:02x}", last(20), index % 256),
         };
         ChoiceText { parser: tools.parser(), id, calls: 0 }
@@ -338,7 +344,7 @@ mod tests {
             let raw: Option<Json> = fields.tree("tools", "a list of tools")?;
             let list = raw.as_ref().and_then(Json::as_array).cloned().unwrap_or_default();
             let tools = list.iter().enumerate().map(|(index, tool)| read_tool(index, tool));
-            let tools = tools.collect::<Result<Vec<Tool>, ApiError>>()?;
+            let tools = tools.collect::<Result<Vec<Function>, ApiError>>()?;
             let choice = read_choice(&fields, &tools)?;
             Ok(ToolUse { tools, choice, parallel: fields.boolean("parallel_tool_calls", true)?, raw, format })
         };
@@ -404,7 +410,8 @@ mod tests {
         let (content, calls, _) =
             ChoiceText::new(&tools, "chatcmpl-0123456789abcdef0123456789abcdef", 0).whole(answer.to_owned());
         assert_eq!(content, "");
-        let length = if format == Some(ToolFormat::List) { 9 } else { 29 };
+        let mistral = matches!(format, Some(ToolFormat::List | ToolFormat::Named));
+        let length = if mistral { 9 } else { 29 };
         assert!(calls.iter().all(|call| call.id.as_ref().unwrap().len() == length));
         Some(calls.into_iter().map(|call| (call.function.name.unwrap(), call.function.arguments)).collect())
     }
@@ -418,9 +425,11 @@ mod tests {
             let arguments = |name: &str| if name == "time" { "{}" } else { r#"{"place": "Rome"}"# };
             Some(names.iter().map(|&name| (name.to_owned(), arguments(name).to_owned())).collect::<Vec<_>>())
         };
-        for format in [None, Some(ToolFormat::Tagged), Some(ToolFormat::Bare), Some(ToolFormat::List)] {
+        use ToolFormat::{Bare, List, Markup, Named, Tagged};
+        for format in [None, Some(Tagged), Some(Bare), Some(List), Some(Named), Some(Markup)] {
             let write = |answers: &[&str]| {
-                let key = format.unwrap_or(ToolFormat::Bare).arguments_key();
+                let bare = matches!(format, None | Some(Bare | Markup));
+                let key = if bare { "parameters" } else { "arguments" };
                 let text = match format {
                     Some(ToolFormat::Tagged) => answers
                         .iter()
@@ -428,6 +437,17 @@ mod tests {
                         .collect::<Vec<_>>()
                         .join("\n"),
                     Some(ToolFormat::List) => format!("[TOOL_CALLS][{}]", answers.join(", ")),
+                    Some(ToolFormat::Named) => answers
+                        .iter()
+                        .map(|answer| {
+                            let call: Json = serde_json::from_str(answer).unwrap();
+                            let (name, arguments) = (
+                                call["name"].as_str().unwrap(),
+                                &answer[answer.find(r#""KEY": "#).unwrap() + 7..],
+                            );
+                            format!("[TOOL_CALLS]{name}[ARGS]{}", arguments.strip_suffix('}').unwrap())
+                        })
+                        .collect(),
                     _ => answers.join("; "),
                 };
                 text.replace("KEY", key)

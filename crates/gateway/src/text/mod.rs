@@ -17,7 +17,7 @@ pub(crate) use template::{ChatInput, ChatTemplate};
 pub(crate) use tokenizer::TextTokenizer;
 #[cfg(test)]
 pub(crate) use tokenizer::tests::byte_level as test_tokenizer;
-pub(crate) use tools::{ToolFormat, ToolParser, ToolPiece};
+pub(crate) use tools::{Function, ToolFormat, ToolParser, ToolPiece};
 
 /// Text that is tokenized on the thread that serves the request; more goes to a thread that may block.
 const INLINE_BYTES: usize = 16 << 10;

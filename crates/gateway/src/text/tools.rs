@@ -1,7 +1,17 @@
 //! Finds tool calls in generated text that arrives in pieces, in the formats of the common chat templates.
 //!
-//! Text that might still become a call is held back; text that turns out to be none is given out as it was. The
-//! arguments are passed on as the model wrote them, valid JSON or not: the client has to check them anyway.
+//! Text that might still become a call is held back; text that turns out to be none is given out as it was. Arguments
+//! in JSON are passed on as the model wrote them, valid or not: the client has to check them anyway.
+
+mod markup;
+mod object;
+
+use std::sync::Arc;
+
+use serde_json::Value as Json;
+
+use markup::{FUNCTION, MarkupScanner};
+use object::ObjectScanner;
 
 /// How a model writes tool calls, by what its chat template contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,18 +23,27 @@ pub(crate) enum ToolFormat {
     Bare,
     /// Mistral: `[TOOL_CALLS][{"name": ..., "arguments": ...}, ...]`.
     List,
+    /// Mistral since 2025: `[TOOL_CALLS]name[ARGS]{...}`, any number of them, perhaps with `[CALL_ID]` and an id
+    /// before the arguments.
+    Named,
+    /// Qwen3-Coder: `<tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>`, any number
+    /// of them, of which the model sometimes leaves out the outermost tags.
+    Markup,
 }
 
 impl ToolFormat {
     /// The format of a chat template, if it has one of these.
     pub(crate) fn of(template: &str) -> Option<Self> {
         let has = |text: &str| template.contains(text);
-        // Templates that put other things than JSON between the same tags.
-        if has("<function=") || has("<arg_key>") || has("[ARGS]") {
+        // A template that puts something else between the same tags.
+        if has("<arg_key>") {
             return None;
         }
+        if has("<function=") {
+            return has("<parameter=").then_some(ToolFormat::Markup);
+        }
         if has("[TOOL_CALLS]") {
-            return Some(ToolFormat::List);
+            return Some(if has("[ARGS]") { ToolFormat::Named } else { ToolFormat::List });
         }
         if has("<tool_call>") && has("arguments") {
             return Some(ToolFormat::Tagged);
@@ -35,27 +54,46 @@ impl ToolFormat {
     /// What announces a call.
     pub(crate) const fn marker(self) -> &'static str {
         match self {
-            ToolFormat::Tagged => "<tool_call>",
+            ToolFormat::Tagged | ToolFormat::Markup => "<tool_call>",
             ToolFormat::Bare => "<|python_tag|>",
-            ToolFormat::List => "[TOOL_CALLS]",
+            ToolFormat::List | ToolFormat::Named => "[TOOL_CALLS]",
         }
     }
 
     /// What may end a call; empty if nothing does.
     pub(crate) const fn end_marker(self) -> &'static str {
         match self {
-            ToolFormat::Tagged => "</tool_call>",
-            ToolFormat::Bare | ToolFormat::List => "",
+            ToolFormat::Tagged | ToolFormat::Markup => "</tool_call>",
+            ToolFormat::Bare | ToolFormat::List | ToolFormat::Named => "",
+        }
+    }
+
+    /// Texts that are tokens of their own in some vocabularies and must not be left out of the answer.
+    pub(crate) const fn special(self) -> &'static [&'static str] {
+        match self {
+            ToolFormat::Tagged | ToolFormat::Markup => &["<tool_call>", "</tool_call>"],
+            ToolFormat::Bare => &["<|python_tag|>"],
+            ToolFormat::List => &["[TOOL_CALLS]"],
+            ToolFormat::Named => &["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"],
         }
     }
 
     /// The key under which a call has its arguments.
     pub(crate) const fn arguments_key(self) -> &'static str {
         match self {
-            ToolFormat::Tagged | ToolFormat::List => "arguments",
             ToolFormat::Bare => "parameters",
+            _ => "arguments",
         }
     }
+}
+
+/// A function that the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Function {
+    /// What it is called.
+    pub(crate) name: String,
+    /// JSON schema of its arguments.
+    pub(crate) parameters: Json,
 }
 
 /// What a piece of text turned out to be.
@@ -74,7 +112,7 @@ pub(crate) enum ToolPiece {
 pub(crate) struct ToolParser {
     format: ToolFormat,
     /// Functions that exist: without tags, only a call of one of them is a call.
-    names: Vec<String>,
+    functions: Arc<[Function]>,
     /// Leave out all calls but the first.
     single: bool,
     /// Text not looked at yet.
@@ -92,15 +130,48 @@ enum State {
     /// After the marker, before the call's object.
     Opened,
     /// In the call's object. `raw` is what to give out if it is none; empty once the call was announced.
-    Call { scanner: Box<CallScanner>, raw: String },
+    Call { scanner: Box<dyn Scan>, raw: String },
     /// After the call's object.
     Closed,
 }
 
+/// Reads one call character by character.
+trait Scan: std::fmt::Debug + Send {
+    /// Takes the next character. None follow after [`Progress::End`] or [`Progress::Bad`].
+    fn feed(&mut self, c: char);
+
+    /// What is known of the call.
+    fn call(&mut self) -> &mut Call;
+}
+
+/// What is known of a call while it is read.
+#[derive(Debug, Default)]
+struct Call {
+    progress: Progress,
+    name: Option<String>,
+    /// The name was given out.
+    announced: bool,
+    /// Arguments read and not taken yet.
+    arguments: String,
+    has_arguments: bool,
+}
+
+/// How far a call is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Progress {
+    #[default]
+    Going,
+    /// It is complete and has a name.
+    End,
+    /// It is no call.
+    Bad,
+}
+
 impl ToolParser {
-    /// A parser for answers in `format`, which may call the functions with these names.
-    pub(crate) fn new(format: ToolFormat, names: Vec<String>, single: bool) -> Self {
-        ToolParser { format, names, single, held: String::new(), state: State::Start, calls: 0 }
+    /// A parser for answers in `format`, which may call these functions.
+    pub(crate) fn new(format: ToolFormat, functions: Vec<Function>, single: bool) -> Self {
+        let (held, state) = (String::new(), State::Start);
+        ToolParser { format, functions: functions.into(), single, held, state, calls: 0 }
     }
 
     /// Calls found so far.
@@ -139,7 +210,7 @@ impl ToolParser {
                 let text = self.held.trim_start();
                 let bare = self.format == ToolFormat::Bare && text.starts_with('{');
                 if bare {
-                    self.state = State::Call { scanner: Box::default(), raw: String::new() };
+                    self.state = self.object(String::new());
                 } else if text.is_empty() {
                     return false;
                 } else {
@@ -151,19 +222,26 @@ impl ToolParser {
             State::Opened => {
                 let list = self.format == ToolFormat::List;
                 let text = self.held.trim_start_matches(|c: char| c.is_whitespace() || (list && c == '['));
-                if text.is_empty() {
+                let markup = self.format == ToolFormat::Markup;
+                if text.is_empty() || (markup && text.len() < FUNCTION.len() && FUNCTION.starts_with(text)) {
                     return false;
                 }
-                if text.starts_with('{') {
-                    // The marker is given back with what follows it if that is no call.
-                    let raw = self.held.len() - text.len();
-                    let raw = self.format.marker().to_owned() + &self.held[..raw];
-                    self.held = text.to_owned();
-                    self.state = State::Call { scanner: Box::default(), raw };
+                // The marker is given back with what follows it if that is no call.
+                let raw = self.held.len() - text.len();
+                let raw = self.format.marker().to_owned() + &self.held[..raw];
+                let text = text.to_owned();
+                if markup && text.starts_with(FUNCTION) {
+                    self.state = self.markup(raw);
+                } else if text.starts_with('{') && self.format != ToolFormat::Named {
+                    self.state = self.object(raw);
+                } else if self.format == ToolFormat::Named {
+                    self.state = State::Call { scanner: Box::new(ObjectScanner::named()), raw };
                 } else {
                     emit(pieces, self.format.marker().to_owned());
                     self.state = State::Content;
+                    return true;
                 }
+                self.held = text;
                 true
             }
             State::Call { .. } => {
@@ -174,60 +252,84 @@ impl ToolParser {
         }
     }
 
+    fn object(&self, raw: String) -> State {
+        State::Call { scanner: Box::<ObjectScanner>::default(), raw }
+    }
+
+    fn markup(&self, raw: String) -> State {
+        State::Call { scanner: Box::new(MarkupScanner::new(self.functions.clone())), raw }
+    }
+
     /// Gives out text up to the next marker, less the white space before it.
     fn content(&mut self, pieces: &mut Vec<ToolPiece>) -> bool {
         let marker = self.format.marker();
-        if let Some(at) = self.held.find(marker) {
+        let function = Some(FUNCTION).filter(|_| self.format == ToolFormat::Markup);
+        let at = self.held.find(marker);
+        let bare = function.and_then(|function| self.held.find(function));
+        if let Some(bare) = bare.filter(|&bare| at.is_none_or(|at| bare < at)) {
+            emit(pieces, self.held[..bare].trim_end().to_owned());
+            self.held.drain(..bare);
+            self.state = self.markup(String::new());
+            return true;
+        }
+        if let Some(at) = at {
             emit(pieces, self.held[..at].trim_end().to_owned());
             self.held.drain(..at + marker.len());
             self.state = State::Opened;
             return true;
         }
-        let begun = (1..marker.len()).rev().find(|&length| self.held.ends_with(&marker[..length]));
+        let begun =
+            |marker: &str| (1..marker.len()).rev().find(|&length| self.held.ends_with(&marker[..length]));
+        let begun = begun(marker).max(function.and_then(begun));
         let text = &self.held[..self.held.len() - begun.unwrap_or(0)];
         let rest = self.held.split_off(text.trim_end().len());
         emit(pieces, std::mem::replace(&mut self.held, rest));
         false
     }
 
-    /// Reads on in a call's object.
+    /// Reads on in a call.
     fn call(&mut self, pieces: &mut Vec<ToolPiece>) {
         let State::Call { scanner, raw } = &mut self.state else { return };
         let mut used = self.held.len();
         for (at, character) in self.held.char_indices() {
             scanner.feed(character);
+            let call = scanner.call();
             // What follows the name, or is no call any more, is looked at anew: how the text was cut must not matter.
-            let named = scanner.name.is_some() && !scanner.announced;
-            if named || matches!(scanner.at, At::End | At::Bad) {
-                let bad = scanner.at == At::Bad && scanner.announced;
+            let named = call.name.is_some() && !call.announced;
+            if named || call.progress != Progress::Going {
+                let bad = call.progress == Progress::Bad && call.announced;
                 used = if bad { at } else { at + character.len_utf8() };
                 break;
             }
         }
         let text: String = self.held.drain(..used).collect();
-        if !scanner.announced {
+        let call = scanner.call();
+        if !call.announced {
             raw.push_str(&text);
         }
-        let unknown = |name: &String| self.format == ToolFormat::Bare && !self.names.contains(name);
-        let bad = scanner.at == At::Bad || scanner.name.as_ref().is_some_and(unknown);
-        if bad && !scanner.announced {
-            emit(pieces, std::mem::take(raw));
+        let functions = &self.functions;
+        let known = |name: &String| functions.iter().any(|function| function.name == *name);
+        let unknown = |name: &String| self.format == ToolFormat::Bare && !known(name);
+        let bad = call.progress == Progress::Bad || call.name.as_ref().is_some_and(unknown);
+        if bad && !call.announced {
+            let raw = std::mem::take(raw);
             self.state = State::Content;
+            emit(pieces, raw);
             return;
         }
-        let Some(name) = &scanner.name else { return };
-        let announce = !std::mem::replace(&mut scanner.announced, true);
+        let Some(name) = &call.name else { return };
+        let announce = !std::mem::replace(&mut call.announced, true);
         self.calls += usize::from(announce);
-        if scanner.at == At::End && !scanner.has_arguments {
-            scanner.arguments.push_str("{}");
+        if call.progress == Progress::End && !call.has_arguments {
+            call.arguments.push_str("{}");
         }
-        let arguments = std::mem::take(&mut scanner.arguments);
+        let arguments = std::mem::take(&mut call.arguments);
         if !self.single || self.calls == 1 {
             pieces.extend(announce.then(|| ToolPiece::Call(name.clone())));
             pieces.extend(Some(arguments).filter(|text| !text.is_empty()).map(ToolPiece::Arguments));
         }
         raw.clear();
-        if matches!(scanner.at, At::End | At::Bad) {
+        if call.progress != Progress::Going {
             self.state = State::Closed;
         }
     }
@@ -235,7 +337,7 @@ impl ToolParser {
     /// Passes over what separates calls.
     fn closed(&mut self) -> bool {
         let text = match self.format {
-            ToolFormat::Tagged => self.held.trim_start(),
+            ToolFormat::Tagged | ToolFormat::Markup | ToolFormat::Named => self.held.trim_start(),
             ToolFormat::Bare => self.held.trim_start_matches(|c: char| c.is_whitespace() || c == ';'),
             ToolFormat::List => self.held.trim_start_matches(|c: char| c.is_whitespace() || c == ','),
         };
@@ -254,9 +356,9 @@ impl ToolParser {
             self.state = State::Content;
             return true;
         }
-        if self.format != ToolFormat::Tagged && text.starts_with('{') {
+        if matches!(self.format, ToolFormat::Bare | ToolFormat::List) && text.starts_with('{') {
             self.held = text.to_owned();
-            self.state = State::Call { scanner: Box::default(), raw: String::new() };
+            self.state = self.object(String::new());
             return true;
         }
         self.state = State::Content;
@@ -270,132 +372,23 @@ fn emit(pieces: &mut Vec<ToolPiece>, text: String) {
     }
 }
 
-/// Where a scanner is in a call's object.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum At {
-    #[default]
-    Start,
-    KeyOrEnd,
-    Key,
-    Colon,
-    Value,
-    Name,
-    Arguments,
-    Other,
-    CommaOrEnd,
-    /// The object is complete and has a name.
-    End,
-    /// It is no call.
-    Bad,
-}
-
-/// Reads `{"name": ..., "arguments": ...}` character by character; other keys are passed over.
-#[derive(Debug, Default)]
-struct CallScanner {
-    at: At,
-    /// JSON text of the string being read, a key or the name.
-    string: String,
-    /// The key of the value being read.
-    key: String,
-    name: Option<String>,
-    /// The name was given out.
-    announced: bool,
-    /// Arguments read and not taken yet.
-    arguments: String,
-    has_arguments: bool,
-    depth: usize,
-    in_string: bool,
-    escaped: bool,
-}
-
-impl CallScanner {
-    fn feed(&mut self, c: char) {
-        let space = c.is_ascii_whitespace();
-        self.at = match (self.at, c) {
-            (At::Start | At::KeyOrEnd | At::Colon | At::Value | At::CommaOrEnd, _) if space => self.at,
-            (At::Start, '{') | (At::CommaOrEnd, ',') => At::KeyOrEnd,
-            (At::KeyOrEnd, '"') => self.begin_string(At::Key),
-            (At::KeyOrEnd | At::CommaOrEnd, '}') if self.name.is_some() => At::End,
-            (At::Key | At::Name, _) => self.string(c),
-            (At::Colon, ':') => At::Value,
-            (At::Value, '"') if self.key == "name" && self.name.is_none() => self.begin_string(At::Name),
-            (At::Value, _) if self.key == "name" => At::Bad,
-            (At::Value, _) => {
-                let arguments =
-                    matches!(self.key.as_str(), "arguments" | "parameters") && !self.has_arguments;
-                self.has_arguments |= arguments;
-                let at = if arguments { At::Arguments } else { At::Other };
-                self.value(at, c)
-            }
-            (At::Arguments | At::Other, _) => self.value(self.at, c),
-            _ => At::Bad,
-        };
-    }
-
-    fn begin_string(&mut self, at: At) -> At {
-        self.string.clear();
-        self.string.push('"');
-        at
-    }
-
-    /// One more character of a key or the name.
-    fn string(&mut self, c: char) -> At {
-        self.string.push(c);
-        if !self.closes_string(c) {
-            return self.at;
-        }
-        match (serde_json::from_str::<String>(&self.string), self.at) {
-            (Ok(key), At::Key) => {
-                self.key = key;
-                At::Colon
-            }
-            (Ok(name), _) => {
-                self.name = Some(name);
-                At::CommaOrEnd
-            }
-            (Err(_), _) => At::Bad,
-        }
-    }
-
-    /// Whether this character of a string is its closing quote.
-    fn closes_string(&mut self, c: char) -> bool {
-        let escaped = std::mem::take(&mut self.escaped);
-        self.escaped = c == '\\' && !escaped;
-        c == '"' && !escaped
-    }
-
-    /// One more character of a value of any kind.
-    fn value(&mut self, at: At, c: char) -> At {
-        let scalar = self.depth == 0 && !self.in_string;
-        if scalar && (matches!(c, ',' | '}') || c.is_ascii_whitespace()) {
-            self.at = At::CommaOrEnd;
-            self.feed(c);
-            return self.at;
-        }
-        if at == At::Arguments {
-            self.arguments.push(c);
-        }
-        if self.in_string {
-            self.in_string = !self.closes_string(c);
-        } else {
-            match c {
-                '"' => self.in_string = true,
-                '{' | '[' => self.depth += 1,
-                '}' | ']' => self.depth = self.depth.saturating_sub(1),
-                _ => return at,
-            }
-        }
-        if self.depth == 0 && !self.in_string { At::CommaOrEnd } else { at }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn functions() -> Vec<Function> {
+        let properties = serde_json::json!({
+            "text": {"type": "string"}, "n": {"type": "integer"}, "on": {"type": "boolean"},
+            "list": {"type": "array"}, "either": {"type": ["string", "null"]}, "unit": {"enum": ["C", "F"]},
+            "any": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        });
+        let function = |name: &str, parameters| Function { name: name.into(), parameters };
+        vec![function("f", serde_json::json!({"properties": properties})), function("get \"it\"", Json::Null)]
+    }
+
     fn parser(format: ToolFormat) -> ToolParser {
-        ToolParser::new(format, vec!["f".into(), "get \"it\"".into()], false)
+        ToolParser::new(format, functions(), false)
     }
 
     /// Content and calls, from pieces.
@@ -433,8 +426,33 @@ mod tests {
     const BARE: &str = " {\"name\": \"f\", \"parameters\": {\"q\": \"a;b\"}}; {\"type\": \"function\", \"name\": \"get \\\"it\\\"\"}";
     const LIST: &str = "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {\"a\": []}}, {\"name\": \"g\", \"arguments\": {}, \"id\": \"x\"}]";
 
+    const NAMED: &str =
+        "Well.\n[TOOL_CALLS]f[ARGS]{\"a\": \"}[ARGS]{\"}\n[TOOL_CALLS] g [CALL_ID]x1y2z3[ARGS]{\"b\": [{}]}";
+    const MARKUP: &str = "Now.\n\n<tool_call>\n<function=f>\n<parameter=text>\nline \"1\"\n\n</param>\n</parameter>\n\
+                          <parameter=n>\n5\n</parameter>\n<parameter=on>True</parameter>\n</function>\n</tool_call>\n\
+                          <tool_call>\n<function=g>\n<parameter=x>\n1é\n</parameter>\n</function>\n</tool_call>";
+
+    /// All formats with an answer.
+    const ANSWERS: [(ToolFormat, &str); 5] = [
+        (ToolFormat::Tagged, TAGGED),
+        (ToolFormat::Bare, BARE),
+        (ToolFormat::List, LIST),
+        (ToolFormat::Named, NAMED),
+        (ToolFormat::Markup, MARKUP),
+    ];
+
     fn expected(format: ToolFormat) -> (String, Vec<(String, String)>) {
         match format {
+            ToolFormat::Named => {
+                ("Well.".into(), vec![call("f", "{\"a\": \"}[ARGS]{\"}"), call("g", "{\"b\": [{}]}")])
+            }
+            ToolFormat::Markup => (
+                "Now.".into(),
+                vec![
+                    call("f", "{\"text\": \"line \\\"1\\\"\\n\\n</param>\", \"n\": 5, \"on\": true}"),
+                    call("g", "{\"x\": \"1é\"}"),
+                ],
+            ),
             ToolFormat::Tagged => (
                 "I'll look.".into(),
                 vec![call("f", "{\"x\": \"}\\\"</tool_call>é\", \"y\": [1, {}]}"), call("g", "5")],
@@ -448,9 +466,7 @@ mod tests {
 
     #[test]
     fn calls_in_every_format() {
-        for (format, text) in
-            [(ToolFormat::Tagged, TAGGED), (ToolFormat::Bare, BARE), (ToolFormat::List, LIST)]
-        {
+        for (format, text) in ANSWERS {
             assert_eq!(whole(format, text), expected(format));
         }
         assert_eq!(
@@ -479,6 +495,12 @@ mod tests {
             (ToolFormat::Bare, "  \n"),
             (ToolFormat::List, "[TOOL_CALL] [{\"name\": \"f\"}]"),
             (ToolFormat::List, "[TOOL_CALLS]f{}"),
+            (ToolFormat::Named, "[TOOL_CALLS] two words{}"),
+            (ToolFormat::Named, "[TOOL_CALLS]{}"),
+            (ToolFormat::Named, "[TOOL_CALLS]f[ARGS]"),
+            (ToolFormat::Markup, "<tool_call>f(1)</tool_call>"),
+            (ToolFormat::Markup, "<tool_call>\n<function=>\n</function>"),
+            (ToolFormat::Markup, "a <function b <funct"),
         ] {
             assert_eq!(whole(format, text), (text.to_owned(), vec![]), "{format:?}");
         }
@@ -493,8 +515,46 @@ mod tests {
     }
 
     #[test]
+    fn values_in_tags_have_the_types_of_the_schema() {
+        let value = |key: &str, value: &str| {
+            let text = format!("<function=f>\n<parameter={key}>\n{value}\n</parameter>\n</function>");
+            let (content, calls) = whole(ToolFormat::Markup, &text);
+            assert_eq!((content.as_str(), calls.len()), ("", 1));
+            let arguments: Json = serde_json::from_str(&calls[0].1).unwrap();
+            arguments[key].clone()
+        };
+        use serde_json::json;
+        assert_eq!(value("text", "5"), json!("5"));
+        assert_eq!(value("text", "\n  a\n"), json!("\n  a\n"));
+        assert_eq!(value("n", " -7 "), json!(-7));
+        assert_eq!(value("n", "seven"), json!("seven"));
+        assert_eq!(value("on", "False"), json!(false));
+        assert_eq!(value("list", "[1, {\"a\": \"</p>\"}]"), json!([1, {"a": "</p>"}]));
+        assert_eq!(value("either", "5"), json!("5"));
+        assert_eq!(value("either", "None"), json!(null));
+        assert_eq!(value("unit", "C"), json!("C"));
+        assert_eq!(value("any", "5"), json!(5));
+        assert_eq!(value("not in the schema", "{}"), json!("{}"));
+        // No parameters, and JSON in the tags of the other format.
+        assert_eq!(
+            whole(ToolFormat::Markup, "<tool_call><function=f></function></tool_call>").1,
+            [call("f", "{}")]
+        );
+        let json = "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>";
+        assert_eq!(whole(ToolFormat::Markup, json), (String::new(), vec![call("f", "{}")]));
+    }
+
+    #[test]
+    fn text_in_tags_is_given_out_as_it_comes() {
+        let mut parser = parser(ToolFormat::Markup);
+        parser.push("<tool_call><function=f><parameter=text>\none\n");
+        assert_eq!(parser.push("two </para"), [ToolPiece::Arguments("\\ntwo ".into())]);
+        assert_eq!(parser.push("meter>"), [ToolPiece::Arguments("\"".into())]);
+    }
+
+    #[test]
     fn further_calls_can_be_left_out() {
-        let single = ToolParser::new(ToolFormat::Tagged, vec!["f".into()], true);
+        let single = ToolParser::new(ToolFormat::Tagged, functions(), true);
         let (content, calls) = run(single, [TAGGED]);
         assert_eq!((content.as_str(), calls.len()), ("I'll look.", 1));
     }
@@ -503,8 +563,12 @@ mod tests {
     fn formats_are_known_by_their_templates() {
         assert_eq!(ToolFormat::of("...<tool_call>{{ tool.arguments }}"), Some(ToolFormat::Tagged));
         assert_eq!(ToolFormat::of("<tool_call><function=f>{{ arguments }}"), None);
+        assert_eq!(
+            ToolFormat::of("<tool_call>\n<function=' ~ n ~ '>\n<parameter="),
+            Some(ToolFormat::Markup)
+        );
         assert_eq!(ToolFormat::of("'[TOOL_CALLS] ['"), Some(ToolFormat::List));
-        assert_eq!(ToolFormat::of("'[TOOL_CALLS]' + name + '[ARGS]'"), None);
+        assert_eq!(ToolFormat::of("'[TOOL_CALLS]' + name + '[ARGS]'"), Some(ToolFormat::Named));
         assert_eq!(ToolFormat::of("<|python_tag|>"), Some(ToolFormat::Bare));
         assert_eq!(ToolFormat::of("{{ messages }}"), None);
     }
@@ -512,9 +576,7 @@ mod tests {
     proptest! {
         #[test]
         fn it_does_not_matter_how_the_text_is_cut(cuts in prop::collection::vec(0usize..260, 0..12)) {
-            for (format, text) in
-                [(ToolFormat::Tagged, TAGGED), (ToolFormat::Bare, BARE), (ToolFormat::List, LIST)]
-            {
+            for (format, text) in ANSWERS {
                 let mut at: Vec<usize> = cuts.iter().copied().filter(|&cut| text.is_char_boundary(cut)).collect();
                 at.extend([0, text.len()]);
                 at.sort_unstable();
@@ -525,9 +587,9 @@ mod tests {
 
         /// Whatever a model writes: no panic, and without a call nothing is lost.
         #[test]
-        fn any_text(pieces in prop::collection::vec("(<tool_call>|</tool_call>|\\[TOOL_CALLS\\]|<\\|python_tag\\|>|\\{\"name\": \"f\"|, \"arguments\": |[{}\\[\\]\",:; \\n\\\\a-cé])", 0..30)) {
+        fn any_text(pieces in prop::collection::vec("(<tool_call>|</tool_call>|<function=f>|<parameter=text>|</parameter>|</function>|\\[ARGS\\]|\\[TOOL_CALLS\\]|<\\|python_tag\\|>|\\{\"name\": \"f\"|, \"arguments\": |[{}\\[\\]\",:; \\n\\\\a-cé])", 0..30)) {
             let text = pieces.concat();
-            for format in [ToolFormat::Tagged, ToolFormat::Bare, ToolFormat::List] {
+            for (format, _) in ANSWERS {
                 let (content, calls) = run(parser(format), pieces.iter().map(String::as_str));
                 prop_assert_eq!(whole(format, &text), (content.clone(), calls.clone()));
                 let bare = |text: &str| text.split_whitespace().collect::<String>();
