@@ -225,7 +225,8 @@ fn take_apart(
     a: safetensors::Tensor,
     b: safetensors::Tensor,
 ) -> Result<Vec<Part>, String> {
-    let name = names::hugging_face(hugging_face_family(&spec.family), &format!("{module}.weight"), false);
+    let family = hugging_face_family(&spec.family);
+    let name = names::hugging_face(family, &format!("{module}.weight"), false, false);
     // The factors are not transposed in the families that store their matrices so.
     let name = match name {
         Name::Transposed(role) => Name::Role(role),

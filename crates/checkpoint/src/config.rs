@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::{Attention, LayerRole, ModelSpec, Norm, NormPlacement, Output, Pooling, layout};
+use crate::{Attention, LayerRole, ModelSpec, Norm, NormPlacement, Output, Pooling, ScoreActivation, layout};
 
 mod families;
 mod quantisation;
@@ -16,8 +16,7 @@ pub(crate) use quantisation::{Packing, Quantisation, ZeroPoint};
 mod tests;
 
 /// Model types that this build can run.
-const SUPPORTED: &str =
-    "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, bert";
+const SUPPORTED: &str = "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma2, gemma3_text, phi3, gpt2, gpt_neox, opt, bert, roberta, xlm-roberta";
 
 /// Why a config was not accepted; the caller adds the file.
 #[derive(Debug, PartialEq)]
@@ -66,7 +65,7 @@ pub(crate) fn parse(config: &Value) -> Result<Parsed, ConfigError> {
         "gpt2" => config.gpt2(),
         "gpt_neox" => config.gpt_neox(),
         "opt" => config.opt(),
-        "bert" => config.bert(),
+        "bert" | "roberta" | "xlm-roberta" => config.bert(),
         other => Err(Unsupported(format!("model type {other} is not supported; supported are {SUPPORTED}"))),
     }?;
     family.clone_into(&mut spec.family);
@@ -170,18 +169,26 @@ impl<'a> Config<'a> {
     }
 
     fn bert(&self) -> Family {
-        if let Some(architectures) = self.get("architectures").and_then(Value::as_array) {
-            let known = ["BertModel", "BertForMaskedLM", "BertForPreTraining"];
-            if let Some(other) =
-                architectures.iter().find(|name| !name.as_str().is_some_and(|name| known.contains(&name)))
-            {
-                return Err(Unsupported(format!("architecture {other} is not supported; BertModel is")));
+        let family = self.text("model_type")?.unwrap_or_default();
+        let mut output = Output::Embedding { pooling: Pooling::Mean, normalise: false };
+        for architecture in self.get("architectures").and_then(Value::as_array).into_iter().flatten() {
+            let name = architecture.as_str().unwrap_or_default();
+            let task = ["Bert", "Roberta", "XLMRoberta"].iter().find_map(|prefix| name.strip_prefix(prefix));
+            match task {
+                Some("Model" | "ForMaskedLM" | "ForPreTraining") => {}
+                Some("ForSequenceClassification") => output = self.score()?,
+                _ => {
+                    return Err(Unsupported(format!(
+                        "architecture {architecture} is not supported in a {family} model (only Model, ForMaskedLM, \
+                         and ForSequenceClassification with one label)"
+                    )));
+                }
             }
         }
         let activation = self.text("hidden_act")?.unwrap_or("gelu");
         if activation != "gelu" {
             return Err(Unsupported(format!(
-                "hidden_act {activation} is not supported in a bert model (only gelu)"
+                "hidden_act {activation} is not supported in a {family} model (only gelu)"
             )));
         }
         let positions = self.text("position_embedding_type")?.unwrap_or("absolute");
@@ -191,11 +198,16 @@ impl<'a> Config<'a> {
             )));
         }
         if self.flag("is_decoder")? {
-            return Err(Unsupported("a bert model as decoder (is_decoder) is not supported".into()));
+            return Err(Unsupported(format!("a {family} model as decoder (is_decoder) is not supported")));
         }
         let hidden = self.count("hidden_size")?;
         let heads = self.count("num_attention_heads")?;
         let positions = self.count("max_position_embeddings")?;
+        // RoBERTa counts positions from behind the one of padding.
+        let position_offset = match family {
+            "bert" => 0,
+            _ => self.optional_count("pad_token_id")?.unwrap_or(1).saturating_add(1),
+        };
         let spec = ModelSpec {
             vocab: self.count("vocab_size")?,
             hidden,
@@ -204,16 +216,48 @@ impl<'a> Config<'a> {
             heads,
             kv_heads: heads,
             head_dim: self.head_dim(hidden, heads)?,
-            context: positions,
+            context: positions.saturating_sub(position_offset),
             norm: Norm::Layer { epsilon: self.number("layer_norm_eps")?.unwrap_or(1e-12) as f32 },
             norm_placement: NormPlacement::Post,
             learned_positions: Some(positions),
+            position_offset,
             token_types: Some(self.count("type_vocab_size")?),
             mlp: crate::Mlp::Gelu,
             attention: Attention::Bidirectional,
-            output: Output::Embedding { pooling: Pooling::Mean, normalise: false },
+            output,
             ..ModelSpec::default()
         };
         Ok((spec, layout::UNGATED_BIASES.to_vec()))
+    }
+
+    /// The output of a model for classification: one score, with the activation that sentence-transformers would use.
+    fn score(&self) -> Result<Output, ConfigError> {
+        let labels = match (self.object("id2label")?, self.optional_count("num_labels")?) {
+            (Some(labels), _) => labels.0.len(),
+            (None, count) => count.unwrap_or(2),
+        };
+        if labels != 1 {
+            return Err(Unsupported(format!(
+                "sequence classification with {labels} labels is not supported (with one, for reranking, it is)"
+            )));
+        }
+        let named = match self.object("sentence_transformers")? {
+            Some(settings) => settings.text("activation_fn")?,
+            None => None,
+        };
+        let named = match named {
+            Some(name) => Some(name),
+            None => self.text("sbert_ce_default_activation_function")?,
+        };
+        let activation = match named.map(|name| name.rsplit('.').next().unwrap_or_default()) {
+            None | Some("Sigmoid") => ScoreActivation::Sigmoid,
+            Some("Identity") => ScoreActivation::Identity,
+            Some(other) => {
+                return Err(Unsupported(format!(
+                    "the activation {other} of scores is not supported (Sigmoid and Identity are)"
+                )));
+            }
+        };
+        Ok(Output::Score { activation })
     }
 }

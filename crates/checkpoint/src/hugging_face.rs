@@ -12,8 +12,8 @@ use crate::fused::Whole;
 use crate::names::{self, Fused, Name};
 use crate::source::{Source, TextAssets, list_files};
 use crate::{
-    CheckpointError, GenerationDefaults, ModelSpec, NormPlacement, Output, Pooling, layout, quantised,
-    safetensors, serverlessllm, tokenizer,
+    CheckpointError, GenerationDefaults, ModelSpec, Output, Pooling, layout, quantised, safetensors,
+    serverlessllm, tokenizer,
 };
 
 /// Largest JSON file other than the tokenizer, in bytes.
@@ -105,7 +105,7 @@ fn open(
             ConfigError::Invalid(message) => CheckpointError::invalid(&config_path, message),
             ConfigError::Unsupported(message) => CheckpointError::unsupported(&config_path, message),
         })?;
-    if spec.norm_placement == NormPlacement::Post {
+    if matches!(spec.output, Output::Embedding { .. }) {
         apply_sentence_settings(directory, &mut spec)?;
     }
     let (files, mut tensors) = headers()?;
@@ -114,12 +114,11 @@ fn open(
         Some(quantisation) => quantised::gather(quantisation, &files, &mut tensors)?,
         None => (Vec::new(), Vec::new()),
     };
-    let tied = layout::is_tied(&spec);
     let path_of = |file: usize| paths.get(file).map_or(directory, PathBuf::as_path);
     let mut found = Vec::new();
     for (file, tensor) in tensors {
         let path = path_of(file);
-        let Some(name) = meaning(path, &spec.family, &tensor.name, tied)? else { continue };
+        let Some(name) = meaning(path, &spec, &tensor.name)? else { continue };
         let Some(dtype) = tensor.element_type() else {
             return Err(CheckpointError::unsupported(
                 path,
@@ -138,7 +137,7 @@ fn open(
     let mut files: Vec<Arc<dyn ReadAt>> = files.into_iter().map(|file| file as Arc<dyn ReadAt>).collect();
     for matrix in matrices {
         let path = path_of(matrix.file);
-        let Some(name) = meaning(path, &spec.family, &matrix.name, tied)? else { continue };
+        let Some(name) = meaning(path, &spec, &matrix.name)? else { continue };
         if matches!(name, Name::Transposed(_) | Name::Fused(_, Fused::QueryKeyValueTransposed)) {
             let message = format!("quantised weights of a {} model are not supported", spec.family);
             return Err(CheckpointError::unsupported(path, message));
@@ -158,8 +157,9 @@ fn open(
 }
 
 /// What a tensor of this name is for; `None` if the model does not need it.
-fn meaning(path: &Path, family: &str, tensor: &str, tied: bool) -> Result<Option<Name>, CheckpointError> {
-    match names::hugging_face(family, tensor, tied) {
+fn meaning(path: &Path, spec: &ModelSpec, tensor: &str) -> Result<Option<Name>, CheckpointError> {
+    let family = &spec.family;
+    match names::hugging_face(family, tensor, layout::is_tied(spec), spec.scores()) {
         Name::Ignored => Ok(None),
         Name::Unknown => Err(CheckpointError::unsupported(
             path,

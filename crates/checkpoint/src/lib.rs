@@ -41,5 +41,5 @@ pub use manifest::{
 pub use source::{Source, SourceTensor, open};
 pub use spec::{
     Attention, ExpertRole, Experts, Factor, LayerRole, LocalLayers, LowRank, Mlp, ModelSpec, Norm,
-    NormPlacement, Output, Pooling, Role, Rope, RopeScaling,
+    NormPlacement, Output, Pooling, Role, Rope, RopeScaling, ScoreActivation,
 };

@@ -39,10 +39,11 @@ pub(crate) enum Fused {
     ExpertsGateUp,
 }
 
-/// What the tensors of a Hugging Face family are called.
-pub(crate) fn hugging_face(family: &str, name: &str, tied: bool) -> Name {
+/// What the tensors of a Hugging Face family are called. `tied` says that the output matrix is the token embedding,
+/// `scores` that the model scores pairs.
+pub(crate) fn hugging_face(family: &str, name: &str, tied: bool, scores: bool) -> Name {
     match family {
-        "bert" => hugging_face_bert(name),
+        "bert" | "roberta" | "xlm-roberta" => hugging_face_bert(name, scores),
         "gpt2" => gpt2(name, tied),
         "gpt_neox" => gpt_neox(name, tied),
         "opt" => opt(name, tied),
@@ -265,9 +266,20 @@ fn opt(whole: &str, tied: bool) -> Name {
     name(whole, found)
 }
 
-/// Names of Hugging Face BERT checkpoints, with or without the `bert.` prefix, norms in the old spelling or the new.
-fn hugging_face_bert(name: &str) -> Name {
-    let name = name.strip_prefix("bert.").unwrap_or(name);
+/// Names of Hugging Face BERT and RoBERTa checkpoints, with or without the `bert.` or `roberta.` prefix, norms in the
+/// old spelling or the new. A model that scores has BERT's pooler with a classifier, or RoBERTa's classifier, which is
+/// both.
+fn hugging_face_bert(name: &str, scores: bool) -> Name {
+    if let Some(head) = name.strip_prefix("classifier.").filter(|_| scores) {
+        return match head {
+            "weight" | "out_proj.weight" => Name::Role(Role::Classifier),
+            "bias" | "out_proj.bias" => Name::Role(Role::ClassifierBias),
+            "dense.weight" => Name::Role(Role::Pooler),
+            "dense.bias" => Name::Role(Role::PoolerBias),
+            _ => Name::Unknown,
+        };
+    }
+    let name = name.strip_prefix("bert.").or_else(|| name.strip_prefix("roberta.")).unwrap_or(name);
     let current =
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias");
     let role = match current.as_str() {
@@ -276,6 +288,8 @@ fn hugging_face_bert(name: &str) -> Name {
         "embeddings.token_type_embeddings.weight" => Some(Role::TypeEmbedding),
         "embeddings.LayerNorm.weight" => Some(Role::EmbeddingNorm),
         "embeddings.LayerNorm.bias" => Some(Role::EmbeddingNormBias),
+        "pooler.dense.weight" if scores => Some(Role::Pooler),
+        "pooler.dense.bias" if scores => Some(Role::PoolerBias),
         _ => current.strip_prefix("encoder.layer.").and_then(layer).and_then(|(number, rest)| {
             let role = match rest {
                 "attention.self.query.weight" => LayerRole::Query,
@@ -302,7 +316,11 @@ fn hugging_face_bert(name: &str) -> Name {
     match role {
         Some(role) => Name::Role(role),
         // The pooler and the pre-training heads come after the states that an embedding is made of.
-        None if name.starts_with("pooler.") || name.starts_with("cls.") || is_buffer(name) => Name::Ignored,
+        None if is_buffer(name)
+            || ["pooler.", "cls.", "lm_head."].iter().any(|head| name.starts_with(head)) =>
+        {
+            Name::Ignored
+        }
         None => Name::Unknown,
     }
 }
@@ -398,8 +416,12 @@ mod tests {
     fn buffers_are_ignored_and_strangers_are_not() {
         let ignored = "model.layers.0.self_attn.rotary_emb.inv_freq";
         assert_eq!(hugging_face_decoder("llama", ignored, false), Name::Ignored);
-        assert_eq!(hugging_face_bert("embeddings.position_ids"), Name::Ignored);
-        assert_eq!(hugging_face_bert("bert.pooler.dense.weight"), Name::Ignored);
+        assert_eq!(hugging_face_bert("embeddings.position_ids", false), Name::Ignored);
+        assert_eq!(hugging_face_bert("bert.pooler.dense.weight", false), Name::Ignored);
+        assert_eq!(hugging_face_bert("bert.pooler.dense.weight", true), Name::Role(Role::Pooler));
+        assert_eq!(hugging_face_bert("classifier.weight", true), Name::Role(Role::Classifier));
+        assert_eq!(hugging_face_bert("classifier.out_proj.bias", true), Name::Role(Role::ClassifierBias));
+        assert_eq!(hugging_face_bert("classifier.dense.weight", true), Name::Role(Role::Pooler));
         for strange in [
             "model.layers.0.mlp.experts.0.side_proj.weight",
             "score.weight",
@@ -409,7 +431,7 @@ mod tests {
             assert_eq!(hugging_face_decoder("llama", strange, false), Name::Unknown, "{strange}");
         }
         assert_eq!(gguf("llama", "blk.99999999999.attn_q.weight"), Name::Unknown);
-        assert_eq!(hugging_face_bert("classifier.weight"), Name::Unknown);
+        assert_eq!(hugging_face_bert("classifier.weight", false), Name::Unknown);
     }
 
     #[test]
@@ -434,7 +456,7 @@ mod tests {
             ("opt", "decoder.layers.3.final_layer_norm.bias", role(LayerRole::MlpNormBias)),
             ("opt", "model.decoder.project_in.weight", Name::Unknown),
         ] {
-            assert_eq!(hugging_face(family, name, false), meaning, "{name}");
+            assert_eq!(hugging_face(family, name, false, false), meaning, "{name}");
         }
         assert_eq!(gguf("llama", "blk.3.ffn_up.5.weight"), role(LayerRole::Expert(5, ExpertRole::Up)));
         assert_eq!(gguf("phi3", "blk.3.ffn_up.weight"), Name::Fused(3, Fused::GateUp));
@@ -444,7 +466,7 @@ mod tests {
     #[test]
     fn bert_names_in_both_spellings() {
         let norm = Name::Role(Role::Layer(2, LayerRole::AttnNorm));
-        assert_eq!(hugging_face_bert("encoder.layer.2.attention.output.LayerNorm.weight"), norm);
-        assert_eq!(hugging_face_bert("bert.encoder.layer.2.attention.output.LayerNorm.gamma"), norm);
+        assert_eq!(hugging_face_bert("encoder.layer.2.attention.output.LayerNorm.weight", false), norm);
+        assert_eq!(hugging_face_bert("bert.encoder.layer.2.attention.output.LayerNorm.gamma", false), norm);
     }
 }

@@ -61,7 +61,8 @@ pub struct ModelSpec {
     /// The row of the first token's position in the learned position embedding (OPT: 2).
     #[serde(default)]
     pub position_offset: usize,
-    /// Rows of the token-type embedding, if there is one (BERT); type 0 is always used.
+    /// Rows of the token-type embedding, if there is one (BERT). Tokens are of type 0; those of the second of two texts
+    /// of type 1, if there is one.
     pub token_types: Option<usize>,
     /// The feed-forward block.
     pub mlp: Mlp,
@@ -331,6 +332,22 @@ pub enum Output {
         /// Scale the vector to length one.
         normalise: bool,
     },
+    /// One number per sequence, how well two texts fit (a cross-encoder): a row of [`Role::Classifier`] applied to
+    /// tanh([`Role::Pooler`] · the first token's state).
+    Score {
+        /// What the number goes through at the end.
+        activation: ScoreActivation,
+    },
+}
+
+/// What a score goes through at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScoreActivation {
+    /// Nothing.
+    Identity,
+    /// 1 / (1 + exp(−x)).
+    Sigmoid,
 }
 
 /// How token states become one vector.
@@ -365,6 +382,14 @@ pub enum Role {
     FinalNormBias,
     /// `[vocab, hidden]`; absent when tied.
     Output,
+    /// `[hidden, hidden]`. This and the next ones only with [`Output::Score`].
+    Pooler,
+    /// `[hidden]`.
+    PoolerBias,
+    /// `[1, hidden]`.
+    Classifier,
+    /// `[1]`.
+    ClassifierBias,
     /// A factor of the update of matrix `.1` of layer `.0`, never quantised.
     LowRank(u32, LayerRole, Factor),
 }
@@ -451,7 +476,13 @@ impl ModelSpec {
             | Role::EmbeddingNorm
             | Role::EmbeddingNormBias => 0,
             Role::Layer(layer, _) | Role::LowRank(layer, ..) => 1 + layer as usize,
-            Role::FinalNorm | Role::FinalNormBias | Role::Output => self.layers + 1,
+            Role::FinalNorm
+            | Role::FinalNormBias
+            | Role::Output
+            | Role::Pooler
+            | Role::PoolerBias
+            | Role::Classifier
+            | Role::ClassifierBias => self.layers + 1,
         }
     }
 
@@ -467,9 +498,14 @@ impl ModelSpec {
         self.updates.get(index)
     }
 
-    /// Whether the model generates text (as opposed to giving embeddings).
+    /// Whether the model generates text (as opposed to giving embeddings or scores).
     pub fn generates(&self) -> bool {
         matches!(self.output, Output::Logits { .. })
+    }
+
+    /// Whether the model gives scores of pairs of texts.
+    pub fn scores(&self) -> bool {
+        matches!(self.output, Output::Score { .. })
     }
 
     /// How many tokens a token of this layer looks at, itself included; `None` for all.
@@ -499,9 +535,14 @@ impl ModelSpec {
             Role::TokenEmbedding | Role::Output => vec![self.vocab as u64, hidden],
             Role::PositionEmbedding => vec![self.learned_positions.unwrap_or(0) as u64, hidden],
             Role::TypeEmbedding => vec![self.token_types.unwrap_or(0) as u64, hidden],
-            Role::EmbeddingNorm | Role::EmbeddingNormBias | Role::FinalNorm | Role::FinalNormBias => {
-                vec![hidden]
-            }
+            Role::EmbeddingNorm
+            | Role::EmbeddingNormBias
+            | Role::FinalNorm
+            | Role::FinalNormBias
+            | Role::PoolerBias => vec![hidden],
+            Role::Pooler => vec![hidden, hidden],
+            Role::Classifier => vec![1, hidden],
+            Role::ClassifierBias => vec![1],
             Role::Layer(_, layer_role) => match layer_role {
                 LayerRole::AttnNorm
                 | LayerRole::AttnNormBias
@@ -599,6 +640,9 @@ impl ModelSpec {
         }
         if self.output == (Output::Logits { tied: false }) {
             roles.push(Role::Output);
+        }
+        if self.scores() {
+            roles.extend([Role::Pooler, Role::PoolerBias, Role::Classifier, Role::ClassifierBias]);
         }
         for update in &self.updates {
             roles.extend([Factor::A, Factor::B].map(|f| Role::LowRank(update.layer, update.matrix, f)));

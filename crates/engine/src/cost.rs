@@ -11,7 +11,7 @@ use crate::kernels::Buffer;
 use crate::kernels::attention::{piece_scratch, pieces};
 use crate::kernels::kv::BLOCK_TOKENS;
 use crate::kernels::matmul::{Packing, scratch_elements, token_blocks};
-use crate::model::{FeedForward, Layer, MlpTensors, Model, NormTensors, Tensor};
+use crate::model::{FeedForward, Layer, MlpTensors, Model, NormTensors, Scorer, Tensor};
 
 /// The size of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +111,11 @@ impl Model {
             (_, Output::Embedding { .. }) => head.elements += rows * hidden,
             _ => {}
         }
+        if let Some(Scorer { pooler, classifier }) = &self.scorer {
+            head.elements += output_rows as f64 * hidden;
+            head.products(&[&pooler.weight], output_rows, 1.0);
+            head.products(&[&classifier.weight], output_rows, 1.0);
+        }
         stages.push(head);
         stages
     }
@@ -187,9 +192,10 @@ impl Model {
         let apart = self.layers.iter().any(|layer| layer.attn_post_norm.is_some()) || spec.parallel_residual;
         let local_pairs = self.local_rotation.as_ref().map_or(0, |rotation| rotation.frequencies.len());
         let experts = spec.experts.as_ref().map_or(0, |experts| experts.count);
+        let scored = if self.scorer.is_some() { output_rows * spec.hidden } else { 0 };
         [
             tokens * spec.hidden,
-            normalised.max(tokens * queries),
+            normalised.max(tokens * queries).max(scored),
             tokens * queries,
             tokens * keys,
             tokens * keys,
@@ -198,7 +204,7 @@ impl Model {
             self.most_of_products(shape, |tensors, tokens| packing(tensors, tokens).elements()),
             tokens * self.rotation.frequencies.len() * 2,
             tokens * local_pairs * 2,
-            if apart || sparse { tokens * spec.hidden } else { 0 },
+            if apart || sparse { tokens * spec.hidden } else { scored },
             if sparse { tokens * experts } else { 0 },
             if sparse { tokens * spec.hidden } else { 0 },
             if sparse { tokens * spec.hidden } else { 0 },
@@ -240,6 +246,8 @@ impl Model {
             .unwrap_or(0)
         };
         let outer = self.embedding_norm.iter().chain(&self.final_norm).map(norm);
+        let scorer = self.scorer.iter().map(|scorer| of(&[scorer.pooler.bias.as_ref()]));
+        let outer = outer.chain(scorer);
         outer.chain(self.layers.iter().map(layer)).max().unwrap_or(0)
     }
 
@@ -296,7 +304,9 @@ impl Model {
         };
         let head = self.output.as_ref().filter(|_| output_rows > 0);
         let head = head.map_or(0, |tensor| need(&[tensor], output_rows));
-        self.layers.iter().map(layer).max().unwrap_or(0).max(head)
+        let scorer = self.scorer.iter().flat_map(|scorer| [&scorer.pooler, &scorer.classifier]);
+        let scorer = scorer.map(|linear| need(&[&linear.weight], output_rows)).max().unwrap_or(0);
+        self.layers.iter().map(layer).max().unwrap_or(0).max(head).max(scorer)
     }
 }
 

@@ -43,7 +43,7 @@ pub struct Chunk<'a> {
     pub tokens: &'a [u32],
     /// Position of the first of them; everything before is in the sequence's KV blocks.
     pub position: usize,
-    /// Which tokens' logits are wanted. Embedding models ignore it and always give the chunk's vector.
+    /// Which tokens' logits are wanted. Other models ignore it and always give the chunk's vector or score.
     pub logits: LogitRows,
 }
 
@@ -53,6 +53,8 @@ pub struct Whole {
     /// Tokens that the sequence has, those of later chunks included. Models with longrope rotate a sequence that is
     /// longer than [`Model::short_context`] in another way, from its first token on.
     pub tokens: usize,
+    /// Where the second of two texts begins, for models with token types.
+    pub second: Option<usize>,
 }
 
 /// Which tokens of a chunk get logits.
@@ -157,6 +159,8 @@ pub(crate) struct Place {
     pub(crate) position: usize,
     /// Whether its sequence is rotated as one beyond [`Model::short_context`].
     pub(crate) long: bool,
+    /// Position from which on tokens are of the second type.
+    pub(crate) second: usize,
     /// Its first row in the output, and how many it has.
     pub(crate) output_row: usize,
     pub(crate) output_rows: usize,
@@ -250,7 +254,7 @@ impl Pass {
         &mut self.memory.output.get_mut(range.end)[range]
     }
 
-    /// The vector of a chunk, `[hidden]`, once the pass is done. Empty for models that generate.
+    /// The vector of a chunk, `[hidden]`, or its score, `[1]`, once the pass is done. Empty for models that generate.
     pub fn embedding(&self, chunk: usize) -> &[f32] {
         if self.generates { &[] } else { self.output(chunk) }
     }
@@ -327,6 +331,7 @@ impl Executor {
                 tokens: chunk.tokens.len(),
                 position: chunk.position,
                 long: model.is_long(whole.tokens.max(chunk.position + chunk.tokens.len())),
+                second: whole.second.unwrap_or(usize::MAX),
                 output_row: output_rows,
                 output_rows: rows,
             });

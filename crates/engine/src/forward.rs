@@ -2,7 +2,7 @@
 //!
 //! This file only puts kernels in order. It must not compute anything itself whose result could depend on the batch.
 
-use tangram_checkpoint::{LayerRole, Norm, NormPlacement, Output, Pooling};
+use tangram_checkpoint::{LayerRole, Norm, NormPlacement, Output, Pooling, ScoreActivation};
 
 use crate::adapter::Adapted;
 use crate::executor::{Executor, Memory, Pass, PassError, Weights};
@@ -15,7 +15,7 @@ use crate::kernels::low_rank::add_low_rank;
 use crate::kernels::matmul::{Linear, matmul};
 use crate::kernels::routing::route;
 use crate::kernels::{Buffer, dequantise_row};
-use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Tensor};
+use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Scorer, Tensor};
 
 /// Runs the stages from `pass.stage` to `ready_stages`.
 pub(crate) fn run(
@@ -164,7 +164,8 @@ impl<'a> Step<'a> {
                 }
                 let position = place.position + token + spec.position_offset;
                 let position = self.model.position_embedding.map(|tensor| (tensor, position));
-                let token_type = self.model.type_embedding.map(|tensor| (tensor, 0));
+                let second = place.position + token >= place.second && spec.token_types > Some(1);
+                let token_type = self.model.type_embedding.map(|tensor| (tensor, usize::from(second)));
                 // Token type before position: the order in which the reference implementation of BERT adds.
                 for (tensor, row) in token_type.into_iter().chain(position) {
                     self.row(&tensor, row, addend)?;
@@ -448,11 +449,12 @@ impl<'a> Step<'a> {
         Ok(())
     }
 
-    /// The last stage: logits of the rows that want them, or one vector per chunk.
+    /// The last stage: logits of the rows that want them, or one vector or score per chunk.
     fn head(&self, memory: &mut Memory) -> Result<(), PassError> {
         match self.model.spec.output {
             Output::Logits { .. } => self.logits(memory),
             Output::Embedding { pooling, normalise } => self.pool_rows(memory, pooling, normalise),
+            Output::Score { activation } => self.score(memory, activation),
         }
     }
 
@@ -480,6 +482,29 @@ impl<'a> Step<'a> {
             if let Some(limit) = self.model.spec.logit_cap {
                 cap(*isa, pool, limit, output.get_mut(self.output_rows * rows));
             }
+        }
+        Ok(())
+    }
+
+    fn score(&self, memory: &mut Memory, activation: ScoreActivation) -> Result<(), PassError> {
+        let Executor { isa, pool, .. } = self.executor;
+        let Some(Scorer { pooler, classifier }) = &self.model.scorer else { return Ok(()) };
+        let (hidden, rows) = (self.model.spec.hidden, self.output_rows);
+        let Memory { places, x, h, block, packed, vectors, output, .. } = memory;
+        let x = x.get(self.rows * hidden);
+        let first = h.get_mut(rows * hidden);
+        for (place, first) in places.iter().zip(first.chunks_exact_mut(hidden)) {
+            first.copy_from_slice(&x[place.row * hidden..(place.row + 1) * hidden]);
+        }
+        let pooled = block.get_mut(rows * hidden);
+        let [bias] = self.biases(vectors, [pooler.bias.as_ref()])?;
+        matmul(*isa, pool, packed, first, hidden, rows, [self.linear(pooler, bias, pooled, false)?]);
+        pooled.iter_mut().for_each(|value| *value = value.tanh());
+        let scores = output.get_mut(rows);
+        let [bias] = self.biases(vectors, [classifier.bias.as_ref()])?;
+        matmul(*isa, pool, packed, pooled, hidden, rows, [self.linear(classifier, bias, scores, false)?]);
+        if activation == ScoreActivation::Sigmoid {
+            scores.iter_mut().for_each(|score| *score = 1.0 / (1.0 + (-*score).exp()));
         }
         Ok(())
     }

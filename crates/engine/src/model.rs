@@ -132,6 +132,12 @@ pub(crate) struct FeedForward {
     pub(crate) down: LinearTensors,
 }
 
+/// What makes a score of the first token's state.
+pub(crate) struct Scorer {
+    pub(crate) pooler: LinearTensors,
+    pub(crate) classifier: LinearTensors,
+}
+
 /// What stands behind a layer's second norm.
 pub(crate) enum MlpTensors {
     Dense(FeedForward),
@@ -149,8 +155,10 @@ pub struct Model {
     pub(crate) embedding_norm: Option<NormTensors>,
     pub(crate) layers: Vec<Layer>,
     pub(crate) final_norm: Option<NormTensors>,
-    /// The token embedding where tied; `None` in embedding models.
+    /// The token embedding where tied; `None` in models that do not generate.
     pub(crate) output: Option<Tensor>,
+    /// Only in models that score.
+    pub(crate) scorer: Option<Scorer>,
     pub(crate) rotation: Rotation,
     /// The rotation of sequences of more tokens than this.
     long: Option<(usize, Rotation)>,
@@ -188,7 +196,17 @@ impl Model {
                 Some(token_embedding)
             }
             Output::Logits { tied: false } => Some(roles.take(Role::Output)?),
-            Output::Embedding { .. } => None,
+            Output::Embedding { .. } | Output::Score { .. } => None,
+        };
+        let mut linear = |weight, bias| -> Result<LinearTensors, ModelError> {
+            Ok(LinearTensors { weight: roles.take(weight)?, bias: Some(roles.take(bias)?) })
+        };
+        let scorer = match spec.output {
+            Output::Score { .. } => Some(Scorer {
+                pooler: linear(Role::Pooler, Role::PoolerBias)?,
+                classifier: linear(Role::Classifier, Role::ClassifierBias)?,
+            }),
+            _ => None,
         };
         if let Some(role) = roles.left() {
             return Err(ModelError::Unexpected(role));
@@ -217,6 +235,7 @@ impl Model {
             layers,
             final_norm,
             output,
+            scorer,
             rotation: spec.rope.as_ref().map(|rope| rotation(rope, false)).unwrap_or_default(),
             long: spec.rope.as_ref().and_then(|rope| long_rotation(rope, spec.context)),
             local_rotation: spec
@@ -262,6 +281,7 @@ impl Model {
         match self.spec.output {
             Output::Logits { .. } => self.spec.vocab,
             Output::Embedding { .. } => self.spec.hidden,
+            Output::Score { .. } => 1,
         }
     }
 }

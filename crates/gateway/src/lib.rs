@@ -156,6 +156,8 @@ fn routes(gateway: Arc<Gateway>) -> Router {
         .route("/v1/chat/completions", post(openai::chat::create))
         .route("/v1/completions", post(openai::completions::create))
         .route("/v1/embeddings", post(openai::embeddings::create))
+        .route("/v1/rerank", post(openai::rerank::rerank))
+        .route("/v1/score", post(openai::rerank::score))
         .route("/v1/models", get(openai::models::list))
         .route("/v1/models/{*name}", get(openai::models::get))
         .route("/admin/models", get(admin::list).post(admin::deploy))
@@ -328,6 +330,8 @@ fn endpoint(path: &str) -> &'static str {
         "/v1/chat/completions" => "chat_completions",
         "/v1/completions" => "completions",
         "/v1/embeddings" => "embeddings",
+        "/v1/rerank" => "rerank",
+        "/v1/score" => "score",
         "/metrics" => "metrics",
         "/health" => "health",
         _ if path.starts_with("/v1/models") => "models",

@@ -203,10 +203,19 @@ pub enum GenerateEvent {
     Failed(RequestError),
 }
 
-/// A finished embedding request.
+/// Two texts that a model reads together, as token ids with the special tokens already in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextPair {
+    /// All tokens.
+    pub tokens: Vec<u32>,
+    /// Where the second text begins, if the tokenizer tells the two apart.
+    pub second: Option<usize>,
+}
+
+/// A finished request for embeddings or scores.
 #[derive(Clone, Debug)]
 pub struct Embeddings {
-    /// One vector per input, in order.
+    /// One vector per input, in order; a score is a vector of one element.
     pub vectors: Vec<Vec<f32>>,
     /// Figures for the whole request.
     pub timing: Timing,
@@ -314,7 +323,7 @@ pub struct ModelStatus {
     pub base: Option<String>,
     /// Family as its config names it.
     pub family: String,
-    /// `generate` or `embed`.
+    /// `generate`, `embed` or `score`.
     pub task: String,
     /// Type of most of the weight bytes.
     pub dtype: String,

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tangram_checkpoint::{AdapterSource, DType, Manifest, Source, TOKENIZER_FILE};
+use tangram_checkpoint::{AdapterSource, DType, Manifest, Output, Source, TOKENIZER_FILE};
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
 use tangram_engine::{Model, TensorDesc};
@@ -514,7 +514,7 @@ impl Node {
             events,
         }));
         let cancel = Cancel::new(&self.commands);
-        self.submit(&model, vec![(prompt, sink)], &cancel)?;
+        self.submit(&model, vec![(prompt, None, sink)], &cancel)?;
         Ok(Generation { events: receiver, _cancel: Some(cancel) })
     }
 
@@ -527,19 +527,34 @@ impl Node {
         model: &Arc<DeployedModel>,
         inputs: Vec<Vec<u32>>,
     ) -> Result<Embedding, RequestError> {
-        if model.spec.generates() {
+        if !matches!(model.spec.output, Output::Embedding { .. }) {
             let name = &model.name;
-            return Err(RequestError::Invalid(format!(
-                "model '{name}' generates text; it gives no embeddings"
-            )));
+            return Err(RequestError::Invalid(format!("model '{name}' gives no embeddings")));
         }
+        self.read(model, inputs.into_iter().map(|tokens| TextPair { tokens, second: None }).collect())
+    }
+
+    /// Submits pairs of texts for scoring.
+    ///
+    /// # Errors
+    /// As [`Node::generate`].
+    pub fn score(&self, model: &Arc<DeployedModel>, pairs: Vec<TextPair>) -> Result<Embedding, RequestError> {
+        if !model.spec.scores() {
+            let name = &model.name;
+            return Err(RequestError::Invalid(format!("model '{name}' does not score pairs of texts")));
+        }
+        self.read(model, pairs)
+    }
+
+    /// Submits inputs that are read as a whole.
+    fn read(&self, model: &Arc<DeployedModel>, inputs: Vec<TextPair>) -> Result<Embedding, RequestError> {
         if inputs.is_empty() {
             return Err(RequestError::Invalid("input must not be empty".to_owned()));
         }
-        for input in &inputs {
-            check_tokens(model, input)?;
-            if input.len() > model.context {
-                return Err(too_long(model, input.len(), None));
+        for TextPair { tokens, .. } in &inputs {
+            check_tokens(model, tokens)?;
+            if tokens.len() > model.context {
+                return Err(too_long(model, tokens.len(), None));
             }
         }
         let (result, receiver) = oneshot::channel();
@@ -550,7 +565,7 @@ impl Node {
         let inputs = inputs
             .into_iter()
             .enumerate()
-            .map(|(index, input)| (input, Sink::Embed { group: group.clone(), index }))
+            .map(|(index, input)| (input.tokens, input.second, Sink::Embed { group: group.clone(), index }))
             .collect();
         self.submit(model, inputs, &cancel)?;
         Ok(Embedding { result: receiver, _cancel: cancel })
@@ -559,7 +574,7 @@ impl Node {
     fn submit(
         &self,
         model: &DeployedModel,
-        sequences: Vec<(Vec<u32>, Sink)>,
+        sequences: Vec<(Vec<u32>, Option<usize>, Sink)>,
         cancel: &Cancel,
     ) -> Result<(), RequestError> {
         if self.closing.load(Ordering::Acquire) {
@@ -569,11 +584,12 @@ impl Node {
         if waiting >= self.max_waiting {
             return Err(RequestError::QueueFull { waiting });
         }
-        for (tokens, sink) in sequences {
+        for (tokens, second, sink) in sequences {
             self.shared.waiting.fetch_add(1, Ordering::AcqRel);
             self.shared.in_flight.fetch_add(1, Ordering::AcqRel);
             let arrival = self.next_arrival.fetch_add(1, Ordering::Relaxed);
-            let sequence = Sequence::new(arrival, model.index, tokens, cancel.flag.clone(), sink);
+            let mut sequence = Sequence::new(arrival, model.index, tokens, cancel.flag.clone(), sink);
+            sequence.second = second;
             if self.commands.send(Command::Submit(Box::new(sequence))).is_err() {
                 self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
                 self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);

@@ -19,7 +19,7 @@ use crate::swap::Swapped;
 pub(crate) enum Sink {
     /// Tokens of a generation.
     Generate(Box<Generate>),
-    /// Input `index` of an embedding request.
+    /// Input `index` of a request for embeddings or scores.
     Embed { group: Arc<EmbedGroup>, index: usize },
 }
 
@@ -58,6 +58,8 @@ pub(crate) struct Sequence {
     pub(crate) kv: Vec<Extent>,
     /// Hashes of the leading full blocks of `tokens`, as far as they have been needed.
     hashes: Vec<BlockHash>,
+    /// Where the second of two texts begins.
+    pub(crate) second: Option<usize>,
     /// Whether it is rotated as a long one ([`tangram_engine::Model::is_long`]).
     long: bool,
     /// Identity of its adapter: what its keys and values depend on besides the tokens.
@@ -93,6 +95,7 @@ impl Sequence {
             prefix: Prefix::default(),
             kv: Vec::new(),
             hashes: Vec::new(),
+            second: None,
             long: false,
             adapter: None,
             cancelled,

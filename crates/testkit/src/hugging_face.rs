@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Map, Value, json};
 
 use crate::model::{EXPERTS, Family, Float, RandomModel, Scaling, Tensor, WINDOW};
@@ -46,6 +48,51 @@ pub fn write_hf_model(dir: &Path, model: &RandomModel) {
         write_json("tokenizer.json", &tokenizer);
         write_json("tokenizer_config.json", &tokenizer::tokenizer_config(model));
     }
+}
+
+/// Writes a cross-encoder with one label, `BertForSequenceClassification` or (`roberta`)
+/// `XLMRobertaForSequenceClassification`, of a model of [`Family::Bert`] whose `context` counts learned positions.
+/// The score goes through the `activation` that the config names, if it names one.
+pub fn write_cross_encoder(dir: &Path, model: &RandomModel, roberta: bool, activation: Option<&str>) {
+    write_hf_model(dir, &RandomModel { shards: 1, ..model.clone() });
+    fs::remove_file(dir.join("modules.json")).unwrap();
+    let prefix = if roberta { "roberta" } else { "bert" };
+    let mut tensors = model.tensors();
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(model.seed ^ 0xc1a55);
+    for tensor in &mut tensors {
+        tensor.name = format!("{prefix}.{}", tensor.name);
+        if roberta && tensor.name.contains("token_type") {
+            tensor.shape[0] = 1;
+            tensor.values.truncate(model.hidden);
+        }
+    }
+    let (pooler, classifier) = match roberta {
+        true => ("classifier.dense", "classifier.out_proj"),
+        false => ("bert.pooler.dense", "classifier"),
+    };
+    let mut add = |name: String, shape: &[usize]| {
+        let spread = (3.0 / model.hidden as f32).sqrt();
+        let values = (0..shape.iter().product()).map(|_| rng.random_range(-spread..=spread)).collect();
+        tensors.push(Tensor { name, shape: shape.to_vec(), values });
+    };
+    for (name, rows) in [(pooler, model.hidden), (classifier, 1)] {
+        add(format!("{name}.weight"), &[rows, model.hidden]);
+        add(format!("{name}.bias"), &[rows]);
+    }
+    write_safetensors(&dir.join("model.safetensors"), &tensors, model.dtype);
+    let mut config = config(model);
+    config["id2label"] = json!({"0": "LABEL_0"});
+    config["architectures"] = json!(["BertForSequenceClassification"]);
+    if roberta {
+        config["architectures"] = json!(["XLMRobertaForSequenceClassification"]);
+        config["model_type"] = json!("xlm-roberta");
+        config["type_vocab_size"] = json!(1);
+        config["pad_token_id"] = json!(1);
+    }
+    if let Some(activation) = activation {
+        config["sentence_transformers"] = json!({"activation_fn": activation});
+    }
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
 }
 
 fn config(model: &RandomModel) -> Value {

@@ -15,7 +15,7 @@ mod tokenizer;
 
 pub use adapter::{RandomAdapter, write_adapter, write_adapter_of, write_merged};
 pub use gguf::{GgufOptions, write_gguf};
-pub use hugging_face::{mutate_layer, write_hf_model};
+pub use hugging_face::{mutate_layer, write_cross_encoder, write_hf_model};
 pub use model::{EXPERTS, Family, Float, RandomModel, Scaling, WINDOW};
 pub use quant::GgmlType;
 pub use quantised::{Quantised, write_quantised_model};

@@ -107,7 +107,13 @@ fn what_would_be_computed_differently_is_refused_by_name() {
         }
     }
     for (changes, word) in [
-        (json!({"architectures": ["BertForSequenceClassification"]}), "BertForSequenceClassification"),
+        (json!({"architectures": ["BertForTokenClassification"]}), "BertForTokenClassification"),
+        (json!({"architectures": ["BertForSequenceClassification"]}), "2 labels"),
+        (
+            json!({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "L"},
+                   "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}}),
+            "Tanh",
+        ),
         (json!({"hidden_act": "gelu_new"}), "gelu_new"),
         (json!({"position_embedding_type": "relative_key"}), "relative_key"),
         (json!({"is_decoder": true}), "is_decoder"),
@@ -233,4 +239,25 @@ fn yarn_and_longrope_are_read() {
         RopeScaling::LongRope { short: factors.clone(), long: factors, original_context: 64.0, magnitude };
     assert_eq!(spec.rope.unwrap().scaling, expected);
     assert_eq!(spec.context, 256);
+}
+
+#[test]
+fn a_classifier_with_one_label_gives_scores() {
+    let score = |changes: Value| {
+        let one = json!({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}});
+        parse(&with(with(bert(), one), changes)).unwrap().spec.output
+    };
+    let identity = "torch.nn.modules.linear.Identity";
+    assert_eq!(score(json!({})), Output::Score { activation: ScoreActivation::Sigmoid });
+    for changes in [
+        json!({"sentence_transformers": {"activation_fn": identity}}),
+        json!({"sbert_ce_default_activation_function": identity}),
+    ] {
+        assert_eq!(score(changes), Output::Score { activation: ScoreActivation::Identity });
+    }
+    // RoBERTa's positions begin behind the one of padding.
+    let roberta =
+        json!({"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "pad_token_id": 1});
+    let spec = parse(&with(bert(), roberta)).unwrap().spec;
+    assert_eq!((spec.context, spec.learned_positions, spec.position_offset), (254, Some(256), 2));
 }

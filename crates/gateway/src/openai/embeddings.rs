@@ -56,7 +56,7 @@ async fn answer(
     let fields = Fields::parse(&body.0)?;
     let model = super::find_model(gateway, &fields)?;
     *served = Some(model.clone());
-    if model.spec.generates() {
+    if model.spec.generates() || model.spec.scores() {
         return Err(ApiError::wrong_task(&model));
     }
     let base64 = match fields.string("encoding_format")?.as_deref() {

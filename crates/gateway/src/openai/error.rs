@@ -63,10 +63,13 @@ impl ApiError {
 
     /// 400 because the model is of the other kind.
     pub(crate) fn wrong_task(model: &DeployedModel) -> Self {
+        let name = &model.name;
         let message = if model.spec.generates() {
-            format!("The model `{}` generates text; use /v1/chat/completions or /v1/completions", model.name)
+            format!("The model `{name}` generates text; use /v1/chat/completions or /v1/completions")
+        } else if model.spec.scores() {
+            format!("The model `{name}` scores pairs of texts; use /v1/rerank or /v1/score")
         } else {
-            format!("The model `{}` makes embeddings; use /v1/embeddings", model.name)
+            format!("The model `{name}` makes embeddings; use /v1/embeddings")
         };
         Self::param("model", message)
     }

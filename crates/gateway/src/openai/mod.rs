@@ -1,4 +1,5 @@
-//! OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`, `/v1/models`.
+//! OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`, `/v1/models`; and
+//! `/v1/rerank` and `/v1/score`, which others have added.
 
 pub(crate) mod chat;
 pub(crate) mod completions;
@@ -7,6 +8,7 @@ pub(crate) mod error;
 pub(crate) mod fields;
 pub(crate) mod models;
 mod options;
+pub(crate) mod rerank;
 mod run;
 mod stream;
 mod structured;

@@ -9,7 +9,7 @@ mod tools;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tangram_node::DeployedModel;
+use tangram_node::{DeployedModel, TextPair};
 
 pub(crate) use detokenizer::Detokenizer;
 pub(crate) use stop::{StopMatcher, StopOutcome};
@@ -115,6 +115,22 @@ pub(crate) async fn encode_all(
     tokio::task::spawn_blocking(encode)
         .await
         .unwrap_or_else(|_| Err("the text could not be tokenized".into()))
+}
+
+/// Pairs of texts as token ids, in order.
+pub(crate) async fn encode_pairs(
+    tokenizer: &Arc<TextTokenizer>,
+    pairs: Vec<(String, String)>,
+) -> Result<Vec<TextPair>, String> {
+    let bytes: usize = pairs.iter().map(|(first, second)| first.len() + second.len()).sum();
+    let tokenizer = tokenizer.clone();
+    let encode = move || pairs.iter().map(|(first, second)| tokenizer.encode_pair(first, second)).collect();
+    if bytes <= INLINE_BYTES {
+        return encode();
+    }
+    tokio::task::spawn_blocking(encode)
+        .await
+        .unwrap_or_else(|_| Err("the texts could not be tokenized".into()))
 }
 
 /// Locks; a panic of another holder left nothing half done in any of the maps here.

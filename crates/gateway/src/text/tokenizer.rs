@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use tangram_node::{TokenText, Vocabulary};
+use tangram_node::{TextPair, TokenText, Vocabulary};
 use tokenizers::{DecoderWrapper, Tokenizer};
 
 /// A loaded `tokenizer.json`.
@@ -45,6 +45,14 @@ impl TextTokenizer {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
             Err(error) => Err(error.to_string()),
         }
+    }
+
+    /// Two texts as one input, with the special tokens around them.
+    pub(crate) fn encode_pair(&self, first: &str, second: &str) -> Result<TextPair, String> {
+        let encoding =
+            self.tokenizer.encode_fast((first, second), true).map_err(|error| error.to_string())?;
+        let second = encoding.get_type_ids().iter().position(|&kind| kind == 1);
+        Ok(TextPair { tokens: encoding.get_ids().to_vec(), second })
     }
 
     /// The fewest tokens that a text of this many bytes can have; spares tokenizing what is hopelessly too long.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use tangram_checkpoint::{ModelSpec, Output};
 use tangram_pool::Backend;
 
 use super::Worker;
@@ -64,7 +65,7 @@ impl Worker {
                 name: deployed.name.clone(),
                 base: plan.manifest.base.clone(),
                 family: deployed.spec.family.clone(),
-                task: if deployed.spec.generates() { "generate" } else { "embed" }.to_owned(),
+                task: task(&deployed.spec).to_owned(),
                 dtype: dominant_dtype(plan),
                 weight_bytes: plan.unique_bytes(),
                 in_place_bytes: plan.manifest.in_place.is_some().then(|| plan.in_place_bytes()),
@@ -94,4 +95,13 @@ fn dominant_dtype(plan: &ModelPlan) -> String {
         .into_iter()
         .max_by_key(|&(name, bytes)| (bytes, name))
         .map_or(String::new(), |(name, _)| name.to_owned())
+}
+
+/// What a model is for, as listings have it.
+fn task(spec: &ModelSpec) -> &'static str {
+    match spec.output {
+        Output::Logits { .. } => "generate",
+        Output::Embedding { .. } => "embed",
+        Output::Score { .. } => "score",
+    }
 }

@@ -133,7 +133,10 @@ impl Worker {
                 }
             })
             .collect();
-        let whole = |share: &Share| Whole { tokens: active.sequences[share.sequence].tokens.len() };
+        let whole = |share: &Share| {
+            let sequence = &active.sequences[share.sequence];
+            Whole { tokens: sequence.tokens.len(), second: sequence.second }
+        };
         let wholes: Vec<Whole> = shares.iter().map(whole).collect();
         let mut adapters: Vec<usize> = Vec::new();
         let mut engines = Vec::new();

@@ -83,7 +83,7 @@ fn forecast_lines(model: &ModelStatus) -> Vec<String> {
     if let (Some(cold), Some(resident)) =
         (forecast.cold_first_token_seconds, forecast.resident_first_token_seconds)
     {
-        let what = if model.task == "embed" { "result" } else { "first token" };
+        let what = if model.task == "generate" { "first token" } else { "result" };
         lines.push(format!(
             "predicted {what} for {} prompt tokens: {} when nothing is in device memory, {} when all is",
             forecast.prompt_tokens,
