@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
+use tokenizers::Tokenizer;
 
 use crate::config::{self, ConfigError};
 use crate::file::{ReadAt, SourceFile, read_limited, read_optional};
@@ -13,7 +14,7 @@ use crate::names::{self, Fused, Name};
 use crate::source::{Source, TextAssets, list_files};
 use crate::{
     CheckpointError, GenerationDefaults, ModelSpec, Output, Pooling, layout, quantised, safetensors,
-    serverlessllm, tokenizer,
+    serverlessllm, tekken, tokenizer,
 };
 
 /// Largest JSON file other than the tokenizer, in bytes.
@@ -309,21 +310,19 @@ fn read_text_assets(
             let bos = text.special_tokens.get("bos_token").filter(|_| wants_bos);
             let prepared = tokenizer::prepare(json, bos.map(String::as_str))
                 .map_err(|message| CheckpointError::invalid(&tokenizer_path, message))?;
-            let largest = prepared.tokenizer.get_vocab(true).into_values().max();
-            if largest.is_some_and(|id| id as usize >= spec.vocab) {
-                text.warnings.push(format!(
-                    "the tokenizer knows tokens beyond the model's vocabulary of {}; prompts that use them are refused",
-                    spec.vocab
-                ));
-            }
             text.tokenizer_json = Some(prepared.json);
             Some(prepared.tokenizer)
         }
-        None => {
-            text.warnings.push(tokenizer::MISSING.into());
-            None
-        }
+        None => read_tekken(directory, &mut text)?,
     };
+
+    let largest = tokenizer.as_ref().and_then(|tokenizer| tokenizer.get_vocab(true).into_values().max());
+    if largest.is_some_and(|id| id as usize >= spec.vocab) {
+        text.warnings.push(format!(
+            "the tokenizer knows tokens beyond the model's vocabulary of {}; prompts that use them are refused",
+            spec.vocab
+        ));
+    }
 
     let generation_path = directory.join("generation_config.json");
     let generation = read_json(&generation_path)?.unwrap_or(Value::Null);
@@ -336,6 +335,21 @@ fn read_text_assets(
         text.generation.eos.push(id);
     }
     Ok(text)
+}
+
+/// Mistral's own tokenizer file, where there is no other.
+fn read_tekken(directory: &Path, text: &mut TextAssets) -> Result<Option<Tokenizer>, CheckpointError> {
+    let path = directory.join(tekken::FILE);
+    let Some(json) = read_optional(&path, tokenizer::MAX_TOKENIZER_BYTES)? else {
+        text.warnings.push(tokenizer::MISSING.into());
+        return Ok(None);
+    };
+    let prepared = tekken::convert(&json).map_err(|message| CheckpointError::invalid(&path, message))?;
+    for (key, token) in [("bos_token", tekken::BOS), ("eos_token", tekken::EOS)] {
+        text.special_tokens.entry(key.into()).or_insert_with(|| token.into());
+    }
+    text.tokenizer_json = Some(prepared.json);
+    Ok(Some(prepared.tokenizer))
 }
 
 /// `chat_template.jinja`, else the template in `tokenizer_config.json` (of several the one called "default").

@@ -25,6 +25,7 @@ mod safetensors;
 mod serverlessllm;
 pub mod source;
 pub mod spec;
+mod tekken;
 mod tokenizer;
 
 pub use adapter::AdapterSource;

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use base64::Engine;
 use serde_json::{Value, json};
 use tangram_checkpoint::{Output, Pooling, Source, open};
 use tangram_testkit::{CHAT_TEMPLATE, EOS_TOKEN, Family, RandomModel, write_hf_model};
@@ -178,4 +179,27 @@ fn embedding_settings() {
     }
     let output = open(dir.path()).unwrap().spec().output;
     assert_eq!(output, Output::Embedding { pooling: Pooling::Mean, normalise: false });
+}
+
+#[test]
+fn a_tekken_file_stands_in_for_a_tokenizer() {
+    let dir = model(Family::Mistral);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    let encode = |bytes: &[u8]| base64::engine::general_purpose::STANDARD.encode(bytes);
+    let vocab: Vec<Value> =
+        (0..=255u8).map(|byte| json!({"rank": byte, "token_bytes": encode(&[byte])})).collect();
+    let file = json!({
+        "config": {"pattern": r"\p{L}+|\s+|[^\s\p{L}]+", "default_vocab_size": 280, "default_num_special_tokens": 24},
+        "vocab": vocab,
+    });
+    fs::write(dir.path().join("tekken.json"), file.to_string()).unwrap();
+    let source = open(dir.path()).unwrap();
+    let ids = tokenizer(&source).encode("[INST]é", true).unwrap().get_ids().to_vec();
+    assert_eq!(ids, [1, 3, 24 + 0xC3, 24 + 0xA9]);
+    assert_eq!(source.special_tokens()["eos_token"], "</s>");
+    assert_eq!(source.generation().eos, [EOS_TOKEN, 2]);
+    fs::write(dir.path().join("tekken.json"), "{}").unwrap();
+    refused(dir.path(), &["tekken.json", "config"]);
 }
