@@ -13,7 +13,8 @@ use tangram_checkpoint::{
     TENSOR_ALIGNMENT, import, import_in_place, open, read_manifest,
 };
 use tangram_testkit::{
-    Family, Float, GgmlType, GgufOptions, RandomModel, write_gguf, write_hf_model, write_serverlessllm,
+    Family, Float, GgmlType, GgufOptions, Quantised, RandomModel, write_gguf, write_hf_model,
+    write_quantised_model, write_serverlessllm,
 };
 
 const FAMILIES: [Family; 13] = [
@@ -157,6 +158,21 @@ fn gguf_in_place_stores_only_what_metas_order_needs() {
         let turned = |role: &Role| matches!(role, Role::Layer(_, LayerRole::Query | LayerRole::Key));
         assert!(stored.iter().all(turned), "{stored:?}");
         assert_eq!(stored.is_empty(), family != Family::Llama);
+    }
+}
+
+#[test]
+fn of_a_quantised_checkpoint_only_what_is_converted_is_stored() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = RandomModel { intermediate: 160, dtype: Float::BF16, ..RandomModel::tiny(Family::Llama) };
+    for (name, how) in [("awq", Quantised::Awq { group: 32 }), ("fp8", Quantised::Fp8Block([16, 32]))] {
+        write_quantised_model(&temp.path().join(name), &model, how);
+        let stored = compare(temp.path(), name);
+        let plain = |role: &Role| {
+            let norm = matches!(role, Role::Layer(_, LayerRole::AttnNorm | LayerRole::MlpNorm));
+            norm || !matches!(role, Role::Layer(..))
+        };
+        assert!(!stored.is_empty() && !stored.iter().any(plain), "{stored:?}");
     }
 }
 
