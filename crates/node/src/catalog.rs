@@ -28,10 +28,11 @@ use tangram_checkpoint::{
 use crate::api::{DeployError, DeployProgress};
 use crate::damage::Damaged;
 
+const DATABASE_FILE: &str = "catalog.redb";
 const MODELS: TableDefinition<&str, &[u8]> = TableDefinition::new("models");
 
 /// What the catalogue stores per deployed name.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
     checkpoint: String,
     created: u64,
@@ -94,6 +95,11 @@ impl From<CatalogError> for DeployError {
     }
 }
 
+fn database_error(root: &Path) -> impl Fn(&dyn std::fmt::Display) -> CatalogError + use<> {
+    let path = root.join(DATABASE_FILE);
+    move |error| CatalogError::Database { path: path.clone(), message: error.to_string() }
+}
+
 fn io_error(what: &str, path: &Path) -> impl FnOnce(io::Error) -> CatalogError {
     let what = format!("{what} {}", path.display());
     move |source| CatalogError::Io { what, source }
@@ -102,7 +108,11 @@ fn io_error(what: &str, path: &Path) -> impl FnOnce(io::Error) -> CatalogError {
 /// The deployed models and their files.
 pub(crate) struct Catalog {
     root: PathBuf,
-    database: Database,
+    /// `None` after an error of the disk, until it is opened again.
+    database: Option<Database>,
+    /// Records that may be on disk or not, because writing them failed, and what was there before. The next change puts
+    /// that back.
+    doubtful: BTreeMap<String, Option<Record>>,
     models: BTreeMap<String, Deployment>,
     /// Where each content is, and its bytes.
     contents: HashMap<ContentId, (KnownTensor, u64)>,
@@ -118,14 +128,10 @@ impl Catalog {
         for dir in [root.to_path_buf(), root.join("checkpoints"), root.join("staging")] {
             fs::create_dir_all(&dir).map_err(io_error("creating", &dir))?;
         }
-        let path = root.join("catalog.redb");
-        let database = Database::create(&path).map_err(|error| match error {
-            redb::DatabaseError::DatabaseAlreadyOpen => CatalogError::Locked(root.to_path_buf()),
-            other => CatalogError::Database { path: path.clone(), message: other.to_string() },
-        })?;
         let mut catalog = Catalog {
             root: root.to_path_buf(),
-            database,
+            database: None,
+            doubtful: BTreeMap::new(),
             models: BTreeMap::new(),
             contents: HashMap::new(),
             retiring: BTreeMap::new(),
@@ -181,13 +187,29 @@ impl Catalog {
         &self.damaged
     }
 
-    fn database_error(&self, error: impl std::fmt::Display) -> CatalogError {
-        CatalogError::Database { path: self.root.join("catalog.redb"), message: error.to_string() }
+    /// The database, opened if it is not.
+    fn database(&mut self) -> Result<&Database, CatalogError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Database::create(self.root.join(DATABASE_FILE)).map_err(|error| match error {
+                redb::DatabaseError::DatabaseAlreadyOpen => CatalogError::Locked(self.root.clone()),
+                other => database_error(&self.root)(&other),
+            })?,
+        };
+        Ok(self.database.insert(database))
     }
 
-    fn records(&self) -> Result<Vec<(String, Record)>, CatalogError> {
-        let error = |error: &dyn std::fmt::Display| self.database_error(error);
-        let read = self.database.begin_read().map_err(|e| error(&e))?;
+    fn records(&mut self) -> Result<Vec<(String, Record)>, CatalogError> {
+        let records = self.read();
+        if records.is_err() {
+            self.database = None;
+        }
+        records
+    }
+
+    fn read(&mut self) -> Result<Vec<(String, Record)>, CatalogError> {
+        let error = database_error(&self.root);
+        let read = self.database()?.begin_read().map_err(|e| error(&e))?;
         let table = match read.open_table(MODELS) {
             Ok(table) => table,
             Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
@@ -291,18 +313,22 @@ impl Catalog {
         let id = format!("{:016x}", now.as_nanos() as u64);
         let staging = self.root.join("staging").join(&id);
         fs::create_dir(&staging).map_err(io_error("creating", &staging))?;
+        let imported = self.import_and_publish(&id, source, &staging, progress);
         let record = Record {
             checkpoint: id.clone(),
             created: now.as_secs(),
             source: Some(std::path::absolute(origin).as_deref().unwrap_or(origin).display().to_string()),
         };
-        let imported = self.import_and_publish(name, &record, source, &staging, progress);
-        if imported.is_err() {
-            // What is left over, if even this fails, goes at the next start.
+        let committed = imported.and_then(|manifest| {
+            self.commit(name, Some(&record))?;
+            Ok(Deployment { created: record.created, manifest: Arc::new(manifest) })
+        });
+        // If the catalogue may name the checkpoint, its files stay. What is left over goes at the next start.
+        if committed.is_err() && !self.doubtful.contains_key(name) {
             let _ = fs::remove_dir_all(&staging);
             let _ = fs::remove_dir_all(self.checkpoint_dir(&id));
         }
-        let deployment = imported?;
+        let deployment = committed?;
         let replaced = self.models.insert(name.to_owned(), deployment.clone());
         self.index_contents();
         if let Some(replaced) = replaced {
@@ -311,15 +337,14 @@ impl Catalog {
         Ok(deployment)
     }
 
+    /// Writes a checkpoint and gives its directory its final name. Nothing refers to it yet.
     fn import_and_publish(
         &self,
-        name: &str,
-        record: &Record,
+        id: &str,
         source: Import<'_>,
         staging: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
-    ) -> Result<Deployment, DeployError> {
-        let id = record.checkpoint.as_str();
+    ) -> Result<Manifest, DeployError> {
         let known = |content: &ContentId| {
             let (known, bytes) = self.contents.get(content)?;
             self.is_intact(known, *bytes).then(|| known.clone())
@@ -352,22 +377,52 @@ impl Catalog {
         fs::rename(staging, &published).map_err(io_error("publishing", &published))?;
         let parent = self.root.join("checkpoints");
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(io_error("syncing", &parent))?;
-        self.commit(name, Some(record))?;
-        Ok(Deployment { created: record.created, manifest: Arc::new(manifest) })
+        Ok(manifest)
     }
 
-    fn commit(&self, name: &str, record: Option<&Record>) -> Result<(), CatalogError> {
-        let error = |error: &dyn std::fmt::Display| self.database_error(error);
-        let write = self.database.begin_write().map_err(|e| error(&e))?;
+    /// Changes the record of `name`. After an error nothing is changed, or it is `doubtful`.
+    fn commit(&mut self, name: &str, record: Option<&Record>) -> Result<(), CatalogError> {
+        let before = self.record(name)?;
+        let Err(failed) = self.write(name, record) else {
+            self.doubtful.clear();
+            return Ok(());
+        };
+        // After an error of the disk the database refuses everything until it is opened anew, and only then is it known
+        // what the disk has.
+        self.database = None;
+        match self.record(name) {
+            Ok(found) if found.as_ref() == record => Ok(()),
+            Ok(_) => Err(failed),
+            Err(error) => {
+                self.doubtful.entry(name.to_owned()).or_insert(before);
+                tracing::error!(%error, "the catalogue cannot be read; the next change tries again");
+                Err(failed)
+            }
+        }
+    }
+
+    /// The record of `name`, as it is on disk.
+    fn record(&mut self, name: &str) -> Result<Option<Record>, CatalogError> {
+        let records = self.records()?;
+        Ok(records.into_iter().find(|(found, _)| found == name).map(|(_, record)| record))
+    }
+
+    /// Writes the record of `name`, and those that are doubtful, in one transaction.
+    fn write(&mut self, name: &str, record: Option<&Record>) -> Result<(), CatalogError> {
+        let error = database_error(&self.root);
+        let write = self.database()?.begin_write().map_err(|e| error(&e))?;
         {
             let mut table = write.open_table(MODELS).map_err(|e| error(&e))?;
-            match record {
-                Some(record) => {
-                    let value = serde_json::to_vec(record).map_err(|e| error(&e))?;
-                    table.insert(name, value.as_slice()).map_err(|e| error(&e))?;
-                }
-                None => {
-                    table.remove(name).map_err(|e| error(&e))?;
+            let doubtful = self.doubtful.iter().map(|(name, before)| (name.as_str(), before.as_ref()));
+            for (name, record) in doubtful.chain([(name, record)]) {
+                match record {
+                    Some(record) => {
+                        let value = serde_json::to_vec(record).map_err(|e| error(&e))?;
+                        table.insert(name, value.as_slice()).map_err(|e| error(&e))?;
+                    }
+                    None => {
+                        table.remove(name).map_err(|e| error(&e))?;
+                    }
                 }
             }
         }

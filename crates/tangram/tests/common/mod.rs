@@ -242,8 +242,12 @@ impl Server {
 
     /// Deploys through the admin API; the error is the server's message, or that it went away.
     pub async fn deploy(&self, name: &str, source: &Path) -> Result<Value, String> {
-        let body = json!({ "name": name, "source": source });
-        let request = self.http.post(format!("{}/admin/models", self.url)).json(&body);
+        self.deploy_with(&json!({ "name": name, "source": source })).await
+    }
+
+    /// As [`Server::deploy`], with any request.
+    pub async fn deploy_with(&self, body: &Value) -> Result<Value, String> {
+        let request = self.http.post(format!("{}/admin/models", self.url)).json(body);
         let answer = async { request.send().await?.text().await };
         let answer: String = answer.await.map_err(|error| error.to_string())?;
         let last = answer.lines().last().unwrap_or_default();
