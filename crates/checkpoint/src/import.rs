@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::compression::{self, Compressor, Layout};
 use crate::file::read_limited;
 use crate::in_place::{self, FilePlace, InPlace, InPlaceFile};
 use crate::manifest::{CHUNK_BYTES, ContentId, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry};
@@ -36,8 +37,18 @@ pub struct KnownTensor {
     pub checkpoint: String,
     /// Offset in that data file, in bytes.
     pub offset: u64,
-    /// BLAKE3 of each [`CHUNK_BYTES`] chunk.
+    /// BLAKE3 of each [`CHUNK_BYTES`] chunk as it is stored.
     pub chunks: Vec<Hash>,
+    /// Stored bytes of each chunk, if it is compressed; see [`TensorEntry::stored`].
+    pub stored: Vec<u32>,
+}
+
+impl From<&TensorEntry> for KnownTensor {
+    fn from(entry: &TensorEntry) -> KnownTensor {
+        let TensorEntry { checkpoint, offset, chunks, stored, .. } = entry;
+        let (checkpoint, chunks, stored) = (checkpoint.clone(), chunks.clone(), stored.clone());
+        KnownTensor { checkpoint, offset: *offset, chunks, stored }
+    }
 }
 
 /// How far an import is.
@@ -57,7 +68,7 @@ pub struct ImportProgress {
 /// `known` is asked for every distinct tensor; one that it knows is referenced, not written. `progress` is called
 /// about every 2 MiB and may stop the import. After an error the directory is for the caller to remove.
 ///
-/// Memory use is bounded whatever the size of the model: one chunk, and the manifest.
+/// Memory use is bounded whatever the size of the model: a few chunks, and the manifest.
 pub fn import(
     source: &Source,
     dir: &Path,
@@ -65,7 +76,20 @@ pub fn import(
     known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
     progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
 ) -> Result<Manifest, CheckpointError> {
-    import_model(source, None, dir, checkpoint_id, known, progress)
+    import_as(Layout::Plain, source, dir, checkpoint_id, known, progress)
+}
+
+/// [`import`] with a choice of how tensors are stored that are new to this disk. Their identity is that of their plain
+/// bytes, whatever is stored.
+pub fn import_as(
+    layout: Layout,
+    source: &Source,
+    dir: &Path,
+    checkpoint_id: &str,
+    known: &dyn Fn(&ContentId) -> Option<KnownTensor>,
+    progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
+) -> Result<Manifest, CheckpointError> {
+    import_model(layout, source, None, dir, checkpoint_id, known, progress)
 }
 
 /// Imports `source` as [`import`] does, but leaves the bytes of its tensors where they are: every tensor is read once and
@@ -82,11 +106,12 @@ pub fn import_in_place(
     progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
 ) -> Result<Manifest, CheckpointError> {
     let files = source.in_place_files()?;
-    import_model(source, Some(files), dir, checkpoint_id, known, progress)
+    import_model(Layout::Plain, source, Some(files), dir, checkpoint_id, known, progress)
 }
 
 /// Imports a model: all of it, or with `files` only what cannot be read there.
 fn import_model(
+    layout: Layout,
     source: &Source,
     files: Option<Vec<InPlaceFile>>,
     dir: &Path,
@@ -95,6 +120,7 @@ fn import_model(
     progress: &mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
 ) -> Result<Manifest, CheckpointError> {
     let mut import = Import::begin(dir, checkpoint_id, source.weight_bytes(), known, progress)?;
+    import.compressor = Compressor::new(layout);
     let mut tensors = Vec::with_capacity(source.tensors().len());
     let mut range = Places::default();
     for tensor in source.tensors() {
@@ -231,6 +257,7 @@ struct Import<'a> {
     state: ImportProgress,
     progress: &'a mut dyn FnMut(ImportProgress) -> ControlFlow<()>,
     buffer: Vec<u8>,
+    compressor: Compressor,
 }
 
 impl<'a> Import<'a> {
@@ -250,7 +277,9 @@ impl<'a> Import<'a> {
         let writer = DataWriter::create(&dir.join(DATA_FILE))?;
         let state = ImportProgress { bytes_total, ..Default::default() };
         let (written, buffer) = (HashMap::new(), Vec::new());
-        let mut import = Import { checkpoint_id, writer, written, known, state, progress, buffer };
+        let compressor = Compressor::new(Layout::Plain);
+        let mut import =
+            Import { checkpoint_id, writer, written, known, state, progress, buffer, compressor };
         import.report()?;
         Ok(import)
     }
@@ -265,16 +294,17 @@ impl<'a> Import<'a> {
     /// Takes up a tensor whose bytes `read` gives, and writes it if it is new.
     fn add(&mut self, tensor: Described<'_>, read: ReadAt<'_>) -> Result<TensorEntry, CheckpointError> {
         let offset = self.writer.places.next(tensor.bytes);
-        let (id, chunks) = self.copy(&tensor, Some(offset), read)?;
+        let (id, chunks, stored) = self.copy(&tensor, Some(offset), read)?;
         let place = match self.written.get(&id).cloned().or_else(|| (self.known)(&id)) {
             Some(place) => {
+                self.writer.discard()?;
                 self.state.bytes_reused += tensor.bytes;
                 self.report()?;
                 place
             }
             None => {
                 self.writer.keep(offset, tensor.bytes)?;
-                KnownTensor { checkpoint: self.checkpoint_id.to_owned(), offset, chunks }
+                KnownTensor { checkpoint: self.checkpoint_id.to_owned(), offset, chunks, stored }
             }
         };
         self.written.entry(id).or_insert_with(|| place.clone());
@@ -288,6 +318,7 @@ impl<'a> Import<'a> {
             checkpoint: place.checkpoint,
             offset: place.offset,
             chunks: place.chunks,
+            stored: place.stored,
             in_place: None,
         })
     }
@@ -300,7 +331,7 @@ impl<'a> Import<'a> {
         offset: u64,
         read: ReadAt<'_>,
     ) -> Result<TensorEntry, CheckpointError> {
-        let (id, chunks) = self.copy(&tensor, None, read)?;
+        let (id, chunks, _) = self.copy(&tensor, None, read)?;
         self.state.bytes_reused += tensor.bytes;
         self.report()?;
         Ok(TensorEntry {
@@ -313,33 +344,44 @@ impl<'a> Import<'a> {
             checkpoint: self.checkpoint_id.to_owned(),
             offset,
             chunks,
+            stored: Vec::new(),
             in_place: Some(place),
         })
     }
 
-    /// Reads and hashes a tensor, and copies it to `offset` of the data file on the way, if there is one.
+    /// Reads and hashes a tensor, and copies it to `offset` of the data file on the way, if there is one. Gives its
+    /// identity and, as it is stored, the hashes and (if it is compressed) the lengths of its chunks.
     fn copy(
         &mut self,
         tensor: &Described<'_>,
         offset: Option<u64>,
         read: ReadAt<'_>,
-    ) -> Result<(ContentId, Vec<Hash>), CheckpointError> {
+    ) -> Result<(ContentId, Vec<Hash>, Vec<u32>), CheckpointError> {
         let mut id = ContentId::hasher(tensor.dtype, tensor.shape);
-        let mut chunks = Vec::with_capacity(tensor.bytes.div_ceil(CHUNK_BYTES) as usize);
+        let count = tensor.bytes.div_ceil(CHUNK_BYTES) as usize;
+        let (mut chunks, mut stored) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        let mut compressed = false;
         let mut at = 0;
         while at < tensor.bytes {
             self.buffer.resize((tensor.bytes - at).min(CHUNK_BYTES) as usize, 0);
             read(at, &mut self.buffer)?;
             id.update(&self.buffer);
-            chunks.push(Hash::of(&self.buffer));
+            let frame = offset.and_then(|_| self.compressor.frame(tensor.dtype, &self.buffer));
+            compressed |= frame.is_some();
+            let chunk = frame.as_ref().unwrap_or(&self.buffer);
+            chunks.push(Hash::of(chunk));
+            stored.push(chunk.len() as u32);
             if let Some(offset) = offset {
-                self.writer.write(offset + at, &self.buffer)?;
+                self.writer.write(offset + at, chunk)?;
             }
             at += self.buffer.len() as u64;
             self.state.bytes_done += self.buffer.len() as u64;
             self.report()?;
         }
-        Ok((Hash(*id.finalize().as_bytes()), chunks))
+        if !compressed {
+            stored.clear();
+        }
+        Ok((Hash(*id.finalize().as_bytes()), chunks, stored))
     }
 }
 
@@ -365,7 +407,8 @@ impl Places {
 }
 
 /// The data file while it is written. A tensor is written first and kept only if its identity, known afterwards, is
-/// new: one pass over the source, and at most one tensor of room beyond the result.
+/// new: one pass over the source, and at most one tensor of room beyond the result. A compressed one has the place of its
+/// plain bytes; what its chunks do not fill is left out, a hole that takes no room on the disk.
 struct DataWriter {
     path: PathBuf,
     file: File,
@@ -391,6 +434,11 @@ impl DataWriter {
         self.write(end, ZEROS.get(..gap).unwrap_or(&ZEROS))?;
         self.places.end = offset + bytes;
         Ok(())
+    }
+
+    /// Gives back the room of a tensor that is not kept, so that none of it lies where the next one has holes.
+    fn discard(&mut self) -> Result<(), CheckpointError> {
+        self.file.set_len(self.places.end).map_err(|error| CheckpointError::io(&self.path, error))
     }
 
     /// Cuts off what was not kept, pads to whole pages, flushes to disk; returns the length in bytes.
@@ -428,11 +476,12 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
         CheckpointError::invalid(&path, format!("is not a manifest: {error}; deploy the model again"))
     };
     let Version { version } = serde_json::from_slice(&bytes).map_err(corrupted)?;
-    if version != Manifest::VERSION {
+    if !(Manifest::OLDEST_VERSION..=Manifest::VERSION).contains(&version) {
         return Err(CheckpointError::unsupported(
             &path,
             format!(
-                "has layout version {version}, this build reads {}; deploy the model again",
+                "has layout version {version}, this build reads {} to {}; deploy the model again",
+                Manifest::OLDEST_VERSION,
                 Manifest::VERSION
             ),
         ));
@@ -474,6 +523,7 @@ fn check_manifest(manifest: &Manifest) -> Result<(), String> {
                 entry.chunks.len()
             ));
         }
+        compression::check(entry).map_err(|problem| format!("tensor {name} {problem}"))?;
         if entry.in_place.is_some() {
             continue;
         }

@@ -5,6 +5,7 @@
 
 mod adapter;
 mod adapter_config;
+mod compression;
 mod config;
 pub mod dtype;
 mod error;
@@ -29,11 +30,12 @@ mod tekken;
 mod tokenizer;
 
 pub use adapter::AdapterSource;
+pub use compression::{Layout, codec_format, stored_chunk_bytes};
 pub use dtype::DType;
 pub use error::CheckpointError;
 pub use import::{
     Base, DATA_FILE, ImportProgress, KnownTensor, MANIFEST_FILE, TOKENIZER_FILE, import, import_adapter,
-    import_in_place, read_manifest,
+    import_as, import_in_place, read_manifest,
 };
 pub use in_place::{FilePlace, InPlace, InPlaceFile};
 pub use manifest::{

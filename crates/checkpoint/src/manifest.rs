@@ -90,11 +90,25 @@ pub struct TensorEntry {
     /// Offset in that data file, a multiple of [`TENSOR_ALIGNMENT`]. With `in_place`, which no data file holds, the
     /// place among the tensors of that checkpoint that are read in place.
     pub offset: u64,
-    /// BLAKE3 of each [`CHUNK_BYTES`] chunk, in order.
+    /// BLAKE3 of each [`CHUNK_BYTES`] chunk as it is stored, in order.
     pub chunks: Vec<Hash>,
+    /// Of a compressed tensor, the bytes that are stored of each chunk; as many as the chunk has where it is stored as it
+    /// is. Empty for a tensor that is not compressed. A chunk's stored bytes begin where its plain bytes would.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stored: Vec<u32>,
     /// Where the bytes are, of a tensor that is read from a file of the user's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_place: Option<FilePlace>,
+}
+
+impl TensorEntry {
+    /// Bytes that are stored of it.
+    pub fn stored_bytes(&self) -> u64 {
+        match self.stored.is_empty() {
+            true => self.bytes,
+            false => self.stored.iter().map(|&stored| u64::from(stored)).sum(),
+        }
+    }
 }
 
 /// Defaults for sampling that the checkpoint's author recommends (`generation_config.json`).
@@ -147,7 +161,10 @@ pub struct Manifest {
 
 impl Manifest {
     /// The layout version that this build writes.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
+
+    /// The oldest version that this build reads. Version 1 had no compressed tensors.
+    pub const OLDEST_VERSION: u32 = 1;
 
     /// Bytes of all tensors, wherever they lie.
     pub fn weight_bytes(&self) -> u64 {

@@ -7,8 +7,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use tangram_checkpoint::{
-    CHUNK_BYTES, CheckpointError, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, MANIFEST_FILE,
-    Manifest, Mlp, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, import, open, read_manifest,
+    CHUNK_BYTES, CheckpointError, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, Layout,
+    MANIFEST_FILE, Manifest, Mlp, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, TensorEntry, codec_format,
+    import, import_as, open, read_manifest, stored_chunk_bytes,
 };
 use tangram_testkit::{
     EXPERTS, Family, Float, GgmlType, GgufOptions, RandomModel, WINDOW, mutate_layer, write_gguf,
@@ -48,14 +49,8 @@ fn ids(manifest: &Manifest) -> HashMap<Role, ContentId> {
 }
 
 fn known(manifest: &Manifest) -> impl Fn(&ContentId) -> Option<KnownTensor> + use<> {
-    let places: HashMap<ContentId, KnownTensor> = manifest
-        .tensors
-        .iter()
-        .map(|entry| {
-            let (checkpoint, offset, chunks) = (entry.checkpoint.clone(), entry.offset, entry.chunks.clone());
-            (entry.id, KnownTensor { checkpoint, offset, chunks })
-        })
-        .collect();
+    let places: HashMap<ContentId, KnownTensor> =
+        manifest.tensors.iter().map(|entry| (entry.id, KnownTensor::from(entry))).collect();
     move |id| places.get(id).cloned()
 }
 
@@ -375,6 +370,69 @@ fn names_that_lead_elsewhere_are_refused() {
     }
 }
 
+/// What `data` holds of a tensor, decoded.
+fn stored_tensor(data: &[u8], entry: &TensorEntry) -> Vec<u8> {
+    let mut bytes = vec![0; entry.bytes as usize];
+    for (index, chunk) in bytes.chunks_mut(CHUNK_BYTES as usize).enumerate() {
+        let start = entry.offset as usize + index * CHUNK_BYTES as usize;
+        let stored = &data[start..start + stored_chunk_bytes(&entry.stored, entry.bytes, index) as usize];
+        assert_eq!(Hash::of(stored), entry.chunks[index]);
+        if stored.len() == chunk.len() {
+            chunk.copy_from_slice(stored);
+        } else {
+            tangram_codec::decode(codec_format(entry.dtype).unwrap(), stored, chunk).unwrap();
+        }
+    }
+    bytes
+}
+
+#[test]
+fn compressed_tensors_are_the_same_tensors_in_less_room() {
+    let go_on = &mut |_| ControlFlow::Continue(());
+    for (dtype, most) in [(Float::BF16, 0.75), (Float::F16, 0.90)] {
+        let temp = tempfile::tempdir().unwrap();
+        let [model, plain, target, again] =
+            ["model", "plain", "target", "again"].map(|name| temp.path().join(name));
+        // Tensors of one chunk, of several with a short last one, and two that are equal.
+        write_hf_model(&model, &RandomModel { dtype, vocab: 40_000, ..RandomModel::tiny(Family::Llama) });
+        let source = open(&model).unwrap();
+        let expected = import_alone(&source, &plain, "plain");
+        [&target, &again].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        let manifest = import_as(Layout::Compressed, &source, &target, "target", &|_| None, go_on).unwrap();
+        assert_eq!(read_manifest(&target).unwrap(), manifest);
+        assert_eq!(ids(&manifest), ids(&expected));
+        let file = fs::File::open(target.join(DATA_FILE)).unwrap();
+        let data = fs::read(target.join(DATA_FILE)).unwrap();
+        assert_eq!(data.len() as u64, manifest.data_bytes);
+        for entry in &manifest.tensors {
+            assert!(stored_tensor(&data, entry) == read_tensor(&source, entry.role), "{:?}", entry.role);
+        }
+        let stored: u64 = manifest.tensors.iter().map(TensorEntry::stored_bytes).sum();
+        assert!((stored as f64) < most * manifest.weight_bytes() as f64, "{stored}");
+        // What is not stored is a hole, up to a page for each chunk.
+        let on_disk = 512 * std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+        assert!(on_disk < manifest.data_bytes || !has_holes(temp.path()), "{on_disk}");
+
+        // Whoever has the same tensors refers to them as they are stored.
+        let manifest = import_as(Layout::Plain, &source, &again, "again", &known(&manifest), go_on).unwrap();
+        assert_eq!(manifest.data_bytes, 0);
+        assert!(manifest.tensors.iter().any(|entry| !entry.stored.is_empty()));
+        let mut changed = manifest.clone();
+        let entry = changed.tensors.iter_mut().find(|entry| !entry.stored.is_empty()).unwrap();
+        entry.stored[0] = entry.bytes as u32 + 1;
+        fs::write(again.join(MANIFEST_FILE), serde_json::to_vec(&changed).unwrap()).unwrap();
+        assert!(read_manifest(&again).unwrap_err().to_string().contains("stored lengths"));
+    }
+}
+
+/// Whether the file system leaves out what was never written.
+fn has_holes(dir: &Path) -> bool {
+    let path = dir.join("hole");
+    let file = fs::File::create(&path).unwrap();
+    file.set_len(1 << 20).unwrap();
+    std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) == 0
+}
+
 #[test]
 fn changed_manifests_are_refused() {
     let temp = tempfile::tempdir().unwrap();
@@ -388,7 +446,8 @@ fn changed_manifests_are_refused() {
         let error = read_manifest(&target).expect_err(what).to_string();
         assert!(error.contains(MANIFEST_FILE) && error.contains("deploy"), "{what}: {error}");
     };
-    refused("version", &|manifest| manifest.version = 2);
+    refused("version", &|manifest| manifest.version = 3);
+    refused("no version", &|manifest| manifest.version = 0);
     refused("name", &|manifest| manifest.checkpoint = "../other".into());
     refused("zero size", &|manifest| manifest.spec.hidden = 0);
     refused("huge size", &|manifest| manifest.spec.vocab = usize::MAX);
@@ -398,6 +457,7 @@ fn changed_manifests_are_refused() {
     refused("shape", &|manifest| manifest.tensors[1].shape = vec![1]);
     refused("bytes", &|manifest| manifest.tensors[1].bytes += 1);
     refused("chunks", &|manifest| manifest.tensors[1].chunks.clear());
+    refused("stored f32", &|manifest| manifest.tensors[1].stored = vec![1]);
     refused("alignment", &|manifest| manifest.tensors[1].offset += 1);
     refused("offset", &|manifest| manifest.tensors[1].offset = manifest.data_bytes);
     refused("wrapping offset", &|manifest| manifest.tensors[1].offset = u64::MAX - 255);

@@ -253,10 +253,7 @@ impl Catalog {
         self.contents.clear();
         for deployment in self.models.values() {
             for tensor in stored_tensors(&deployment.manifest) {
-                self.contents.entry(tensor.id).or_insert_with(|| {
-                    let (checkpoint, chunks) = (tensor.checkpoint.clone(), tensor.chunks.clone());
-                    (KnownTensor { checkpoint, offset: tensor.offset, chunks }, tensor.bytes)
-                });
+                self.contents.entry(tensor.id).or_insert_with(|| (KnownTensor::from(tensor), tensor.bytes));
             }
         }
     }
@@ -272,7 +269,7 @@ impl Catalog {
         let mut buffer = vec![0; checkpoint::CHUNK_BYTES.min(bytes) as usize];
         known.chunks.iter().zip(0u64..).all(|(hash, index)| {
             let start = index * checkpoint::CHUNK_BYTES;
-            let len = checkpoint::CHUNK_BYTES.min(bytes.saturating_sub(start)) as usize;
+            let len = checkpoint::stored_chunk_bytes(&known.stored, bytes, index as usize) as usize;
             let Some(chunk) = buffer.get_mut(..len) else { return false };
             file.read_exact_at(chunk, known.offset + start).is_ok()
                 && *blake3::hash(chunk).as_bytes() == hash.0

@@ -238,6 +238,7 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
             file: path.to_owned(),
             offset: tensor * CHUNK_BYTES,
             chunks: chunks.clone(),
+            compressed: None,
             name: "measurement".to_owned(),
         });
         store.load(loads.collect(), &wake);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tangram_checkpoint::{Hash, InPlaceFile, Manifest, Role, TensorEntry};
 use tangram_engine::{Adapter, Model, TensorDesc, Weights};
 use tangram_pool::{CatalogueEntry, LoadFailure, Tensor, Vacancy, pages_alone};
-use tangram_store::{TensorLoad, Wake};
+use tangram_store::{Compressed, TensorLoad, Wake};
 
 use crate::api::TensorProfile;
 use crate::catalog::{Catalog, Deployment};
@@ -22,6 +22,7 @@ pub(crate) struct Location {
     pub(crate) file: PathBuf,
     pub(crate) offset: u64,
     pub(crate) chunks: Arc<[Hash]>,
+    pub(crate) compressed: Option<Compressed>,
     pub(crate) name: String,
     /// What the file must still be, if it is the user's.
     pub(crate) in_place: Option<Arc<InPlaceFile>>,
@@ -35,7 +36,7 @@ pub(crate) fn loads<'a>(
 ) -> Vec<TensorLoad> {
     let mut checked: HashMap<&Path, Result<(), String>> = HashMap::new();
     let load = |(vacancy, location): (Vacancy, &'a Location)| {
-        let Location { file, offset, chunks, name, in_place } = location;
+        let Location { file, offset, chunks, compressed, name, in_place } = location;
         if let Some(in_place) = in_place
             && let Err(change) = checked.entry(&in_place.path).or_insert_with(|| in_place.check())
         {
@@ -44,7 +45,8 @@ pub(crate) fn loads<'a>(
             return None;
         }
         let (file, chunks, name) = (file.clone(), chunks.clone(), name.clone());
-        Some(TensorLoad { vacancy, file, offset: *offset, chunks, name })
+        let compressed = compressed.clone();
+        Some(TensorLoad { vacancy, file, offset: *offset, chunks, compressed, name })
     };
     vacancies.filter_map(load).collect()
 }
@@ -259,6 +261,7 @@ fn locate(catalog: &Catalog, tensor: &TensorEntry, files: &[Arc<InPlaceFile>]) -
             file: file.path.clone(),
             offset: place.offset,
             chunks,
+            compressed: None,
             name,
             in_place: Some(file.clone()),
         },
@@ -266,6 +269,7 @@ fn locate(catalog: &Catalog, tensor: &TensorEntry, files: &[Arc<InPlaceFile>]) -
             file: catalog.checkpoint_dir(&tensor.checkpoint).join(tangram_checkpoint::DATA_FILE),
             offset: tensor.offset,
             chunks,
+            compressed: Compressed::of(tensor),
             name,
             in_place: None,
         },

@@ -1,8 +1,9 @@
 //! One part of a tensor on its way: how the bytes that were read become the bytes of the part, checked while they are hot.
 //!
-//! This is the seam for everything that lies between a file's bytes and a tensor's. Today that is nothing (they were read
-//! to their place), or a copy out of an aligned buffer; then the chunk's hash, computed over what the copy has just left in
-//! the cache. Nobody can read a part before [`Job::finish`].
+//! This is the seam for everything that lies between a file's bytes and a tensor's. That is nothing (they were read to
+//! their place), or a copy out of an aligned buffer; then the chunk's hash, computed over what the copy has just left in
+//! the cache. Of a compressed chunk the stored bytes stay in the buffer, are verified there and decoded to their place.
+//! Nobody can read a part before [`Job::finish`].
 
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use rustix::io::{Errno, ReadWriteFlags};
 use tangram_checkpoint::Hash;
+use tangram_codec::Format;
 use tangram_pool::{LoadFailure, Part};
 
 use crate::buffer::Buffer;
@@ -34,6 +36,15 @@ pub struct Damage {
     pub offset: u64,
 }
 
+/// What is stored instead of a part's bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Frame {
+    /// What it decodes to.
+    pub(crate) format: Format,
+    /// Where it begins in the buffer.
+    pub(crate) at: usize,
+}
+
 /// A part and all that is needed to fill it.
 pub(crate) struct Job {
     pub(crate) part: Part,
@@ -45,6 +56,8 @@ pub(crate) struct Job {
     /// First byte of the part in the file.
     pub(crate) offset: u64,
     pub(crate) len: usize,
+    /// Of a part that is stored compressed.
+    pub(crate) frame: Option<Frame>,
     /// What its bytes are compared with; `None` if they are not.
     pub(crate) hash: Option<Hash>,
     pub(crate) name: Arc<str>,
@@ -118,7 +131,7 @@ impl Job {
             }
         };
         let result = if self.matches(sum) || self.read_again() {
-            Ok(())
+            self.decode()
         } else {
             let file = self.file.path().to_owned();
             let damage = Damage { file, tensor: self.name.to_string(), offset: self.tensor_offset };
@@ -131,6 +144,23 @@ impl Job {
         Landed::Over(self.finish(result))
     }
 
+    /// Where the stored bytes are, or belong: the part, or the buffer.
+    fn stored(&mut self) -> Option<&mut [u8]> {
+        match self.frame {
+            None => self.part.bytes_mut(),
+            Some(Frame { at, .. }) => self.buffer.as_mut()?.bytes().get_mut(at..at + self.len),
+        }
+    }
+
+    /// Makes the part's bytes of those that are stored.
+    fn decode(&mut self) -> Result<(), String> {
+        let Some(Frame { format, at }) = self.frame else { return Ok(()) };
+        let stored = self.buffer.as_mut().and_then(|buffer| buffer.bytes().get(at..at + self.len));
+        let (stored, bytes) = stored.zip(self.part.bytes_mut()).ok_or("it was not read")?;
+        tangram_codec::decode(format, stored, bytes)
+            .map_err(|error| format!("the stored bytes at offset {} are of no use: {error}", self.offset))
+    }
+
     fn matches(&self, sum: Option<Hash>) -> bool {
         self.hash.is_none() || self.hash == sum
     }
@@ -140,13 +170,13 @@ impl Job {
     fn copy_from_cache(&mut self) -> Option<Option<Hash>> {
         let mut hasher = self.hash.map(|_| blake3::Hasher::new());
         let step = if hasher.is_some() { HOT_BYTES } else { self.len };
-        let (file, mut offset) = (self.file.cached(), self.offset);
-        for piece in self.part.bytes_mut()?.chunks_mut(step) {
+        let (file, mut offset) = (self.file.cached().clone(), self.offset);
+        for piece in self.stored()?.chunks_mut(step) {
             let mut done = 0;
             while let Some(rest) = piece.get_mut(done..).filter(|rest| !rest.is_empty()) {
                 let at = offset + done as u64;
                 let read =
-                    rustix::io::preadv2(&**file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT);
+                    rustix::io::preadv2(&*file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT);
                 match read {
                     Ok(0) => return None,
                     Ok(read) => done += read,
@@ -164,6 +194,11 @@ impl Job {
 
     /// Copies what came through the buffer, and gives the hash if it is wanted.
     fn take_from_buffer(&mut self) -> Option<Hash> {
+        if let Some(frame) = &mut self.frame {
+            frame.at = self.copies.drain(..).next().map_or(0, |(from, _)| from.start);
+            let wanted = self.hash.is_some();
+            return self.stored().filter(|_| wanted).map(|stored| Hash::of(stored));
+        }
         let bytes = self.part.bytes_mut()?;
         if let Some(buffer) = &mut self.buffer {
             for (from, to) in self.copies.drain(..) {
@@ -181,8 +216,8 @@ impl Job {
     fn read_again(&mut self) -> bool {
         self.file.drop_from_cache(self.offset, self.len);
         let (file, offset) = (self.file.cached().clone(), self.offset);
-        let Some(bytes) = self.part.bytes_mut() else { return false };
-        file.read_exact_at(bytes, offset).is_ok() && self.hash == Some(Hash::of(bytes))
+        let Some(bytes) = self.stored() else { return false };
+        file.read_exact_at(bytes, offset).is_ok() && Some(Hash::of(bytes)) == self.hash
     }
 }
 

@@ -24,7 +24,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tangram_checkpoint::{CHUNK_BYTES, Hash};
+use tangram_checkpoint::{CHUNK_BYTES, Hash, TensorEntry, codec_format};
+use tangram_codec::Format;
 use tangram_device::Memory;
 use tangram_pool::{LoadFailure, Vacancy};
 
@@ -33,7 +34,7 @@ pub use probe::{Measured, Tuning, disk_of, measure};
 pub use schedule::LoadId;
 
 use file::DataFile;
-use job::Job;
+use job::{Frame, Job};
 use landing::Landings;
 use schedule::Urgency;
 use source::{Engine, Source};
@@ -50,10 +51,35 @@ pub struct TensorLoad {
     pub file: PathBuf,
     /// First byte in the file.
     pub offset: u64,
-    /// BLAKE3 of each chunk of [`CHUNK_BYTES`].
+    /// BLAKE3 of each chunk of [`CHUNK_BYTES`] as it is stored.
     pub chunks: Arc<[Hash]>,
+    /// How its chunks are stored, if not as they are.
+    pub compressed: Option<Compressed>,
     /// What to call it in an error.
     pub name: String,
+}
+
+/// How the chunks of a compressed tensor are stored: each where its plain bytes would begin.
+#[derive(Clone, Debug)]
+pub struct Compressed {
+    /// What the elements are.
+    pub format: Format,
+    /// Stored bytes of each chunk. One that is as long as its plain bytes is stored as it is.
+    pub stored: Arc<[u32]>,
+}
+
+impl Compressed {
+    /// How a tensor is stored, if it is compressed.
+    pub fn of(tensor: &TensorEntry) -> Option<Compressed> {
+        let format = codec_format(tensor.dtype).filter(|_| !tensor.stored.is_empty())?;
+        Some(Compressed { format, stored: tensor.stored.as_slice().into() })
+    }
+
+    /// Format and length of what is stored instead of a chunk of `plain` bytes, if it is another form of it.
+    fn frame(&self, index: usize, plain: usize) -> Option<(Format, usize)> {
+        let stored = *self.stored.get(index)? as usize;
+        (stored != plain).then_some((self.format, stored))
+    }
 }
 
 /// Called whenever a tensor has arrived or failed; must not block.
@@ -171,12 +197,16 @@ impl Store {
                 };
                 let start = part.index() as u64 * CHUNK_BYTES;
                 let hash = tensor.chunks.get(part.index()).copied();
+                let plain = CHUNK_BYTES.min(len - start) as usize;
+                let frame = tensor.compressed.as_ref();
+                let frame = frame.and_then(|compressed| compressed.frame(part.index(), plain));
                 jobs.entry(file.disk()).or_default().push_back(Job {
                     load,
                     urgency,
                     tensor_offset: tensor.offset,
                     offset: tensor.offset + start,
-                    len: CHUNK_BYTES.min(len - start) as usize,
+                    len: frame.map_or(plain, |(_, stored)| stored),
+                    frame: frame.map(|(format, _)| Frame { format, at: 0 }),
                     hash: hash.filter(|_| self.is_verified(load, tensor.offset + start)),
                     part,
                     file,

@@ -60,23 +60,17 @@ pub(crate) fn direct(offset: u64, len: usize, address: usize, alignment: Alignme
     let alike = address % both == (offset % both as u64) as usize;
     let unit = if alike { both } else { alignment.offset } as u64;
     let end = offset + len as u64;
-    let (outer, inner) =
-        (offset / unit * unit..end.next_multiple_of(unit), offset.next_multiple_of(unit)..end / unit * unit);
+    let inner = offset.next_multiple_of(unit)..end / unit * unit;
     let head = (inner.start - offset) as usize;
     let suits = (address + head).is_multiple_of(alignment.memory);
     let mut plan = Plan::default();
     if !suits || inner.end < inner.start + LEAST_DIRECT as u64 {
-        let whole = (outer.end - outer.start) as usize;
-        let skipped = (offset - outer.start) as usize;
-        plan.read(outer.start, Place::Buffer, 0..whole, skipped + len, block);
-        plan.buffer = whole;
-        plan.copies.push((skipped..skipped + len, 0));
-        return plan;
+        return whole(offset, len, unit as usize, block);
     }
     // Edges lie in the buffer at multiples of what suits both.
     let (unit, slot) = (unit as usize, both);
     if head > 0 {
-        plan.read(outer.start, Place::Buffer, 0..unit, unit, unit);
+        plan.read(inner.start - unit as u64, Place::Buffer, 0..unit, unit, unit);
         plan.copies.push((unit - head..unit, 0));
         plan.buffer = slot;
     }
@@ -89,6 +83,18 @@ pub(crate) fn direct(offset: u64, len: usize, address: usize, alignment: Alignme
         plan.copies.push((at..at + tail, head + middle));
         plan.buffer = at + slot;
     }
+    plan
+}
+
+/// The plan for `len` bytes at `offset` that all go through the buffer, in blocks of `unit` bytes (1 where alignment does
+/// not matter). It has one copy.
+pub(crate) fn whole(offset: u64, len: usize, unit: usize, block: usize) -> Plan {
+    let unit = unit as u64;
+    let start = offset / unit * unit;
+    let buffer = ((offset + len as u64).next_multiple_of(unit) - start) as usize;
+    let skipped = (offset - start) as usize;
+    let mut plan = Plan { buffer, copies: vec![(skipped..skipped + len, 0)], ..Plan::default() };
+    plan.read(start, Place::Buffer, 0..buffer, skipped + len, block);
     plan
 }
 

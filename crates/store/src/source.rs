@@ -21,6 +21,9 @@ use crate::schedule::{LoadId, Schedule, Urgency};
 /// Threads that read for a disk without io_uring.
 const READERS: usize = 4;
 
+/// Sizes of large buffers are multiples of this.
+const BUFFER_STEP: usize = 512 << 10;
+
 /// How a disk is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Engine {
@@ -182,28 +185,43 @@ impl Source {
             return None;
         };
         if !job.uncached && is_cached(&job.file, job.offset, job.len) {
+            if job.frame.is_some() {
+                job.buffer = self.buffer(job.len);
+            }
             self.land(job, Arrival::Cached, landings);
             return None;
         }
-        let mut state = self.lock();
-        let block = state.tuning.block;
+        let block = self.lock().tuning.block;
+        let (offset, len) = (job.offset, job.len);
         let (file, plan) = match job.file.direct() {
             Some((file, alignment)) => {
                 let block = block.next_multiple_of(alignment.offset);
-                (file.clone(), plan::direct(job.offset, job.len, address, alignment, block))
+                let plan = match job.frame {
+                    Some(_) => plan::whole(offset, len, alignment.offset, block),
+                    None => plan::direct(offset, len, address, alignment, block),
+                };
+                (file.clone(), plan)
             }
-            None => (job.file.cached().clone(), plan::buffered(job.offset, job.len, block)),
+            None if job.frame.is_some() => (job.file.cached().clone(), plan::whole(offset, len, 1, block)),
+            None => (job.file.cached().clone(), plan::buffered(offset, len, block)),
         };
         let Plan { pieces, buffer, copies } = plan;
-        let spare = state.spare.pop();
-        drop(state);
-        job.buffer = match spare {
-            _ if buffer == 0 => None,
-            Some(spare) if spare.len() >= buffer => Some(spare),
-            _ => Some(Buffer::new(buffer)),
-        };
+        // One that it has had from an earlier attempt goes first: none is lost.
+        self.lock().spare.extend(job.buffer.take());
+        job.buffer = self.buffer(buffer);
         job.copies = copies;
         Some((job, Reads { file, pieces }))
+    }
+
+    /// A buffer of at least so many bytes, if any are wanted.
+    fn buffer(&self, bytes: usize) -> Option<Buffer> {
+        if bytes == 0 {
+            return None;
+        }
+        let spare = self.lock().spare.pop();
+        // Those for compressed chunks vary a little; rounded up, the next one finds room too.
+        let rounded = if bytes < BUFFER_STEP { bytes } else { bytes.next_multiple_of(BUFFER_STEP) };
+        spare.filter(|spare| spare.len() >= bytes).or_else(|| Some(Buffer::new(rounded)))
     }
 
     /// Deals with the end of a job's reads. Gives it back if it has to be read another way.

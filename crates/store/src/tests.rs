@@ -106,6 +106,7 @@ impl World {
                 file: self.path.clone(),
                 offset: self.offsets[i],
                 chunks: chunks.collect(),
+                compressed: None,
                 name: format!("t{i}"),
                 vacancy,
             }
@@ -171,6 +172,67 @@ fn every_byte_arrives_whatever_the_sizes_and_the_way() {
                 world.check(&format!("{setup:?}, cold: {cold}"));
             }
         }
+    }
+}
+
+/// Loads a tensor of bf16 that is stored as `change` makes it of the frames of its chunks.
+fn load_compressed(setup: Setup, cold: bool, change: impl Fn(&mut Vec<Vec<u8>>)) -> (World, Arc<Tensor>) {
+    // Exponents that are certain; the last chunk is noise, which is stored as it is.
+    let mut data: Vec<u8> = (0..CHUNK).flat_map(|i| [(i * 37 + i / 300) as u8, 0x3f]).collect();
+    data.extend((0..3000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_be_bytes()));
+    let mut world = world_of(&[100, data.len()], setup);
+    let mut frames: Vec<Vec<u8>> = data.chunks(CHUNK).map(<[u8]>::to_vec).collect();
+    for frame in &mut frames[..2] {
+        *frame = tangram_codec::encode(Format::Bf16, frame).unwrap();
+    }
+    change(&mut frames);
+    let mut file = std::fs::read(&world.path).unwrap();
+    for (i, frame) in frames.iter().enumerate() {
+        let start = world.offsets[1] as usize + i * CHUNK;
+        file[start..start + frame.len()].copy_from_slice(frame);
+    }
+    std::fs::write(&world.path, file).unwrap();
+    std::fs::File::open(&world.path).unwrap().sync_all().unwrap();
+    world.data[1] = data;
+    if cold {
+        world.drop_cache();
+    }
+    let mut activation = world.pool.activate(&world.keys[1..], &[], 0.0).unwrap();
+    let mut loads = world.loads(&mut activation);
+    loads[0].chunks = frames.iter().map(|frame| Hash::of(frame)).collect();
+    let stored = frames.iter().map(|frame| frame.len() as u32).collect();
+    loads[0].compressed = Some(Compressed { format: Format::Bf16, stored });
+    let (wake, woken) = wake();
+    world.store.load(loads, &wake);
+    woken.recv_timeout(PATIENCE).expect("the load ends");
+    let tensor = activation.lease.tensors()[0].clone();
+    world.pool.release(activation.lease);
+    (world, tensor)
+}
+
+#[test]
+fn compressed_chunks_arrive_decoded() {
+    for engine in [Engine::Best, Engine::Threads] {
+        for (backend, alignment) in [(Backend::Paged, 4096), (Backend::Segment, 256), (Backend::Paged, 1)] {
+            for verification in [Verification::Full, Verification::Sampled] {
+                for cold in [false, true] {
+                    let setup = Setup { engine, backend, alignment, verification };
+                    let (world, tensor) = load_compressed(setup, cold, |_| {});
+                    let right = tensor.bytes() == Some(&world.data[1]);
+                    assert!(right, "{setup:?}, cold: {cold}: {:?}", tensor.failure());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn frames_that_decode_to_nothing_fail_the_tensor() {
+    // Their hashes are right: a manifest is not trusted either.
+    for cold in [false, true] {
+        let (_world, tensor) = load_compressed(SETUP, cold, |frames| frames[1].truncate(1000));
+        let Some(LoadFailure::Failed(message)) = tensor.failure() else { panic!("must fail") };
+        assert!(message.contains("t1") && message.contains("no use"), "{message}");
     }
 }
 

@@ -11,7 +11,7 @@ use tangram_checkpoint::{Hash, Manifest};
 use tangram_device::cpu::CpuDevice;
 use tangram_policy::TensorKey;
 use tangram_pool::{Backend, CatalogueEntry, Lease, Pool};
-use tangram_store::{Measured, Options, Store, TensorLoad, Verification, Wake, disk_of, measure};
+use tangram_store::{Compressed, Measured, Options, Store, TensorLoad, Verification, Wake, disk_of, measure};
 
 use super::Cost;
 use super::raw::{cpu_time, drop_cache};
@@ -41,6 +41,7 @@ struct Place {
     offset: u64,
     bytes: u64,
     chunks: Arc<[Hash]>,
+    compressed: Option<Compressed>,
     name: String,
 }
 
@@ -63,6 +64,7 @@ impl Bench {
             offset: tensor.offset,
             bytes: tensor.bytes,
             chunks: tensor.chunks.clone().into(),
+            compressed: Compressed::of(tensor),
             name: format!("{:?}", tensor.role),
         };
         let places: Vec<Place> = tensors.map(place).collect();
@@ -119,6 +121,7 @@ impl Bench {
             file: self.file.clone(),
             offset: place.offset,
             chunks: place.chunks.clone(),
+            compressed: place.compressed.clone(),
             name: place.name.clone(),
         });
         Ok((activation.lease, loads.collect()))
