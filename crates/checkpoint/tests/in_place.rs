@@ -182,14 +182,8 @@ fn what_an_imported_checkpoint_holds_is_not_stored_again() {
     let name = temp.path().join("llama.gguf");
     write_gguf(&name, &RandomModel::tiny(Family::Llama), GgufOptions::default());
     let imported = alone(&temp.path().join("llama.gguf-imported"));
-    let known: HashMap<ContentId, KnownTensor> = imported
-        .tensors
-        .iter()
-        .map(|entry| {
-            let (checkpoint, offset, chunks) = (entry.checkpoint.clone(), entry.offset, entry.chunks.clone());
-            (entry.id, KnownTensor { checkpoint, offset, chunks })
-        })
-        .collect();
+    let known: HashMap<ContentId, KnownTensor> =
+        imported.tensors.iter().map(|entry| (entry.id, KnownTensor::from(entry))).collect();
     let dir = temp.path().join("placed");
     fs::create_dir(&dir).unwrap();
     let source = open(&name).unwrap();

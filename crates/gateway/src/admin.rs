@@ -12,7 +12,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use tangram_node::{DeployError, DeployProgress, DeployedModel};
+use tangram_node::{DeployError, DeployProgress, DeployedModel, WeightLayout};
 use tokio::sync::mpsc;
 
 use crate::Gateway;
@@ -60,16 +60,16 @@ enum DeployEvent {
 
 /// What to deploy.
 enum Deployable {
-    /// The checkpoint at this path.
-    Source(PathBuf),
+    /// The checkpoint at this path, its tensors stored like this.
+    Source(PathBuf, WeightLayout),
     /// The checkpoint at this path, its tensors left where they are.
     InPlace(PathBuf),
     /// The adapter in this directory on the model of this name.
     Adapter(PathBuf, String),
 }
 
-/// `POST /admin/models` with `{"name", "source", "in_place"}` (`in_place` may be left out) or `{"name", "adapter",
-/// "base"}`: answers with one JSON object per line, progress first, then the model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
+/// `POST /admin/models` with `{"name", "source", "layout", "in_place"}` (the last two may be left out) or `{"name",
+/// "adapter", "base"}`: answers with one JSON object per line, progress first, then the model or an error. An error before the first progress has its HTTP status. If the client goes, the deployment is
 /// cancelled.
 pub(crate) async fn deploy(
     State(gateway): State<Arc<Gateway>>,
@@ -89,6 +89,10 @@ pub(crate) async fn deploy(
     };
     let name = required("name")?;
     let in_place = fields.boolean("in_place", false)?;
+    let layout = fields.get::<WeightLayout>("layout", "plain, compressed or auto")?;
+    if layout.is_some() && (in_place || fields.raw("adapter").is_some()) {
+        return Err(ApiError::param("layout", "'layout' is for checkpoints that are imported"));
+    }
     let what = match (fields.raw("source"), fields.raw("adapter")) {
         (Some(_), Some(_)) => {
             return Err(ApiError::param(
@@ -104,7 +108,7 @@ pub(crate) async fn deploy(
         }
         (None, Some(_)) => Deployable::Adapter(PathBuf::from(required("adapter")?), required("base")?),
         (_, None) if in_place => Deployable::InPlace(PathBuf::from(required("source")?)),
-        (_, None) => Deployable::Source(PathBuf::from(required("source")?)),
+        (_, None) => Deployable::Source(PathBuf::from(required("source")?), layout.unwrap_or_default()),
     };
     let param = if matches!(what, Deployable::Adapter(..)) { "adapter" } else { "source" };
     let refusal = move |error: DeployError| ApiError::from(error).instead_of_source(param);
@@ -170,7 +174,7 @@ fn run(
         ControlFlow::Continue(())
     };
     match what {
-        Deployable::Source(source) => gateway.node.deploy(name, source, progress),
+        Deployable::Source(source, layout) => gateway.node.deploy_as(*layout, name, source, progress),
         Deployable::InPlace(source) => gateway.node.deploy_in_place(name, source, progress),
         Deployable::Adapter(adapter, base) => gateway.node.deploy_adapter(name, adapter, base, progress),
     }

@@ -313,6 +313,19 @@ pub struct ModelForecast {
     pub load_bytes_per_second: Option<f64>,
 }
 
+/// How weights are stored that are new to this disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightLayout {
+    /// As they are.
+    Plain,
+    /// bf16 and fp16 without loss in fewer bytes.
+    Compressed,
+    /// Compressed where they are loaded sooner that way, by what was measured of this machine's disk and processor.
+    #[default]
+    Auto,
+}
+
 /// A model in a listing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ModelStatus {
@@ -333,6 +346,8 @@ pub struct ModelStatus {
     /// in place (and is no adapter on one).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_place_bytes: Option<u64>,
+    /// Bytes that are stored of all weights: fewer than these have where some are compressed.
+    pub stored_bytes: u64,
     /// Of `weight_bytes`, bytes that some other deployed model has too.
     pub shared_bytes: u64,
     /// Of these, bytes in device memory now.

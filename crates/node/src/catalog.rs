@@ -22,7 +22,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{
-    self as checkpoint, AdapterSource, ContentId, DATA_FILE, KnownTensor, Manifest, Source, TensorEntry,
+    self as checkpoint, AdapterSource, ContentId, DATA_FILE, KnownTensor, Layout, Manifest, Source,
+    TensorEntry,
 };
 
 use crate::api::{DeployError, DeployProgress};
@@ -51,8 +52,8 @@ pub(crate) struct Deployment {
 /// What is deployed.
 #[derive(Clone, Copy)]
 pub(crate) enum Import<'a> {
-    /// A model of its own.
-    Model(&'a Source),
+    /// A model of its own, stored in this layout.
+    Model(&'a Source, Layout),
     /// A model of its own whose bytes stay in the files in which they are.
     InPlace(&'a Source),
     /// An adapter on the model deployed under this name.
@@ -351,7 +352,9 @@ impl Catalog {
             progress(DeployProgress { bytes_done, bytes_total, bytes_reused })
         };
         let imported = match source {
-            Import::Model(source) => checkpoint::import(source, staging, id, &known, progress),
+            Import::Model(source, layout) => {
+                checkpoint::import_as(layout, source, staging, id, &known, progress)
+            }
             Import::InPlace(source) => checkpoint::import_in_place(source, staging, id, &known, progress),
             Import::Adapter(adapter, base) => {
                 let deployment = self.models.get(base);
@@ -506,7 +509,10 @@ mod tests {
         let import = checkpoint::open(source.path()).unwrap();
         let go_on = &mut |_| ControlFlow::Continue(());
         let (mut catalog, _) = Catalog::open(root.path()).unwrap();
-        let old = catalog.deploy("m", Import::Model(&import), source.path(), go_on).unwrap().manifest;
+        let old = catalog
+            .deploy("m", Import::Model(&import, Layout::Plain), source.path(), go_on)
+            .unwrap()
+            .manifest;
         let file = catalog.data_file(&old.checkpoint);
         catalog.damaged().add(&file, old.tensors[1].offset, "t");
         drop(catalog);
@@ -517,7 +523,7 @@ mod tests {
             assert!(problem.contains(part), "{problem}");
         }
         assert!(catalog.models().is_empty() && file.exists());
-        catalog.deploy("m", Import::Model(&import), source.path(), go_on).unwrap();
+        catalog.deploy("m", Import::Model(&import, Layout::Plain), source.path(), go_on).unwrap();
         drop(catalog);
         let (catalog, problems) = Catalog::open(root.path()).unwrap();
         assert!(problems.is_empty() && catalog.models().contains_key("m"), "{problems:?}");

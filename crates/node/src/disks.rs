@@ -1,9 +1,12 @@
 //! How the disks of this machine are best read: measured once for each, kept in the data directory.
 //!
-//! Takes about a second of reading. Done when a model is deployed or, if an earlier run has left nothing, beside a server
+//! A file with holes says nothing about a disk; then one is written for the purpose. Takes about a second of reading. Done when a model is deployed or, if an earlier run has left nothing, beside a server
 //! that is ready; until then disks are read as most like it.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,6 +15,10 @@ use tangram_store::{Measured, Store, disk_of, measure};
 
 /// In the data directory.
 const FILE: &str = "disks.json";
+/// In the data directory, for as long as a disk is measured.
+const PROBE_FILE: &str = "disks.probe";
+/// MiB of that file.
+const PROBE_MIB: usize = 64;
 
 #[derive(Default, Serialize, Deserialize)]
 struct Kept {
@@ -49,12 +56,42 @@ impl Disks {
         true
     }
 
+    /// Bytes per second that the disk of the data directory gives past the page cache; measured if it was not before.
+    /// `None` if that is not possible.
+    pub(crate) fn rate(&self) -> Option<f64> {
+        let _measuring = self.measuring.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.tune(&self.data) {
+            self.measure_data();
+        }
+        let (_, disk) = disk_of(&self.data).ok()?;
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.disks.get(&disk).map(|measured| measured.bytes_per_second)
+    }
+
     /// Measures the disk that `file` lies on, by reading it, unless that was done before.
     pub(crate) fn measure(&self, file: &Path) {
         let _measuring = self.measuring.lock().unwrap_or_else(PoisonError::into_inner);
         if self.tune(file) {
             return;
         }
+        if has_holes(file) {
+            self.measure_data();
+        } else {
+            self.measure_by(file);
+        }
+    }
+
+    /// Measures the disk of the data directory with a file of its own.
+    fn measure_data(&self) {
+        let path = self.data.join(PROBE_FILE);
+        match write_probe(&path) {
+            Ok(()) => self.measure_by(&path),
+            Err(error) => tracing::warn!("{} cannot be written: {error}", path.display()),
+        }
+        let _ = std::fs::remove_file(&path);
+    }
+
+    fn measure_by(&self, file: &Path) {
         let measured = disk_of(file).and_then(|(_, disk)| Ok((disk, measure(file)?)));
         let (disk, measured) = match measured {
             Ok((disk, Some(measured))) => (disk, measured),
@@ -78,6 +115,26 @@ impl Disks {
         }
         self.tune(file);
     }
+}
+
+/// Whether reading a file would be reading nothing here and there.
+fn has_holes(file: &Path) -> bool {
+    std::fs::metadata(file).is_ok_and(|metadata| metadata.blocks() * 512 < metadata.len())
+}
+
+/// Writes a file that is worth reading, to the disk.
+fn write_probe(path: &Path) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    let mut random = 1u64;
+    let mut block = vec![0; 1 << 20];
+    for _ in 0..PROBE_MIB {
+        for bytes in block.as_chunks_mut().0 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            *bytes = random.to_le_bytes();
+        }
+        file.write_all(&block)?;
+    }
+    file.sync_all()
 }
 
 #[cfg(test)]
@@ -105,7 +162,18 @@ mod tests {
         }
         assert!(open("this").tune(data.path()), "found again");
         assert!(!open("another").tune(data.path()), "another machine, other figures");
+        let rate = open("this").rate();
+        assert!(rate.is_some_and(|rate| rate.is_finite() && rate > 0.0));
         std::fs::write(data.path().join(FILE), "{").unwrap();
         assert!(!open("this").tune(data.path()), "a damaged file is as none");
+        // What is mostly holes is not read for it, but a file that is gone afterwards.
+        std::fs::File::create(&file).unwrap().set_len(64 << 20).unwrap();
+        let disks = open("this");
+        disks.measure(&file);
+        assert!(disks.tune(data.path()));
+        let mut left: Vec<_> =
+            std::fs::read_dir(data.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["data.bin", FILE]);
     }
 }

@@ -23,7 +23,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tangram_checkpoint::{AdapterSource, DType, Manifest, Output, Source, TOKENIZER_FILE};
+use tangram_checkpoint::{
+    AdapterSource, DType, Layout, Manifest, Output, Source, TOKENIZER_FILE, codec_format,
+};
+use tangram_codec::Speeds;
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
 use tangram_engine::{Model, TensorDesc};
@@ -336,10 +339,35 @@ impl Node {
         path: &Path,
         progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
+        self.deploy_as(WeightLayout::Auto, name, path, progress)
+    }
+
+    /// [`Node::deploy`] with a choice of how weights are stored that are new to this disk.
+    ///
+    /// # Errors
+    /// As [`Node::deploy`].
+    pub fn deploy_as(
+        &self,
+        layout: WeightLayout,
+        name: &str,
+        path: &Path,
+        progress: &mut dyn FnMut(DeployProgress) -> ControlFlow<()>,
+    ) -> Result<Arc<DeployedModel>, DeployError> {
         let source = open_source(name, path)?;
         let weight_types = self.check_fits(name, &source)?;
+        let layout = match layout {
+            WeightLayout::Plain => Layout::Plain,
+            WeightLayout::Compressed => Layout::Compressed,
+            WeightLayout::Auto => {
+                let tensors = source.tensors().iter().filter(|tensor| codec_format(tensor.dtype).is_some());
+                let much = tensors.map(|tensor| tensor.bytes).sum::<u64>() >= LEAST_COMPRESSIBLE;
+                let link = much.then(|| self.disks.rate()).flatten();
+                let speeds = link.map(|link| Speeds { link, decode: self.machine.decoding() });
+                speeds.map_or(Layout::Plain, Layout::Fastest)
+            }
+        };
         let catalog = lock(&self.catalog);
-        self.put_into_service(catalog, name, (Import::Model(&source), path), &weight_types, progress)
+        self.put_into_service(catalog, name, (Import::Model(&source, layout), path), &weight_types, progress)
     }
 
     /// Deploys the checkpoint at `path` as [`Node::deploy`] does, but leaves its tensors in the files in which they
@@ -713,6 +741,9 @@ impl Embedding {
         self.result.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
     }
 }
+
+/// With fewer bytes of types that can be compressed, there is less to be won than it takes to measure the disk.
+const LEAST_COMPRESSIBLE: u64 = 64 << 20;
 
 /// Opens the checkpoint that is to be deployed as `name`.
 fn open_source(name: &str, path: &Path) -> Result<Source, DeployError> {

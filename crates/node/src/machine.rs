@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{CHUNK_BYTES, DType, Hash};
+use tangram_codec::Format;
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::{Executor, Rates, StageWork};
 use tangram_policy::forecast::{Correction, Loading};
@@ -34,6 +35,9 @@ struct Measured {
     rates: Option<Rates>,
     /// Of a load through the store that finds its file in the page cache.
     load_bytes_per_second: Option<f64>,
+    /// Plain bytes that one core makes of compressed ones.
+    #[serde(default)]
+    decoded_bytes_per_second: Option<f64>,
     corrections: Corrections,
 }
 
@@ -60,6 +64,8 @@ impl Corrections {
 pub(crate) struct Machine {
     data: PathBuf,
     threads: usize,
+    /// Threads that bring bytes in, and decode them.
+    streams: usize,
     /// The share of the cores that a running load takes.
     load_share: f64,
     measured: Mutex<Measured>,
@@ -81,6 +87,7 @@ impl Machine {
         Machine {
             data: data.to_owned(),
             threads,
+            streams: streams.min(cores),
             load_share: (taken as f64 / threads as f64).min(1.0),
             measured: Mutex::new(kept.unwrap_or(Measured { machine, ..Measured::default() })),
             measuring: Mutex::new(()),
@@ -138,6 +145,17 @@ impl Machine {
         drop(measured);
         tracing::debug!(milliseconds = started.elapsed().as_millis() as u64, "measured this machine");
         self.keep();
+    }
+
+    /// Plain bytes per second that all copy threads together make of compressed ones, measured when it is asked for the
+    /// first time.
+    pub(crate) fn decoding(&self) -> f64 {
+        let _measuring = self.measuring.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.lock().decoded_bytes_per_second;
+        let decoded = known.unwrap_or_else(measure_decoding);
+        self.lock().decoded_bytes_per_second = Some(decoded);
+        self.keep();
+        decoded * self.streams as f64
     }
 
     /// Writes what was measured, and the corrections so far, to the data directory.
@@ -252,6 +270,30 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
         pool.release(activation.lease);
     }
     Ok(bytes as f64 / best)
+}
+
+/// Plain bytes per second that one core makes of compressed ones.
+pub(crate) fn measure_decoding() -> f64 {
+    // Exponents as trained weights have them: each half as frequent as the one above.
+    let mut random = 1u64;
+    let mut element = || {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let bits = random >> 33;
+        let exponent = 122 - (bits >> 16 | 1 << 14).trailing_zeros() as u16;
+        (exponent << 7 | bits as u16 & 0x807f).to_le_bytes()
+    };
+    let plain: Vec<u8> = (0..CHUNK_BYTES as usize / 2).flat_map(|_| element()).collect();
+    let Some(frame) = tangram_codec::encode(Format::Bf16, &plain) else { return 0.0 };
+    let mut out = vec![0; plain.len()];
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let started = Instant::now();
+        if tangram_codec::decode(Format::Bf16, &frame, &mut out).is_err() {
+            return 0.0;
+        }
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    plain.len() as f64 / best
 }
 
 #[cfg(test)]

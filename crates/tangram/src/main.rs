@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use tangram_node::WeightLayout;
 
 use crate::commands::models::Deployable;
 use crate::config::ServerOptions;
@@ -20,6 +21,25 @@ use crate::config::ServerOptions;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+}
+
+/// [`WeightLayout`] as an argument.
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum Layout {
+    #[default]
+    Auto,
+    Compressed,
+    Plain,
+}
+
+impl From<Layout> for WeightLayout {
+    fn from(layout: Layout) -> WeightLayout {
+        match layout {
+            Layout::Auto => WeightLayout::Auto,
+            Layout::Compressed => WeightLayout::Compressed,
+            Layout::Plain => WeightLayout::Plain,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -38,6 +58,10 @@ enum Command {
         /// Hugging Face or ServerlessLLM directory, .safetensors file with its config.json beside it, or .gguf file.
         #[arg(required_unless_present = "adapter", conflicts_with = "adapter")]
         source: Option<PathBuf>,
+        /// How bf16 and fp16 weights are stored: `compressed` takes about a third (bf16) or a seventh (fp16) less room,
+        /// without loss. `auto` compresses where that makes loading faster on this machine.
+        #[arg(long, value_enum, default_value_t, conflicts_with_all = ["in_place", "adapter"])]
+        layout: Layout,
         /// Leave the weights in the files in which they are and read them there. Only what these do not hold in the form
         /// in which it is needed is stored. The files must stay as they are; they are never written to or deleted.
         #[arg(long, conflicts_with = "adapter")]
@@ -140,10 +164,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve { options } => commands::serve::run(options).await,
         Command::Quickstart(options) => commands::quickstart::run(options).await,
-        Command::Deploy { name, source, in_place, adapter, base, target } => {
+        Command::Deploy { name, source, layout, in_place, adapter, base, target } => {
             let what = match (source, adapter, base) {
                 (Some(source), ..) if in_place => Deployable::InPlace(source),
-                (Some(source), ..) => Deployable::Source(source),
+                (Some(source), ..) => Deployable::Source(source, layout.into()),
                 (None, Some(adapter), Some(base)) => Deployable::Adapter(adapter, base),
                 _ => anyhow::bail!("give a source, or --adapter with --base"),
             };

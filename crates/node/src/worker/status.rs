@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use tangram_checkpoint::{ModelSpec, Output};
+use tangram_checkpoint::{ModelSpec, Output, TensorEntry};
 use tangram_pool::Backend;
 
 use super::Worker;
@@ -68,6 +68,7 @@ impl Worker {
                 task: task(&deployed.spec).to_owned(),
                 dtype: dominant_dtype(plan),
                 weight_bytes: plan.unique_bytes(),
+                stored_bytes: plan.manifest.tensors.iter().map(TensorEntry::stored_bytes).sum(),
                 in_place_bytes: plan.manifest.in_place.is_some().then(|| plan.in_place_bytes()),
                 shared_bytes: self.pool.shared_bytes(&entry.keys),
                 resident_bytes: self.pool.resident_bytes(&entry.keys),

@@ -7,7 +7,7 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tangram_node::{ModelStatus, NodeStatus};
+use tangram_node::{ModelStatus, NodeStatus, WeightLayout};
 
 use crate::Target;
 use crate::client::Client;
@@ -20,8 +20,8 @@ struct Models {
 
 /// What to deploy.
 pub(crate) enum Deployable {
-    /// A checkpoint.
-    Source(PathBuf),
+    /// A checkpoint, and how its weights are to be stored.
+    Source(PathBuf, WeightLayout),
     /// A checkpoint whose tensors stay where they are.
     InPlace(PathBuf),
     /// An adapter's directory and the deployed name of its base.
@@ -46,6 +46,13 @@ pub(crate) async fn deploy(name: &str, what: &Deployable, target: Target) -> any
     );
     if let (Deployable::InPlace(_), Some(in_place)) = (what, model.in_place_bytes) {
         println!("  {}", in_place_line(in_place, model.weight_bytes));
+    }
+    if model.stored_bytes < model.weight_bytes {
+        println!(
+            "  its weights are stored without loss in {}, {:.0} % of their size",
+            bytes(model.stored_bytes),
+            100.0 * model.stored_bytes as f64 / model.weight_bytes as f64
+        );
     }
     for line in forecast_lines(&model) {
         println!("  {line}");
@@ -99,7 +106,9 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) ->
     let absolute =
         |path: &Path| std::fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()));
     let body = match what {
-        Deployable::Source(source) => json!({ "name": name, "source": absolute(source)? }),
+        Deployable::Source(source, layout) => {
+            json!({ "name": name, "source": absolute(source)?, "layout": layout })
+        }
         Deployable::InPlace(source) => {
             json!({ "name": name, "source": absolute(source)?, "in_place": true })
         }

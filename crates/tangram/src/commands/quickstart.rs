@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tangram_node::ModelStatus;
+use tangram_node::{ModelStatus, WeightLayout};
 
 use crate::client::Client;
 use crate::commands::models::{Deployable, deploy_on};
@@ -98,7 +98,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     // The second name brings nothing of its own.
     let mut together = 0;
     for (name, source) in NAMES.iter().zip([&chat_model, &chat_model, &embedding_model]) {
-        let model = deploy_on(&client, name, &Deployable::Source(source.clone())).await?;
+        let model = deploy_on(&client, name, &Deployable::Source(source.clone(), WeightLayout::Auto)).await?;
         together += if *name == NAMES[1] { 0 } else { model.weight_bytes };
         println!(
             "Deployed {name}: {} of weights, {} of them shared with another model.",
