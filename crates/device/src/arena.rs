@@ -458,8 +458,12 @@ impl Extent {
     /// # Errors
     /// When the device refuses or is lost.
     pub fn read(&self, at: usize, into: &mut [u8]) -> Result<(), DeviceError> {
+        let address = self.span(at, into.len());
+        if into.is_empty() {
+            return Ok(());
+        }
         // SAFETY: the range is mapped while `self` lives, and writes need `&mut self`.
-        unsafe { self.arena.memory.device.read(self.span(at, into.len()), into) }
+        unsafe { self.arena.memory.device.read(address, into) }
     }
 
     /// A copy of all bytes; works on every device.
@@ -482,8 +486,12 @@ impl Extent {
     /// # Errors
     /// When the device refuses or is lost.
     pub fn write(&mut self, at: usize, from: &[u8]) -> Result<(), DeviceError> {
+        let address = self.span(at, from.len());
+        if from.is_empty() {
+            return Ok(());
+        }
         // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
-        unsafe { self.arena.memory.device.write(from, self.span(at, from.len())) }
+        unsafe { self.arena.memory.device.write(from, address) }
     }
 
     /// The memory that it is part of.

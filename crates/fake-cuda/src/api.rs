@@ -146,6 +146,8 @@ entry_points! {
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, ordinal: c_int) {
         on(ordinal, "cuDeviceGetAttribute", |_| {
             let answer = match attribute {
+                // Multiprocessors.
+                16 => 4,
                 // Compute capability.
                 75 => 9,
                 76 => 0,
@@ -372,6 +374,78 @@ entry_points! {
     fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: *mut c_void) {
         here("cuMemsetD8Async", |gpu| {
             gpu.submit(number(stream), Work::Fill { to: to as usize, bytes, value })
+        })
+    }
+
+    fn cuMemAlloc_v2(address: *mut u64, bytes: usize) {
+        here("cuMemAlloc_v2", |gpu| {
+            let allocated = gpu.allocate(bytes)?;
+            put(address, allocated as u64)
+        })
+    }
+
+    fn cuMemFree_v2(address: u64) {
+        here("cuMemFree_v2", |gpu| gpu.free_plain(address as usize))
+    }
+
+    fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_void) {
+        here("cuModuleLoadData", |gpu| {
+            if image.is_null() {
+                return Err(INVALID_VALUE);
+            }
+            gpu.modules += 1;
+            put(module, opaque(gpu.modules))
+        })
+    }
+
+    fn cuModuleUnload(_module: *mut c_void) {
+        here("cuModuleUnload", |gpu| match gpu.modules {
+            0 => Err(INVALID_HANDLE),
+            _ => {
+                gpu.modules -= 1;
+                Ok(())
+            }
+        })
+    }
+
+    fn cuModuleGetFunction(function: *mut *mut c_void, _module: *mut c_void, name: *const c_char) {
+        here("cuModuleGetFunction", |_| {
+            if name.is_null() {
+                return Err(INVALID_VALUE);
+            }
+            put(function, opaque(0))
+        })
+    }
+
+    fn cuFuncSetAttribute(_function: *mut c_void, attribute: c_int, value: c_int) {
+        // What one block may have at most on a GPU of capability 9.0.
+        const MOST_SHARED_BYTES: c_int = 227 << 10;
+        here("cuFuncSetAttribute", |_| match (attribute, value) {
+            (8, 0..=MOST_SHARED_BYTES) => Ok(()),
+            _ => Err(INVALID_VALUE),
+        })
+    }
+
+    fn cuLaunchKernel(
+        _function: *mut c_void,
+        x: c_uint,
+        y: c_uint,
+        z: c_uint,
+        threads_x: c_uint,
+        threads_y: c_uint,
+        threads_z: c_uint,
+        _shared_bytes: c_uint,
+        stream: *mut c_void,
+        parameters: *mut *const c_void,
+        _extra: *mut *mut c_void,
+    ) {
+        here("cuLaunchKernel", |gpu| {
+            let threads = u64::from(threads_x) * u64::from(threads_y) * u64::from(threads_z);
+            let blocks = u64::from(x) * u64::from(y) * u64::from(z);
+            if blocks == 0 || !(1..=1024).contains(&threads) || y.max(z) > 65_535 || parameters.is_null() {
+                return Err(INVALID_VALUE);
+            }
+            gpu.submit(number(stream), Work::Kernel)
         })
     }
 }

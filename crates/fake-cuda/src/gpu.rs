@@ -54,6 +54,9 @@ pub(crate) struct Gpu {
     reservations: BTreeMap<usize, usize>,
     mappings: BTreeMap<usize, Mapping>,
     pinned: BTreeMap<usize, usize>,
+    /// Plain allocations: address, bytes and handle.
+    plain: BTreeMap<usize, (usize, u64)>,
+    pub(crate) modules: usize,
     pub(crate) streams: Streams,
     next: u64,
     sticky: i32,
@@ -77,6 +80,8 @@ impl Gpu {
             reservations: BTreeMap::new(),
             mappings: BTreeMap::new(),
             pinned: BTreeMap::new(),
+            plain: BTreeMap::new(),
+            modules: 0,
             streams: Streams::default(),
             next: 1,
             sticky: SUCCESS,
@@ -120,6 +125,7 @@ impl Gpu {
             pinned: self.pinned.len(),
             streams: self.streams.count(),
             events: self.streams.events(),
+            modules: self.modules,
         }
     }
 
@@ -203,11 +209,15 @@ impl Gpu {
         self.contexts > 0
     }
 
-    /// Ends the context's life and begins another: streams, events and pinned memory go. Device memory is not part of
-    /// a context; whether the driver takes it too is not documented, so it stays.
+    /// Ends the context's life and begins another: streams, events, modules, plain allocations and pinned memory go.
+    /// Memory that is mapped is not part of a context; whether the driver takes it too is not documented, so it stays.
     pub(crate) fn reset(&mut self) {
         self.sticky = SUCCESS;
         self.streams = Streams::default();
+        self.modules = 0;
+        for address in self.plain.keys().copied().collect::<Vec<_>>() {
+            let _ = self.free_plain(address);
+        }
         for (address, bytes) in std::mem::take(&mut self.pinned) {
             // SAFETY: mapped by `pin` with this size and not unmapped since; its users are told that it is gone.
             let _ = unsafe { munmap(address as *mut c_void, bytes) };
@@ -425,6 +435,26 @@ impl Gpu {
         // SAFETY: mapped by `pin` with this size; nothing that is still to be done uses it.
         let _ = unsafe { munmap(address as *mut c_void, bytes) };
         Ok(())
+    }
+
+    /// A plain allocation is a reservation with a handle mapped into it, of which nobody is told.
+    pub(crate) fn allocate(&mut self, bytes: usize) -> Result<usize, i32> {
+        let bytes = bytes.max(1).next_multiple_of(self.options.granularity);
+        let handle = self.create(bytes)?;
+        let address = self.reserve(bytes, 0)?;
+        self.map(address, bytes, 0, handle)?;
+        self.set_access(address, bytes)?;
+        self.plain.insert(address, (bytes, handle));
+        Ok(address)
+    }
+
+    pub(crate) fn free_plain(&mut self, address: usize) -> Outcome {
+        let Some((bytes, handle)) = self.plain.remove(&address) else {
+            return self.violation(format!("{address:#x} is freed and was not allocated"));
+        };
+        self.unmap(address, bytes)?;
+        self.unreserve(address, bytes)?;
+        self.release_handle(handle)
     }
 
     /// Whether copies read and write this host range later, and not at once.

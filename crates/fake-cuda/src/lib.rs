@@ -1,6 +1,6 @@
 //! A stand-in for NVIDIA's driver library: strict, deterministic, without a GPU. For tests only.
 //!
-//! It has the entry points that `tangram-device` uses, under their names. Physical memory is a memory file per handle,
+//! It has the entry points that `tangram-device` uses, under their names; kernels do nothing. Physical memory is a memory file per handle,
 //! mapped where `cuMemMap` says and accessible only after `cuMemSetAccess`, so that a stray access faults. What a
 //! stream is given runs as late as it may, or at moments that a seed chooses, never on its own: whoever reads before
 //! synchronising reads old bytes, and reads them every time. What the driver leaves undefined is an error here, and
@@ -74,6 +74,8 @@ pub struct Left {
     pub streams: usize,
     /// Events.
     pub events: usize,
+    /// Loaded modules.
+    pub modules: usize,
 }
 
 static DEVICES: OnceLock<Mutex<Vec<Arc<Mutex<Gpu>>>>> = OnceLock::new();

@@ -15,17 +15,20 @@ pub(crate) enum Work {
     ToHost { from: usize, to: usize, bytes: usize },
     /// Within the device.
     Within { from: usize, to: usize, bytes: usize },
+    /// A kernel, which does nothing.
+    Kernel,
 }
 
 impl Work {
     pub(crate) fn device_ranges(&self) -> impl Iterator<Item = (usize, usize)> {
         let (first, second) = match *self {
-            Work::Fill { to, bytes, .. } | Work::ToDevice { to, bytes, .. } => ((to, bytes), None),
-            Work::Write { ref from, to } => ((to, from.len()), None),
-            Work::ToHost { from, bytes, .. } => ((from, bytes), None),
-            Work::Within { from, to, bytes } => ((from, bytes), Some((to, bytes))),
+            Work::Fill { to, bytes, .. } | Work::ToDevice { to, bytes, .. } => (Some((to, bytes)), None),
+            Work::Write { ref from, to } => (Some((to, from.len())), None),
+            Work::ToHost { from, bytes, .. } => (Some((from, bytes)), None),
+            Work::Within { from, to, bytes } => (Some((from, bytes)), Some((to, bytes))),
+            Work::Kernel => (None, None),
         };
-        std::iter::once(first).chain(second)
+        first.into_iter().chain(second)
     }
 
     pub(crate) fn host_ranges(&self) -> impl Iterator<Item = (usize, usize)> {
@@ -48,6 +51,7 @@ impl Work {
         // SAFETY: the caller has checked all ranges; `copy` allows overlap, which is refused earlier.
         unsafe {
             match self {
+                Work::Kernel => {}
                 Work::Fill { to, bytes, value } => std::ptr::write_bytes(to as *mut u8, value, bytes),
                 Work::Write { from, to } => {
                     std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len());

@@ -1,7 +1,7 @@
 //! NVIDIA's driver library, loaded when it is there: its functions, types and error codes as far as we use them.
 //!
 //! Bound by hand rather than through a crate: a missing library or symbol must be an answer and not a panic, the
-//! library must be replaceable per device by the stand-in of the tests, and these three dozen functions have not
+//! library must be replaceable per device by the stand-in of the tests, and these four dozen functions have not
 //! changed since CUDA 11.2. Nothing here keeps state or knows what it is called for.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -13,6 +13,8 @@ pub(crate) type DeviceHandle = c_int;
 pub(crate) type Context = *mut c_void;
 pub(crate) type StreamHandle = *mut c_void;
 pub(crate) type EventHandle = *mut c_void;
+pub(crate) type ModuleHandle = *mut c_void;
+pub(crate) type FunctionHandle = *mut c_void;
 pub(crate) type MemoryHandle = u64;
 pub(crate) type Address = u64;
 
@@ -29,6 +31,7 @@ pub(crate) fn ends_context(code: Code) -> bool {
 
 /// `CU_DEVICE_ATTRIBUTE_*`.
 pub(crate) mod attribute {
+    pub(crate) const MULTIPROCESSORS: i32 = 16;
     pub(crate) const CAPABILITY_MAJOR: i32 = 75;
     pub(crate) const CAPABILITY_MINOR: i32 = 76;
     pub(crate) const VIRTUAL_MEMORY: i32 = 102;
@@ -44,6 +47,8 @@ pub(crate) const EVENT_FLAGS: c_uint = 3;
 pub(crate) const HOST_PORTABLE: c_uint = 1;
 /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
 pub(crate) const FILE_DESCRIPTOR: c_int = 1;
+/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+pub(crate) const MOST_SHARED_BYTES: c_int = 8;
 /// `CU_MEM_ALLOC_GRANULARITY_MINIMUM`.
 pub(crate) const GRANULARITY_MINIMUM: c_int = 0;
 
@@ -171,6 +176,16 @@ functions! {
     cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, StreamHandle);
     cuMemcpyDtoDAsync_v2(Address, Address, usize, StreamHandle);
     cuMemsetD8Async(Address, u8, usize, StreamHandle);
+    cuMemAlloc_v2(*mut Address, usize);
+    cuMemFree_v2(Address);
+    cuModuleLoadData(*mut ModuleHandle, *const c_void);
+    cuModuleUnload(ModuleHandle);
+    cuModuleGetFunction(*mut FunctionHandle, ModuleHandle, *const c_char);
+    cuFuncSetAttribute(FunctionHandle, c_int, c_int);
+    cuLaunchKernel(
+        FunctionHandle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, StreamHandle,
+        *mut *const c_void, *mut *mut c_void
+    );
 }
 
 /// Why no GPU can be used; the text is for the user.
@@ -197,7 +212,11 @@ impl Driver {
             // SAFETY: this is the system's driver library, whose initialisation code is made for being loaded so.
             match unsafe { libloading::Library::new(name) } {
                 Ok(library) => return Driver::from_library(library),
-                Err(error) if problem.is_empty() => problem = error.to_string(),
+                Err(error) if problem.is_empty() => {
+                    // The system's words are one level down.
+                    let source = std::error::Error::source(&error).map(ToString::to_string);
+                    problem = source.unwrap_or_else(|| error.to_string());
+                }
                 Err(_) => {}
             }
         }
@@ -254,6 +273,35 @@ impl Driver {
             SUCCESS => count,
             _ => 0,
         }
+    }
+
+    /// The name of a GPU for people, e.g. `NVIDIA H100 80GB HBM3`.
+    ///
+    /// # Errors
+    /// When there is no such GPU.
+    pub fn gpu_name(&self, ordinal: i32) -> Result<String, NoGpu> {
+        let gpus = self.gpus();
+        if !(0..gpus).contains(&ordinal) {
+            return Err(NoGpu(format!(
+                "there is no GPU {ordinal}: the driver shows {gpus}, which count from 0 (CUDA_VISIBLE_DEVICES hides some)"
+            )));
+        }
+        let (mut device, mut name) = (0, [0 as c_char; 128]);
+        // SAFETY: the pointers are to live variables, and the buffer is longer than is said, so its last byte stays 0
+        // whatever is written before it.
+        let code = unsafe {
+            match (self.functions.cuDeviceGet)(&mut device, ordinal) {
+                SUCCESS => {
+                    (self.functions.cuDeviceGetName)(name.as_mut_ptr(), name.len() as c_int - 1, device)
+                }
+                code => code,
+            }
+        };
+        if code != SUCCESS {
+            return Err(NoGpu(format!("GPU {ordinal} cannot be used: {}", self.error_name(code))));
+        }
+        // SAFETY: the buffer ends with a 0.
+        Ok(unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned())
     }
 
     /// The newest CUDA version that the driver serves, as (major, minor).

@@ -6,7 +6,6 @@
 //! given back, so that the GPU can be opened anew. The process goes on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CStr, c_char};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -65,12 +64,7 @@ impl Gpu {
     /// [`DeviceError::NoGpu`] when there is no such GPU or it cannot map memory; [`DeviceError::Cuda`] when the driver
     /// refuses.
     pub fn open(driver: &Arc<Driver>, ordinal: i32) -> Result<Arc<Gpu>, DeviceError> {
-        let gpus = driver.gpus();
-        if !(0..gpus).contains(&ordinal) {
-            return Err(DeviceError::NoGpu(super::NoGpu(format!(
-                "there is no GPU {ordinal}: the driver shows {gpus}, which count from 0 (CUDA_VISIBLE_DEVICES hides some)"
-            ))));
-        }
+        let name = driver.gpu_name(ordinal)?;
         let functions = &driver.functions;
         let refused = |operation| {
             let name = format!("cuda:{ordinal}");
@@ -80,12 +74,6 @@ impl Gpu {
         // SAFETY: the pointer is to a live variable.
         answer(unsafe { (functions.cuDeviceGet)(&mut device, ordinal) })
             .map_err(refused("finding the GPU"))?;
-        let mut text = [0 as c_char; 128];
-        // SAFETY: the buffer is as long as is said; its last byte stays 0 whatever is written before it.
-        let named = unsafe { (functions.cuDeviceGetName)(text.as_mut_ptr(), text.len() as i32 - 1, device) };
-        answer(named).map_err(refused("asking the GPU for its name"))?;
-        // SAFETY: the buffer ends with a 0.
-        let name = unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned();
         if read_attribute(driver, device, attribute::VIRTUAL_MEMORY) != Some(1) {
             let text = format!("GPU {ordinal} ({name}) cannot map memory at addresses of our choice");
             return Err(DeviceError::NoGpu(super::NoGpu(text)));
@@ -107,13 +95,17 @@ impl Gpu {
 
     /// Compute capability, e.g. (9, 0).
     pub fn capability(&self) -> (i32, i32) {
-        let read = |which| read_attribute(&self.driver, self.device, which).unwrap_or(0);
+        let read = |which| self.attribute(which).unwrap_or(0);
         (read(attribute::CAPABILITY_MAJOR), read(attribute::CAPABILITY_MINOR))
     }
 
     /// The node of host memory that is nearest to it, where the driver knows.
     pub fn numa_node(&self) -> Option<u32> {
-        read_attribute(&self.driver, self.device, attribute::HOST_NUMA_NODE)?.try_into().ok()
+        self.attribute(attribute::HOST_NUMA_NODE)?.try_into().ok()
+    }
+
+    pub(super) fn attribute(&self, which: i32) -> Option<i32> {
+        read_attribute(&self.driver, self.device, which)
     }
 
     /// Why it can no longer be used, if that is so.

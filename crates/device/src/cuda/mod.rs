@@ -10,6 +10,7 @@
 mod driver;
 mod gpu;
 mod numa;
+mod program;
 mod queue;
 mod staging;
 #[cfg(any(test, feature = "stand-in"))]
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 pub use driver::{Driver, NoGpu};
 pub use gpu::{Gpu, MemoryInfo};
+pub use program::{Grid, Kernel, Program};
 pub(crate) use staging::Transfer;
 pub use staging::{ALIGNMENT, Pinned, Staging};
 

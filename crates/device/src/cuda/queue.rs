@@ -28,6 +28,11 @@ impl Queue {
         Ok(Queue { gpu: gpu.clone(), stream })
     }
 
+    /// For what is put in elsewhere.
+    pub(super) fn stream(&self) -> StreamHandle {
+        self.stream
+    }
+
     /// Waits until everything put in so far is done.
     pub(super) fn wait(&self) -> Result<(), DeviceError> {
         // SAFETY: the stream is ours and alive.

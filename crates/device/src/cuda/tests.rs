@@ -17,7 +17,8 @@ const LAUNCH_FAILED: i32 = 719;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn options(pages: usize) -> Options {
-    Options { memory_bytes: (pages + 1) * PAGE, granularity: PAGE, ..Options::default() }
+    // A page for moving, and one beside the pool.
+    Options { memory_bytes: (pages + 2) * PAGE, granularity: PAGE, ..Options::default() }
 }
 
 fn device(pages: usize) -> (StandIn, Arc<Memory>) {
@@ -91,6 +92,26 @@ fn uploads_bring_the_pieces_of_a_buffer_where_they_belong() {
     }
 }
 
+/// The first piece is on its way when the second is refused: neither buffer nor extents may go before it has arrived.
+#[test]
+fn an_upload_that_is_refused_half_way_ends_before_it_is_reported() {
+    let (stand_in, memory) = device(4);
+    let arena = Arena::reserve(memory.clone(), 4 * PAGE).unwrap();
+    let claims = [0, 2 * PAGE].map(|offset| Claim { offset, len: PAGE });
+    let extents = arena.claim_all(&claims, Contents::Overwritten).unwrap();
+    let pieces = extents.into_iter().map(|extent| Piece { from: 0, extent }).collect();
+    let buffer = memory.staging().unwrap().take().unwrap();
+    stand_in.fail("cuMemcpyHtoDAsync_v2", 2, 1);
+    let (sender, ended) = mpsc::channel();
+    memory.upload(buffer, pieces, move |extents, result| {
+        drop(extents);
+        sender.send(result).unwrap();
+    });
+    assert!(matches!(ended.recv_timeout(PATIENCE).unwrap(), Err(DeviceError::Cuda { .. })));
+    assert_eq!((memory.free_pages(), stand_in.violations()), (4, Vec::new()));
+    assert!(memory.lost().is_none());
+}
+
 #[test]
 fn the_ring_bounds_what_is_taken() {
     let (_stand_in, memory) = device(4);
@@ -138,14 +159,14 @@ fn what_cannot_be_had_is_refused_with_a_reason_and_leaves_nothing() {
         let text = refused(CudaConfig { page_bytes: Some(page_bytes), ..config });
         assert!(text.contains(&format!("a page of {page_bytes} bytes")), "{text}");
     }
-    // 9 pages are free, and one is needed for moving.
-    let text = refused(CudaConfig { pool_bytes: Some(9 * PAGE), ..config });
-    assert!(text.contains(&(9 * PAGE).to_string()), "{text}");
-    assert!(open(CudaConfig { pool_bytes: Some(8 * PAGE), ..config }).is_ok());
-    assert!(refused(CudaConfig { reserve_bytes: Some(5 * PAGE), ..config }).contains("left for others"));
+    // 10 pages are free, and one is needed for moving.
+    let text = refused(CudaConfig { pool_bytes: Some(10 * PAGE), ..config });
+    assert!(text.contains(&(10 * PAGE).to_string()), "{text}");
+    assert!(open(CudaConfig { pool_bytes: Some(9 * PAGE), ..config }).is_ok());
+    assert!(refused(CudaConfig { reserve_bytes: Some(6 * PAGE), ..config }).contains("left for others"));
     assert!(refused(CudaConfig { pool_bytes: Some(0), ..config }).contains("does not fit"));
     // Another process has most of it.
-    stand_in.occupy(5 * PAGE);
+    stand_in.occupy(6 * PAGE);
     assert!(matches!(open(config), Err(DeviceError::TooLarge { free, .. }) if free == 4 * PAGE));
     let all = open(CudaConfig { pool_bytes: None, ..config }).unwrap();
     assert_eq!(all.page_count(), 3);
@@ -237,10 +258,59 @@ fn who_waits_for_a_buffer_hears_of_the_loss() {
     });
 }
 
+/// Loads kernels, launches one, and takes a number through memory beside the pool.
+fn run_a_kernel(gpu: &Arc<Gpu>) -> Result<(), DeviceError> {
+    // SAFETY: the stand-in reads nothing of the image, kernels do nothing, and the allocation lives until it is freed.
+    unsafe {
+        let program = Program::load(gpu, b"\0")?;
+        let kernel = program.kernel(c"some", 64 << 10)?;
+        let grid = Grid { blocks: [3, 1, 1], threads: 128, shared_bytes: 64 << 10 };
+        program.launch(kernel, grid, (&raw const grid).cast())?;
+        let working = program.allocate(100)?;
+        let (mut read, copied) = ([0; 5], program.upload(working + 50, b"bytes"));
+        let copied = copied.and_then(|()| program.download(working + 50, &mut read));
+        program.free(working);
+        copied?;
+        assert_eq!(&read, b"bytes");
+        program.wait()
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_launched_is_refused_and_one_that_fails_loses_the_gpu() {
+    let (stand_in, device) = stand_in::open(options(2), PAGE, PAGE);
+    let device = device.unwrap();
+    let gpu = device.gpu().clone();
+    run_a_kernel(&gpu).unwrap();
+    let memory = device.into_memory();
+    // SAFETY: as in `run_a_kernel`.
+    let program = unsafe { Program::load(&gpu, b"\0") }.unwrap();
+    assert_eq!(program.multiprocessors(), 4);
+    assert!(matches!(program.kernel(c"large", 1 << 20), Err(DeviceError::Cuda { .. })));
+    let kernel = program.kernel(c"small", 0).unwrap();
+    let launch = |threads| {
+        let grid = Grid { blocks: [1, 1, 1], threads, shared_bytes: 0 };
+        // SAFETY: as above.
+        unsafe { program.launch(kernel, grid, (&raw const grid).cast()) }
+    };
+    assert!(matches!(launch(2048), Err(DeviceError::Cuda { .. })));
+    stand_in.fail("execution", 1, LAUNCH_FAILED);
+    launch(32).unwrap();
+    assert!(matches!(program.wait(), Err(DeviceError::Lost { .. })));
+    let text = memory.lost().unwrap().to_string();
+    assert!(text.contains("CUDA_ERROR_LAUNCH_FAILED"), "{text}");
+    drop((memory, gpu));
+    assert!(stand_in.left().contexts > 0, "the program still holds the GPU");
+    drop(program);
+    assert_eq!(stand_in.left(), Left::default());
+}
+
 /// Everything that a device does, once.
 fn everything(stand_in: &StandIn) -> Result<(), DeviceError> {
     let config = stand_in::config(stand_in, 6 * PAGE, PAGE);
-    let memory = CudaDevice::open(&stand_in::driver(), &config)?.into_memory();
+    let device = CudaDevice::open(&stand_in::driver(), &config)?;
+    run_a_kernel(device.gpu())?;
+    let memory = device.into_memory();
     let segment = Arena::segment(memory.clone())?;
     let mut moved = segment.claim(0, PAGE + 5)?;
     moved.write(3, &[1, 2, 3])?;
@@ -343,7 +413,10 @@ proptest! {
 #[test]
 fn without_a_driver_the_reason_is_given() {
     match Driver::load() {
-        Err(problem) => assert!(problem.to_string().contains("NVIDIA"), "{problem}"),
+        Err(problem) => {
+            let text = problem.to_string();
+            assert!(text.contains("NVIDIA") && text.contains("libcuda.so.1"), "{text}");
+        }
         Ok(driver) => println!("skipped: a driver with {} GPUs is installed here", driver.gpus()),
     }
 }
