@@ -9,6 +9,8 @@ use clap::Args;
 use serde::Deserialize;
 use tangram_node::{Backend, Verification};
 
+use crate::device::Choice;
+
 /// Flags of every command that runs a server, or may have to.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct ServerOptions {
@@ -21,7 +23,7 @@ pub(crate) struct ServerOptions {
     /// Address to listen on [default: 127.0.0.1:8000].
     #[arg(long, env = "TANGRAM_LISTEN")]
     pub(crate) listen: Option<SocketAddr>,
-    /// Device that models run on; this build has `cpu`.
+    /// Device that models run on: `cpu`, `cuda:N` for an NVIDIA GPU, or `auto` [default: auto].
     #[arg(long, env = "TANGRAM_DEVICE")]
     pub(crate) device: Option<String>,
     /// Size of the pool for weights and KV, e.g. 8GiB [default: half of the memory that is available].
@@ -99,6 +101,7 @@ struct File {
 pub(crate) struct Settings {
     pub(crate) data: PathBuf,
     pub(crate) listen: SocketAddr,
+    pub(crate) device: Choice,
     pub(crate) device_memory: u64,
     pub(crate) pool: Backend,
     pub(crate) page_size: Option<u64>,
@@ -119,10 +122,7 @@ impl ServerOptions {
     /// Fills in the file and the defaults.
     pub(crate) fn settle(self) -> anyhow::Result<Settings> {
         let file = self.config.as_deref().map_or_else(|| Ok(File::default()), read_file)?;
-        let device = self.device.or(file.device).unwrap_or_else(|| "cpu".to_owned());
-        if device != "cpu" {
-            bail!("device '{device}' is not available: this build runs models on 'cpu' only");
-        }
+        let device = self.device.or(file.device).map_or(Ok(Choice::Auto), |device| device.parse())?;
         let size = |flag: Option<ByteSize>, text: Option<String>, key: &str| -> anyhow::Result<Option<u64>> {
             match (flag, text) {
                 (Some(size), _) => Ok(Some(size.as_u64())),
@@ -146,6 +146,7 @@ impl ServerOptions {
                 None => default_data()?,
             },
             listen: self.listen.or(file.listen).unwrap_or(DEFAULT_LISTEN),
+            device,
             device_memory,
             pool: match self.pool.or(file.pool) {
                 None | Some(PoolLayout::Paged) => Backend::Paged,
@@ -220,7 +221,7 @@ mod tests {
             let (_dir, options) = options(file);
             assert!(format!("{:#}", options.settle().unwrap_err()).contains(word));
         }
-        let (_dir, options) = options("device = \"cuda:0\"\ndata = \"/d\"");
-        assert!(options.settle().unwrap_err().to_string().contains("cuda:0"));
+        let (_dir, options) = options("device = \"tpu:0\"\ndata = \"/d\"");
+        assert!(options.settle().unwrap_err().to_string().contains("tpu:0"));
     }
 }

@@ -30,6 +30,8 @@ pub(crate) fn find_running(data: &Path) -> Option<Running> {
 /// A running server.
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
+    /// What its user should know of the device.
+    pub(crate) note: Option<String>,
     running_file: std::path::PathBuf,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<std::io::Result<()>>,
@@ -38,6 +40,7 @@ pub(crate) struct Server {
 impl Server {
     /// Opens the node and listens.
     pub(crate) async fn start(settings: &Settings) -> anyhow::Result<Server> {
+        let note = settings.device.check()?;
         // The port first: when it is taken, nothing has been touched yet.
         let listener = TcpListener::bind(settings.listen).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --listen", settings.listen)
@@ -68,7 +71,7 @@ impl Server {
             // An error means that the sender is gone, which is as good a reason to stop.
             let _ = stopped.await;
         }));
-        Ok(Server { address, running_file, stop: Some(stop), task })
+        Ok(Server { address, note, running_file, stop: Some(stop), task })
     }
 
     /// Base URL for clients on this machine.

@@ -201,7 +201,8 @@ async fn a_start_that_cannot_work_says_why() {
         (&["--listen", "127.0.0.1:0", "--data", text(&file)], "creating"),
         (&["--config", text(&config)], "device-memroy"),
         (&["--config", "/nonexistent.toml"], "/nonexistent.toml"),
-        (&["--device", "cuda:0"], "cuda:0"),
+        (&["--device", "cuda:0"], "device 'cuda:0' cannot be used: "),
+        (&["--device", "tpu"], "'tpu' is none of auto, cpu and cuda:N"),
         (&["--device-memory", "7 apples"], "--device-memory"),
         (&["--listen", "127.0.0.1:0", "--device-memory", "1KiB", "--data", text(other.path())], "1048576"),
     ] {
@@ -213,6 +214,17 @@ async fn a_start_that_cannot_work_says_why() {
         let ran = ran(&mut command);
         assert!(!ran.success && ran.stderr.contains(words), "{args:?}: {ran:?}");
         assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+    }
+}
+
+#[tokio::test]
+async fn what_models_run_on_is_said_once_unless_it_was_asked_for() {
+    for (args, times) in [(&[][..], 1), (&["--device", "auto"], 1), (&["--device", "cpu"], 0)] {
+        let data = tempdir().unwrap();
+        let mut server = Server::start(data.path(), args);
+        server.get("/health").await;
+        let stderr = server.stderr();
+        assert_eq!(stderr.matches("models run on the CPU: ").count(), times, "{args:?}: {stderr}");
     }
 }
 

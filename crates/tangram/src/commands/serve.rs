@@ -11,6 +11,9 @@ use crate::output;
 pub(crate) async fn run(options: ServerOptions) -> anyhow::Result<()> {
     let settings = options.settle()?;
     let server = Server::start(&settings).await?;
+    if let Some(note) = &server.note {
+        eprintln!("{note}");
+    }
     println!(
         "tangram serves on {} with a pool of {} and data in {}",
         server.url(),
