@@ -20,7 +20,7 @@ pub(crate) struct HostMemory {
 
 /// What a sequence had in its blocks. Its bytes count against the budget while it lives.
 pub(crate) struct Swapped {
-    blocks: Vec<Box<[u8]>>,
+    blocks: Vec<Vec<u8>>,
     /// Tokens whose keys and values these are.
     pub(crate) tokens: usize,
     bytes: u64,
@@ -47,7 +47,8 @@ impl HostMemory {
         self.rate
     }
 
-    /// Copies blocks out that hold `tokens` tokens. `None` if the budget does not allow it or the host cannot read them.
+    /// Copies blocks out that hold `tokens` tokens. `None` if the budget does not allow it or the device does not
+    /// give them.
     pub(crate) fn save<'a>(
         &mut self,
         blocks: impl Iterator<Item = &'a Extent> + Clone,
@@ -55,7 +56,7 @@ impl HostMemory {
     ) -> Option<Swapped> {
         let bytes: u64 = blocks.clone().map(|block| block.len() as u64).sum();
         let started = Instant::now();
-        let blocks = blocks.map(|block| block.host_bytes().map(Box::from)).collect::<Option<Vec<_>>>()?;
+        let blocks = blocks.map(Extent::to_vec).collect::<Result<Vec<_>, _>>().ok()?;
         self.rate = self.rate.mul_add(0.5, 0.5 * bytes as f64 / started.elapsed().as_secs_f64().max(1e-9));
         // Only this thread takes from the budget, so what is free can only have grown since it was read.
         (bytes <= self.free()).then(|| {
@@ -73,13 +74,8 @@ impl Swapped {
 
     /// Copies block `index` back; `false` if that is not possible.
     pub(crate) fn restore(&self, index: usize, block: &mut Extent) -> bool {
-        match (self.blocks.get(index), block.host_bytes_mut()) {
-            (Some(saved), Some(bytes)) if saved.len() == bytes.len() => {
-                bytes.copy_from_slice(saved);
-                true
-            }
-            _ => false,
-        }
+        let saved = self.blocks.get(index).filter(|saved| saved.len() == block.len());
+        saved.is_some_and(|saved| block.write(0, saved).is_ok())
     }
 }
 
