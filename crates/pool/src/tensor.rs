@@ -261,6 +261,12 @@ impl Part {
         Ok(self.staged.is_some())
     }
 
+    /// Gives the buffer back that [`Part::stage`] took, and what was written to it up: for a part that has to wait before
+    /// it can be filled.
+    pub fn unstage(&mut self) {
+        self.staged = None;
+    }
+
     /// Where the bytes go, if the part has been staged or the host can address the device.
     pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         let extent = self.extent.as_mut()?;

@@ -30,6 +30,7 @@ pub struct Gpu {
     driver: Arc<Driver>,
     device: DeviceHandle,
     context: Context,
+    /// With its number, for people.
     name: String,
     exportable: bool,
     lost: OnceLock<String>,
@@ -44,7 +45,7 @@ unsafe impl Sync for Gpu {}
 
 impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Gpu({} {})", self.name, self.device)
+        write!(f, "Gpu({})", self.name)
     }
 }
 
@@ -64,18 +65,18 @@ impl Gpu {
     /// [`DeviceError::NoGpu`] when there is no such GPU or it cannot map memory; [`DeviceError::Cuda`] when the driver
     /// refuses.
     pub fn open(driver: &Arc<Driver>, ordinal: i32) -> Result<Arc<Gpu>, DeviceError> {
-        let name = driver.gpu_name(ordinal)?;
+        let name = format!("cuda:{ordinal} ({})", driver.gpu_name(ordinal)?);
         let functions = &driver.functions;
         let refused = |operation| {
-            let name = format!("cuda:{ordinal}");
-            move |code| DeviceError::Cuda { operation, device: name, error: driver.error_name(code) }
+            let device = name.clone();
+            move |code| DeviceError::Cuda { operation, device, error: driver.error_name(code) }
         };
         let mut device = 0;
         // SAFETY: the pointer is to a live variable.
         answer(unsafe { (functions.cuDeviceGet)(&mut device, ordinal) })
             .map_err(refused("finding the GPU"))?;
         if read_attribute(driver, device, attribute::VIRTUAL_MEMORY) != Some(1) {
-            let text = format!("GPU {ordinal} ({name}) cannot map memory at addresses of our choice");
+            let text = format!("{name} cannot map memory at addresses of our choice");
             return Err(DeviceError::NoGpu(super::NoGpu(text)));
         }
         let exportable = read_attribute(driver, device, attribute::FILE_DESCRIPTORS) == Some(1);
@@ -88,7 +89,7 @@ impl Gpu {
         Ok(Arc::new(Gpu { driver, device, context, name, exportable, lost, held }))
     }
 
-    /// Its name for people, e.g. `NVIDIA H100 80GB HBM3`.
+    /// Its name for people, e.g. `cuda:0 (NVIDIA H100 80GB HBM3)`.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -74,7 +74,6 @@ const DIRECT_MOVE: usize = 1 << 20;
 
 /// One GPU's memory as a device.
 pub struct CudaDevice {
-    name: String,
     gpu: Arc<Gpu>,
     queue: Queue,
     staging: Staging,
@@ -120,10 +119,9 @@ impl CudaDevice {
                 "a page of {page_bytes} bytes cannot be had: a power of two from {granularity} to {largest} can"
             )));
         }
-        let too_large = |wanted, free| {
-            let device = config.ordinal;
-            DeviceError::TooLarge { device: format!("cuda:{device}"), wanted, free, reserve }
-        };
+        let device = gpu.name().to_owned();
+        let too_large =
+            |wanted, free| DeviceError::TooLarge { device: device.clone(), wanted, free, reserve };
         // The scratch page is taken from the reserve's side if the pool's size was said.
         let pages = match config.pool_bytes {
             Some(bytes) => bytes / page_bytes,
@@ -137,10 +135,9 @@ impl CudaDevice {
             .map(|i| Stream::start(&format!("cuda{}-fill-{i}", config.ordinal)))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|source| DeviceError::System { operation: "starting a copy thread", source })?;
-        let name = format!("cuda:{} ({})", config.ordinal, gpu.name());
         let (handles, scratch) = (Vec::with_capacity(pages), None);
         // From here on dropping the device gives back what it has taken.
-        let mut device = CudaDevice { name, gpu, queue, staging, streams, page_bytes, handles, scratch };
+        let mut device = CudaDevice { gpu, queue, staging, streams, page_bytes, handles, scratch };
         let gpu = device.gpu.clone();
         // Another process may have taken what was free a moment ago.
         let create = || match gpu.create(page_bytes)? {
@@ -254,7 +251,7 @@ impl Drop for CudaDevice {
 // GPU, as `host_accessible` says) from `map`, which gives access, until `unmap`.
 unsafe impl Device for CudaDevice {
     fn name(&self) -> &str {
-        &self.name
+        self.gpu.name()
     }
 
     fn page_bytes(&self) -> usize {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tangram_fake_cuda::{Delay, Options, StandIn};
+pub use tangram_fake_cuda::{Delay, Left, Options, StandIn};
 
 use super::{CudaConfig, CudaDevice, Driver};
 use crate::cpu::CpuDevice;

@@ -243,6 +243,21 @@ fn upload_of_nothing(memory: &Arc<Memory>) -> Result<(), DeviceError> {
 }
 
 #[test]
+fn a_gpu_beside_a_lost_one_goes_on() {
+    let ((first, lost), (_second, memory)) = (device(2), device(2));
+    let arenas = [&lost, &memory].map(|memory| Arena::reserve(memory.clone(), 2 * PAGE).unwrap());
+    let [mut one, mut other] = arenas.each_ref().map(|arena| arena.claim(0, PAGE).unwrap());
+    other.write(0, &[5; PAGE]).unwrap();
+    first.fail("cuStreamSynchronize", 1, LAUNCH_FAILED);
+    assert!(one.write(0, &[1]).is_err() && lost.lost().is_some());
+    assert!(bytes(&other) == [5; PAGE] && memory.lost().is_none());
+    drop((one, lost));
+    let (extent, result) = upload(&memory, arenas[1].claim(PAGE, PAGE).unwrap(), &[6; PAGE]);
+    result.unwrap();
+    assert!(bytes(&extent) == [6; PAGE]);
+}
+
+#[test]
 fn who_waits_for_a_buffer_hears_of_the_loss() {
     let (stand_in, memory) = device(2);
     let arena = Arena::reserve(memory.clone(), PAGE).unwrap();

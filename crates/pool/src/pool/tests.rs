@@ -60,7 +60,10 @@ impl World {
     }
 
     fn on(backend: Backend, pages: usize) -> World {
-        let memory = stand_in::memory_under_test(pages * PAGE, PAGE);
+        World::over(backend, stand_in::memory_under_test(pages * PAGE, PAGE))
+    }
+
+    fn over(backend: Backend, memory: Arc<Memory>) -> World {
         World { pool: Pool::new(memory, backend).unwrap(), now: 0.0 }
     }
 
@@ -133,6 +136,8 @@ fn parts_can_be_handed_over_without_waiting_for_them() {
         let at = part.index() * 3000;
         assert_eq!((part.address(), part.len()), (Some(address + at), 3000.min(LEN - at)));
         part.stage(300 + at).unwrap();
+        part.unstage();
+        part.stage(300 + at).unwrap();
         assert!(part.try_stage(0).unwrap(), "a staged part stays staged");
         let bytes = part.bytes_mut().unwrap();
         assert_eq!(bytes.as_ptr() as usize % 4096, (300 + at) % 4096, "as it lies in the file");
@@ -145,6 +150,48 @@ fn parts_can_be_handed_over_without_waiting_for_them() {
     assert_eq!(answers.len(), 11);
     assert_eq!(answers.iter().filter(|&&whole| whole).count(), 1, "one part is the last");
     assert!(tensor.extent().unwrap().to_vec().unwrap() == content);
+}
+
+/// A GPU that an error has ended: loads fail with the reason, requests are refused for good, and when the pool is gone
+/// another on the same GPU serves the same tensors.
+#[test]
+fn a_pool_on_a_lost_gpu_says_so_and_can_be_made_anew() {
+    const ECC_UNCORRECTABLE: i32 = 214;
+    let options = stand_in::Options { memory_bytes: 9 * PAGE, granularity: PAGE, ..Default::default() };
+    let (gpu, device) = stand_in::open(options, 8 * PAGE, PAGE);
+    let mut world = World::over(Backend::Paged, device.unwrap().into_memory());
+    let entries = [entry(1, "a", 0, 2 * PAGE), entry(2, "a", 2 * PAGE, 2 * PAGE)];
+    let keys = world.model(&entries);
+    let (kept, _) = world.load(&keys[..1]);
+    let kv = world.pool.add_kv(Hash([1; 32]), PAGE).unwrap();
+    let block = world.pool.take_kv(kv, 1).unwrap();
+    let activation = world.activate(&keys[1..]).unwrap();
+    gpu.fail("execution", 1, ECC_UNCORRECTABLE);
+    for mut part in activation.missing.into_iter().flat_map(|vacancy| vacancy.into_parts(1 << 20)) {
+        part.stage(0).unwrap();
+        assert!(part.finish(Ok(())), "the only part");
+    }
+    let Some(LoadFailure::Failed(reason)) = activation.lease.tensors()[0].failure() else {
+        panic!("must fail")
+    };
+    assert!(reason.contains("ECC_UNCORRECTABLE") && reason.contains("lost"), "{reason}");
+    assert!(world.pool.memory().lost().is_some());
+    world.pool.release(activation.lease);
+    assert!(matches!(
+        world.pool.activate(&keys[1..], &[], 9.0),
+        Err(Refusal::Device(DeviceError::Lost { .. }))
+    ));
+    assert!(matches!(world.pool.take_kv(kv, 1), Err(Refusal::Device(DeviceError::Lost { .. }))));
+    world.pool.give_kv(kv, block);
+    drop((world, kept));
+    assert_eq!(gpu.left(), stand_in::Left::default(), "the last lease was all that held it");
+    let config = stand_in::config(&gpu, 8 * PAGE, PAGE);
+    let device = tangram_device::cuda::CudaDevice::open(&stand_in::driver(), &config).unwrap();
+    let mut world = World::over(Backend::Paged, device.into_memory());
+    let keys = world.model(&entries);
+    let (lease, loaded) = world.load(&keys);
+    assert_eq!(loaded, [1, 2]);
+    world.check(&lease);
 }
 
 #[test]
