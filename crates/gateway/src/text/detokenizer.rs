@@ -29,17 +29,27 @@ pub(crate) struct Detokenizer {
     read: usize,
     /// Bytes of the window's text that were shown.
     shown: usize,
+    /// Replacement characters that stand for the end of the prompt. They are not part of the output.
+    prompt_rest: usize,
 }
 
 impl Detokenizer {
     /// Begins after `prompt`, whose text is not shown.
     pub(crate) fn new(tokenizer: Arc<TextTokenizer>, prompt: &[u32], skip_special_tokens: bool) -> Self {
         let window = prompt[prompt.len().saturating_sub(PROMPT_TOKENS)..].to_vec();
-        let mut detokenizer =
-            Detokenizer { tokenizer, skip_special_tokens, read: window.len(), window, shown: 0 };
+        let mut detokenizer = Detokenizer {
+            tokenizer,
+            skip_special_tokens,
+            read: window.len(),
+            window,
+            shown: 0,
+            prompt_rest: 0,
+        };
         let text = detokenizer.decode();
         // A character that the prompt leaves incomplete is shown once the output completes it.
         detokenizer.shown = complete(&text);
+        detokenizer.prompt_rest =
+            text.chars().rev().take_while(|&c| c == char::REPLACEMENT_CHARACTER).count();
         detokenizer
     }
 
@@ -48,7 +58,7 @@ impl Detokenizer {
         self.window.push(token);
         let text = self.decode();
         let end = complete(&text);
-        let delta = text.get(self.shown..end).unwrap_or_default().to_owned();
+        let delta = self.own(text.get(self.shown..end).unwrap_or_default());
         if end == text.len() && !delta.is_empty() {
             self.window.drain(..self.read);
             self.restart();
@@ -66,7 +76,8 @@ impl Detokenizer {
         }
         // Nothing but bytes that are no text: show them, except for what may still become a character.
         let pending = self.window.split_off(self.window.len() - MAX_INCOMPLETE);
-        let rest = self.decode().get(self.shown..).unwrap_or_default().to_owned();
+        let text = self.decode();
+        let rest = self.own(text.get(self.shown..).unwrap_or_default());
         self.window = pending;
         self.read = 0;
         self.shown = 0;
@@ -85,9 +96,22 @@ impl Detokenizer {
     /// The rest at the end of the sequence: what `tokenizer.decode` gives for it, replacement characters included.
     pub(crate) fn finish(&mut self) -> String {
         let text = self.decode();
-        let delta = text.get(self.shown..).unwrap_or_default().to_owned();
+        let delta = self.own(text.get(self.shown..).unwrap_or_default());
         self.shown = text.len();
         delta
+    }
+
+    /// What of a text is the output's: bytes that the prompt ends with, and of which the output made no character, are
+    /// replaced before it.
+    fn own(&mut self, delta: &str) -> String {
+        let mut own = delta.chars();
+        if !delta.is_empty() {
+            for _ in 0..std::mem::take(&mut self.prompt_rest) {
+                let Some(rest) = own.as_str().strip_prefix(char::REPLACEMENT_CHARACTER) else { break };
+                own = rest.chars();
+            }
+        }
+        own.as_str().to_owned()
     }
 
     /// Makes the window's tokens the context of those to come.
@@ -139,6 +163,33 @@ mod tests {
         let tokens = tokenizer.encode("x€y", false).unwrap();
         let (pieces, rest) = stream(&tokenizer, &tokens[..2], &tokens[2..]);
         assert_eq!(pieces.concat() + &rest, "€y");
+    }
+
+    #[test]
+    fn a_character_that_nobody_completes_is_not_part_of_the_output() {
+        let byte_level = byte_level();
+        let euro = byte_level.encode("€", false).unwrap();
+        let text = byte_level.encode("no", false).unwrap();
+        for cut in 1..euro.len() {
+            let (pieces, rest) = stream(&byte_level, &euro[..cut], &text);
+            assert_eq!(pieces.concat() + &rest, "no", "{cut} bytes of the character in the prompt");
+            let (pieces, rest) = stream(&byte_level, &euro[..cut], &[]);
+            assert_eq!(pieces.concat() + &rest, "");
+            // An incomplete character of the output's own is replaced as ever.
+            let (pieces, rest) = stream(&byte_level, &euro[..cut], &[&euro[..1], &text].concat());
+            assert_eq!(pieces.concat() + &rest, "\u{FFFD}no");
+        }
+        // A byte that begins no character, then one that does.
+        let prompt = [euro[1], euro[0]];
+        let (pieces, rest) = stream(&byte_level, &prompt, &[&euro[1..], &text].concat());
+        assert_eq!(pieces.concat() + &rest, "€no");
+        let sentence_piece = sentence_piece();
+        let euro = sentence_piece.encode("€", false).unwrap();
+        let euro = &euro[euro.len() - 3..];
+        let text = sentence_piece.encode("hello", false).unwrap();
+        let whole = stream(&sentence_piece, euro, &text);
+        let (pieces, rest) = stream(&sentence_piece, &euro[..2], &text);
+        assert_eq!(pieces.concat() + &rest, whole.0.concat() + &whole.1);
     }
 
     #[test]
