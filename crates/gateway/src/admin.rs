@@ -19,6 +19,7 @@ use crate::Gateway;
 use crate::body::RequestBody;
 use crate::openai::error::ApiError;
 use crate::openai::fields::Fields;
+use crate::process::ProcessStatus;
 
 /// Least time between two progress lines.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -28,9 +29,10 @@ pub(crate) async fn list(State(gateway): State<Arc<Gateway>>) -> Response {
     Json(json!({"models": gateway.node.list()})).into_response()
 }
 
-/// `GET /admin/status`: the node's figures and its models.
+/// `GET /admin/status`: the node's figures, its models, and what the process takes.
 pub(crate) async fn status(State(gateway): State<Arc<Gateway>>) -> Response {
-    Json(json!({"node": gateway.node.status(), "models": gateway.node.list()})).into_response()
+    let (node, models) = (gateway.node.status(), gateway.node.list());
+    Json(json!({"node": node, "models": models, "process": ProcessStatus::read()})).into_response()
 }
 
 /// `GET /admin/profile`: the device and its models as a simulator needs them.

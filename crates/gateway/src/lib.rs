@@ -8,6 +8,7 @@ mod body;
 mod headers;
 mod metrics;
 mod openai;
+mod process;
 mod text;
 
 use std::fmt;
@@ -31,6 +32,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::metrics::Metrics;
 use crate::openai::error::ApiError;
+pub use crate::process::ProcessStatus;
 use crate::text::Texts;
 
 /// How long a shutdown waits for the last bytes of answers to leave.

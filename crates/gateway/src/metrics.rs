@@ -13,6 +13,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use tangram_node::{ModelStatus, Node, Timing};
 
+use crate::process::ProcessStatus;
+
 /// The content type of [`Metrics::encode`].
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -153,7 +155,15 @@ impl Collector for NodeCollector {
             ("sequences_running", "Sequences running", status.running as u64),
             ("requests_waiting", "Requests waiting for admission", status.waiting as u64),
         ];
-        for (name, help, value) in gauges {
+        let process = ProcessStatus::read().map(|process| {
+            [
+                ("process_resident_bytes", "Bytes of the process in memory", process.resident_bytes),
+                ("process_private_bytes", "Bytes of heap and stacks in memory", process.private_bytes),
+                ("process_open_files", "Open files, sockets included", process.open_files),
+                ("process_threads", "Threads of the process", process.threads),
+            ]
+        });
+        for (name, help, value) in gauges.into_iter().chain(process.into_iter().flatten()) {
             let gauge = ConstGauge::<u64>::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
