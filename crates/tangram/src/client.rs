@@ -54,6 +54,20 @@ impl Client {
         }
     }
 
+    /// The same server over connections of its own.
+    pub(crate) fn another(&self) -> anyhow::Result<Client> {
+        Client::new(&self.base, self.key.clone())
+    }
+
+    /// A request that can be completed and sent.
+    pub(crate) fn request(&self, method: reqwest::Method, path: &str) -> reqwest::RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.base));
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+    }
+
     /// Sends a request and gives the response if it is a success.
     pub(crate) async fn send(
         &self,
@@ -61,10 +75,7 @@ impl Client {
         path: &str,
         body: Option<&Value>,
     ) -> anyhow::Result<reqwest::Response> {
-        let mut request = self.http.request(method, format!("{}{path}", self.base));
-        if let Some(key) = &self.key {
-            request = request.bearer_auth(key);
-        }
+        let mut request = self.request(method, path);
         if let Some(body) = body {
             request = request.json(body);
         }
@@ -90,36 +101,47 @@ impl Client {
         Ok(self.send(reqwest::Method::POST, path, Some(body)).await?.json().await?)
     }
 
-    /// POST whose answer is a stream of lines; each goes to `line`. For server-sent events the `data: ` is taken off
-    /// and empty lines and `[DONE]` are left out.
+    /// POST whose answer is a stream of lines; each goes to `line`, as [`read_lines`] has them.
     pub(crate) async fn post_lines(
         &self,
         path: &str,
         body: &Value,
-        mut line: impl FnMut(Value) -> anyhow::Result<()>,
+        line: impl FnMut(Value) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let response = self.send(reqwest::Method::POST, path, Some(body)).await?;
-        let mut bytes = response.bytes_stream();
-        let mut buffer = Vec::new();
-        while let Some(part) = bytes.next().await {
-            buffer.extend_from_slice(&part.context("the server broke off")?);
-            while let Some(end) = buffer.iter().position(|&byte| byte == b'\n') {
-                let text: Vec<u8> = buffer.drain(..=end).collect();
-                let text = text.trim_ascii();
-                let text = text.strip_prefix(b"data:").unwrap_or(text).trim_ascii();
-                if text.is_empty() || text == b"[DONE]" {
-                    continue;
-                }
-                let value: Value =
-                    serde_json::from_slice(text).context("the server sent a line that is no JSON")?;
-                if let Some(message) = error_message(&value) {
-                    bail!("{message}");
-                }
-                line(value)?;
-            }
-        }
-        Ok(())
+        read_lines(self.send(reqwest::Method::POST, path, Some(body)).await?, line).await
     }
+}
+
+/// Reads an answer that is a stream of lines of JSON. For server-sent events the `data: ` is taken off and empty lines,
+/// comments and `[DONE]` are left out.
+///
+/// # Errors
+/// When the connection breaks, a line is no JSON or an error object, or `line` fails, which ends the reading.
+pub(crate) async fn read_lines(
+    response: reqwest::Response,
+    mut line: impl FnMut(Value) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut bytes = response.bytes_stream();
+    let mut buffer = Vec::new();
+    while let Some(part) = bytes.next().await {
+        buffer.extend_from_slice(&part.context("the server broke off")?);
+        while let Some(end) = buffer.iter().position(|&byte| byte == b'\n') {
+            let text: Vec<u8> = buffer.drain(..=end).collect();
+            let text = text.trim_ascii();
+            let text = text.strip_prefix(b"data:").unwrap_or(text).trim_ascii();
+            // A colon begins a comment, by which other servers keep the connection alive.
+            if text.is_empty() || text == b"[DONE]" || text.starts_with(b":") {
+                continue;
+            }
+            let value: Value =
+                serde_json::from_slice(text).context("the server sent a line that is no JSON")?;
+            if let Some(message) = error_message(&value) {
+                bail!("{message}");
+            }
+            line(value)?;
+        }
+    }
+    Ok(())
 }
 
 fn error_message(body: &Value) -> Option<String> {

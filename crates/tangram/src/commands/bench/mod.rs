@@ -2,7 +2,9 @@
 
 mod load;
 mod report;
+mod serve;
 mod simulated;
+mod soak;
 mod switch;
 mod trace;
 
@@ -15,6 +17,10 @@ pub(crate) enum Bench {
     Switch(Box<switch::Options>),
     /// Load a checkpoint from disk as fast as it goes, cold and warm, beside what the disk and the memory can give.
     Load(load::Options),
+    /// Put load on an OpenAI-compatible server, or on two in turn, and report rates and times to the first token.
+    Serve(serve::Options),
+    /// Send random requests of all kinds to the deployed models, check every answer, and look for leaks.
+    Soak(soak::Options),
 }
 
 /// Runs a measurement and prints its report.
@@ -22,5 +28,12 @@ pub(crate) async fn run(bench: Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Switch(options) => switch::run(*options).await,
         Bench::Load(options) => tokio::task::spawn_blocking(move || load::run(&options)).await?,
+        Bench::Serve(options) => serve::run(options).await,
+        Bench::Soak(options) => soak::run(options).await,
     }
+}
+
+/// Reads a flag that is a number of at least 1.
+fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a whole number of at least 1".to_owned())
 }

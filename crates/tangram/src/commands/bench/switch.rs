@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tangram_node::{MachineProfile, ModelStatus, NodeStatus};
 
+use super::parse_count;
 use super::report::{Cost, Outcome, Report, ServerFigures, Settings};
 use super::simulated::{self, Simulated};
 use super::trace::{self, TraceRequest};
@@ -55,10 +56,6 @@ pub(crate) struct Options {
 fn parse_scale(text: &str) -> Result<f64, String> {
     let scale = text.parse().ok().filter(|scale: &f64| scale.is_finite() && *scale >= 0.0);
     scale.ok_or_else(|| "not a number of at least 0".to_owned())
-}
-
-fn parse_count(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a whole number of at least 1".to_owned())
 }
 
 /// Replays the trace and prints the report.
