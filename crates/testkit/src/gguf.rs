@@ -28,6 +28,22 @@ impl Default for GgufOptions {
 /// gpt2-style byte tokenizer and a chat template. Panics for BERT and OPT, and for llama3 scaling, which such files
 /// express otherwise.
 pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
+    write(path, model, model.tensors(), options);
+}
+
+/// Writes the same model with the tensors of one layer drawn from another seed, as a fine-tune of that layer would be.
+pub fn write_tuned_gguf(path: &Path, model: &RandomModel, options: GgufOptions, layer: usize, seed: u64) {
+    let of_layer = format!(".{layer}.");
+    let mut tensors = model.tensors();
+    for (tensor, other) in tensors.iter_mut().zip(RandomModel { seed, ..model.clone() }.tensors()) {
+        if tensor.name.contains(&of_layer) {
+            *tensor = other;
+        }
+    }
+    write(path, model, tensors, options);
+}
+
+fn write(path: &Path, model: &RandomModel, tensors: Vec<Tensor>, options: GgufOptions) {
     assert!(!matches!(model.family, Family::Bert | Family::Opt), "not written as GGUF");
     let mut writer = Writer { version: options.version, bytes: Vec::new() };
     let mut metadata = Metadata { writer: Writer { version: options.version, bytes: Vec::new() }, count: 0 };
@@ -89,8 +105,7 @@ pub fn write_gguf(path: &Path, model: &RandomModel, options: GgufOptions) {
         metadata.number("tokenizer.ggml.padding_token_id", 256);
         metadata.text("tokenizer.chat_template", CHAT_TEMPLATE);
     }
-    let tensors =
-        stack_experts(model.tensors().into_iter().map(|tensor| in_file_order(model, tensor)).collect());
+    let tensors = stack_experts(tensors.into_iter().map(|tensor| in_file_order(model, tensor)).collect());
     writer.bytes.extend(b"GGUF");
     writer.u32(options.version);
     writer.count(tensors.len());

@@ -14,7 +14,7 @@ mod serverlessllm;
 mod tokenizer;
 
 pub use adapter::{RandomAdapter, write_adapter, write_adapter_of, write_merged};
-pub use gguf::{GgufOptions, write_gguf};
+pub use gguf::{GgufOptions, write_gguf, write_tuned_gguf};
 pub use hugging_face::{mutate_layer, write_cross_encoder, write_hf_model};
 pub use model::{EXPERTS, Family, Float, RandomModel, Scaling, WINDOW};
 pub use quant::GgmlType;
