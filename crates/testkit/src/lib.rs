@@ -1,4 +1,4 @@
-//! Test support: writes small random checkpoints. Never part of the product.
+//! Test support: writes small random checkpoints, and serves files badly. Never part of the product.
 //!
 //! Depends on no crate of this workspace, so that every crate can use it in its tests. Values are drawn from a seed:
 //! equal arguments give equal bytes. Everything here panics when it cannot write, which is what a test wants.
@@ -12,6 +12,7 @@ mod quant;
 mod quantised;
 mod serverlessllm;
 mod tokenizer;
+pub mod web;
 
 pub use adapter::{RandomAdapter, write_adapter, write_adapter_of, write_merged};
 pub use gguf::{GgufOptions, write_gguf, write_tuned_gguf};
