@@ -315,29 +315,11 @@ impl Executor {
         let spec = model.spec();
         let mut memory = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         memory.tokens.clear();
-        memory.places.clear();
         memory.spans.clear();
-        let mut output_rows = 0;
-        for (index, chunk) in batch.iter().enumerate() {
-            let whole = wholes.get(index).copied().unwrap_or_default();
-            let row = memory.tokens.len();
-            let rows = match (spec.generates(), chunk.logits) {
-                (false, _) | (true, LogitRows::Last) => 1,
-                (true, LogitRows::None) => 0,
-                (true, LogitRows::All) => chunk.tokens.len(),
-            };
-            memory.places.push(Place {
-                row,
-                tokens: chunk.tokens.len(),
-                position: chunk.position,
-                long: model.is_long(whole.tokens.max(chunk.position + chunk.tokens.len())),
-                second: whole.second.unwrap_or(usize::MAX),
-                output_row: output_rows,
-                output_rows: rows,
-            });
+        let output_rows = places(model, batch, wholes, &mut memory.places);
+        for chunk in batch {
             memory.spans.push(chunk.tokens.len(), chunk.position, spec.attention, spec.heads / spec.kv_heads);
             memory.tokens.extend_from_slice(chunk.tokens);
-            output_rows += rows;
         }
         let rows = memory.tokens.len();
         fill_angles(&mut memory.angles, [&model.rotation, model.long_rotation()], &memory.places, rows);
@@ -414,6 +396,38 @@ impl Executor {
     }
 }
 
+/// Gives every chunk its place and returns the rows of the output.
+pub(crate) fn places(
+    model: &Model,
+    batch: &[Chunk<'_>],
+    wholes: &[Whole],
+    places: &mut Vec<Place>,
+) -> usize {
+    let (mut row, mut output_row) = (0, 0);
+    places.clear();
+    for (index, chunk) in batch.iter().enumerate() {
+        let whole = wholes.get(index).copied().unwrap_or_default();
+        let tokens = chunk.tokens.len();
+        let output_rows = match (model.spec().generates(), chunk.logits) {
+            (false, _) | (true, LogitRows::Last) => 1,
+            (true, LogitRows::None) => 0,
+            (true, LogitRows::All) => tokens,
+        };
+        places.push(Place {
+            row,
+            tokens,
+            position: chunk.position,
+            long: model.is_long(whole.tokens.max(chunk.position + tokens)),
+            second: whole.second.unwrap_or(usize::MAX),
+            output_row,
+            output_rows,
+        });
+        row += tokens;
+        output_row += output_rows;
+    }
+    output_row
+}
+
 /// Cosines and sines of every row's angles, by the rotation of short sequences or that of long ones.
 fn fill_angles(angles: &mut Buffer, rotations: [&Rotation; 2], places: &[Place], rows: usize) {
     let half = rotations[0].frequencies.len();
@@ -433,7 +447,8 @@ fn fill_angles(angles: &mut Buffer, rotations: [&Rotation; 2], places: &[Place],
     }
 }
 
-fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
+/// Checks that the model can compute these chunks.
+pub(crate) fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
     let spec = model.spec();
     let learned = spec.learned_positions.map_or(usize::MAX, |rows| rows.saturating_sub(spec.position_offset));
     let context = spec.context.min(learned);
