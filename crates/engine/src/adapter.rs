@@ -78,6 +78,20 @@ impl Adapter {
     }
 }
 
+impl Adapter {
+    /// Whether it is for a base of this description.
+    pub(crate) fn fits(&self, spec: &ModelSpec) -> bool {
+        self.base == *spec
+    }
+
+    /// `A`, `B` and the scale of the update of a matrix of a layer.
+    pub(crate) fn update(&self, layer: usize, matrix: LayerRole) -> Option<(&Tensor, &Tensor, f32)> {
+        let index = LowRank::MATRICES.iter().position(|&known| known == matrix)?;
+        let Update { a, b, scale } = self.layers.get(layer)?.get(index)?.as_ref()?;
+        Some((a, b, *scale))
+    }
+}
+
 /// The adapters of a pass and the rows that they are for.
 pub(crate) struct Adapted {
     adapters: Vec<Arc<Adapter>>,
@@ -98,7 +112,7 @@ impl Adapted {
         if of_chunk.iter().flatten().any(|&adapter| adapter >= adapters.len()) {
             return Err(PassError::Adapter("a chunk's adapter is not there"));
         }
-        if adapters.iter().any(|adapter| adapter.base != *spec) {
+        if adapters.iter().any(|adapter| !adapter.fits(spec)) {
             return Err(PassError::Adapter("an adapter is for another base"));
         }
         let rows = places.iter().zip(of_chunk);
@@ -132,12 +146,11 @@ impl Adapted {
         layer: usize,
         matrix: LayerRole,
     ) -> Option<Factors<'a>> {
-        let index = LowRank::MATRICES.iter().position(|&known| known == matrix)?;
-        let Update { a, b, scale } = self.adapters.get(slot)?.layers.get(layer)?.get(index)?.as_ref()?;
+        let (a, b, scale) = self.adapters.get(slot)?.update(layer, matrix)?;
         let factor = |tensor: &Tensor| FactorBytes {
             bytes: weights.adapter_tensor(slot, tensor.index),
             dtype: tensor.dtype,
         };
-        Some(Factors { a: factor(a), b: factor(b), rank: a.rows, scale: *scale })
+        Some(Factors { a: factor(a), b: factor(b), rank: a.rows, scale })
     }
 }

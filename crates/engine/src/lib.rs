@@ -7,6 +7,7 @@
 mod adapter;
 pub mod constraint;
 mod cost;
+pub mod cuda;
 mod executor;
 mod forward;
 pub mod kernels;

@@ -9,15 +9,15 @@ use super::support::{Blocks, Sample, reference_logits, sample, spec};
 use super::{DECODERS, bits, tokens};
 
 /// A random adapter with its tensors as stored.
-struct Stored {
-    adapter: Arc<Adapter>,
+pub(crate) struct Stored {
+    pub(crate) adapter: Arc<Adapter>,
     spec: ModelSpec,
     descs: Vec<TensorDesc>,
-    bytes: Vec<Vec<u8>>,
+    pub(crate) bytes: Vec<Vec<u8>>,
 }
 
 /// An adapter on every matrix that can have one, ranks and scales that differ.
-fn random_adapter(base: &ModelSpec, seed: u32) -> Stored {
+pub(crate) fn random_adapter(base: &ModelSpec, seed: u32) -> Stored {
     let mut spec = base.clone();
     for layer in 0..base.layers as u32 {
         for (index, matrix) in LowRank::MATRICES.into_iter().enumerate() {
@@ -52,7 +52,7 @@ fn random_adapter(base: &ModelSpec, seed: u32) -> Stored {
 }
 
 /// The base with the adapter's products added to its matrices.
-fn merged(base: &Sample, stored: &Stored) -> Sample {
+pub(crate) fn merged(base: &Sample, stored: &Stored) -> Sample {
     let model = Model::new(base.model.spec().clone(), &base.descs).expect("a model");
     let mut values = base.values.clone();
     let numbers = |role: Role| -> Vec<f64> {

@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, reason = "helpers of tests, not tests themselves")]
 
 mod adapter;
+mod cuda;
 mod parity;
 mod support;
 

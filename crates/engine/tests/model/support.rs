@@ -225,14 +225,22 @@ pub(crate) fn sample(spec: ModelSpec, dtype: DType, seed: u64) -> Sample {
 pub(crate) struct Blocks {
     arena: Arc<Arena>,
     block_bytes: usize,
+    /// What blocks are aligned to.
+    alignment: usize,
     next: usize,
 }
 
 impl Blocks {
+    /// Not every block starts at a nice address.
     pub(crate) fn new(model: &Model) -> Blocks {
+        Blocks::aligned(model, 4)
+    }
+
+    pub(crate) fn aligned(model: &Model, alignment: usize) -> Blocks {
         let block_bytes = model.kv().map_or(64, |kv| kv.block_bytes);
         let memory = CpuDevice::open(4 << 20, 4096).expect("a device");
-        Blocks { arena: Arena::reserve(memory, 4 << 20).expect("an arena"), block_bytes, next: 0 }
+        let arena = Arena::reserve(memory, 4 << 20).expect("an arena");
+        Blocks { arena, block_bytes, alignment, next: 0 }
     }
 
     /// Blocks for `tokens` tokens, filled with NaN: nothing may be read that was not written.
@@ -240,8 +248,7 @@ impl Blocks {
         (0..tokens.div_ceil(16))
             .map(|_| {
                 let mut extent = self.arena.claim(self.next, self.block_bytes).expect("an extent");
-                // Not every block starts at a nice address.
-                self.next += self.block_bytes + 4;
+                self.next = (self.next + self.block_bytes + 1).next_multiple_of(self.alignment);
                 extent.host_bytes_mut().expect("host memory").fill(0xff);
                 extent
             })

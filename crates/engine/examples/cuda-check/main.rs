@@ -1,0 +1,26 @@
+//! Checks every kernel on a real GPU against its twin; needs the NVIDIA driver and nothing else.
+//!
+//! ```text
+//! cargo run --release -p tangram-engine --example cuda-check [ROUNDS] [SEED]
+//! ```
+
+mod suite;
+
+use std::sync::Arc;
+
+use tangram_engine::cuda::{Driver, Gpu, bundle};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = std::env::args().skip(1).map(|argument| argument.parse::<u64>());
+    let rounds = arguments.next().transpose()?.unwrap_or(50);
+    let seed = arguments.next().transpose()?.unwrap_or(1);
+    let driver = Driver::open(0, bundle::IMAGE)?;
+    println!("{}, {rounds} rounds from seed {seed}", driver.name());
+    let gpu: Arc<dyn Gpu> = driver;
+    let mut bench = suite::Bench::new(gpu, seed, 10);
+    for (name, check) in suite::CHECKS {
+        (0..rounds).for_each(|_| check(&mut bench));
+        println!("{name}: good; the largest error was {:.0} % of what it may be", bench.take_worst() * 100.0);
+    }
+    Ok(())
+}

@@ -1,0 +1,433 @@
+// The kernels on the host, behind the driver's own functions: what a program that opens the CUDA driver library finds
+// here is a device that runs them one thread at a time. See emulator.h. x86-64 only.
+#include "../cuda/all.cu"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <deque>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Entry {
+    u32 threads, argument_bytes;
+    void (*run)(const void*);
+};
+
+static std::map<std::string, Entry>& kernels() {
+    static std::map<std::string, Entry> all;
+    return all;
+}
+
+Kernel::Kernel(const char* name, u32 threads, u32 argument_bytes, void (*run)(const void*)) {
+    kernels()[name] = Entry{threads, argument_bytes, run};
+}
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
+
+struct Fiber {
+    Position position;
+    void* stack_pointer = nullptr;
+    unsigned char* stack = nullptr;
+    bool done = false;
+    // Runs on when this differs from `seen`.
+    const u64* waits_for = nullptr;
+    u64 seen = 0;
+    u64 exchanges = 0;
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> committed;
+};
+
+struct Warp {
+    u64 generation = 0;
+    u32 arrived = 0;
+    int site = 0;
+    alignas(16) unsigned char slots[2][32 * 64];
+};
+
+Position* here;
+unsigned char* shared;
+
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static Fiber* current;
+static void* scheduler_stack;
+static u64 barrier_generation;
+static u32 barrier_arrived, ended;
+static int barrier_site;
+static const Entry* entry;
+static const void* arguments;
+static const char* failure;
+static char running[128];
+static u32 shared_size;
+// 0 ascending, 1 descending, else the seed of a random order.
+static u64 order;
+
+constexpr size_t STACK = 256 << 10;
+
+// Saves what a function must preserve, changes the stack, restores.
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.globl emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+static void to_scheduler() { emulator_switch(&current->stack_pointer, scheduler_stack); }
+
+[[noreturn]] static void fail(const char* message) {
+    failure = message;
+    to_scheduler();
+    abort();
+}
+
+static void wait_while(const u64* generation, u64 seen) {
+    current->waits_for = generation;
+    current->seen = seen;
+    to_scheduler();
+}
+
+void block_barrier(int site) {
+    if (ended > 0) fail("a barrier that some threads do not reach");
+    if (barrier_arrived == 0) barrier_site = site;
+    if (barrier_site != site) fail("threads wait at different barriers");
+    if (++barrier_arrived == fibers.size()) {
+        barrier_arrived = 0;
+        ++barrier_generation;
+        return;
+    }
+    wait_while(&barrier_generation, barrier_generation);
+}
+
+const unsigned char* exchange(const void* value, u32 bytes, int site) {
+    if (bytes > 64) fail("too much for an exchange");
+    u32 lane = current->position.thread % 32;
+    Warp& warp = warps[current->position.thread / 32];
+    unsigned char* slots = warp.slots[current->exchanges++ % 2];
+    memcpy(slots + 64 * lane, value, bytes);
+    if (warp.arrived == 0) warp.site = site;
+    if (warp.site != site) fail("lanes of a warp are at different places");
+    if (++warp.arrived == 32) {
+        warp.arrived = 0;
+        ++warp.generation;
+    } else {
+        wait_while(&warp.generation, warp.generation);
+    }
+    return slots;
+}
+
+void copy_begin(void* to, const void* from, bool valid) {
+    auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    if (!aligned(to) || !aligned(from)) fail("a copy between addresses that are not aligned");
+    if (to < shared || static_cast<unsigned char*>(to) + 16 > shared + shared_size) fail("a copy out of shared memory");
+    current->open.push_back(Copy{to, from, valid});
+}
+
+void copy_commit() {
+    current->committed.push_back(std::move(current->open));
+    current->open.clear();
+}
+
+void copy_wait(u32 pending) {
+    while (current->committed.size() > pending) {
+        for (const Copy& copy : current->committed.front()) {
+            if (copy.valid) {
+                memcpy(copy.to, copy.from, 16);
+            } else {
+                memset(copy.to, 0, 16);
+            }
+        }
+        current->committed.pop_front();
+    }
+}
+
+static void fiber_main() {
+    entry->run(arguments);
+    if (!current->open.empty() || !current->committed.empty()) fail("a thread ends with copies under way");
+    if (barrier_arrived > 0) fail("a thread ends while others wait at a barrier");
+    current->done = true;
+    ++ended;
+    to_scheduler();
+    abort();
+}
+
+static u64 random_state;
+
+static u32 random_below(u32 bound) {
+    random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<u32>((random_state >> 33) % bound);
+}
+
+static std::vector<u32> shuffled(u32 count) {
+    std::vector<u32> out(count);
+    for (u32 i = 0; i < count; ++i) out[i] = order == 1 ? count - 1 - i : i;
+    if (order > 1) {
+        for (u32 i = count; i > 1; --i) std::swap(out[i - 1], out[random_below(i)]);
+    }
+    return out;
+}
+
+static void run_block(u32 threads, u32 x, u32 y, u32 z) {
+    for (size_t i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.position = Position{static_cast<u32>(i), threads, x, y, z};
+        fiber.done = false;
+        fiber.waits_for = nullptr;
+        fiber.exchanges = 0;
+        fiber.open.clear();
+        fiber.committed.clear();
+        // The return address, aligned as at a function's entry, below it six registers.
+        void** top = reinterpret_cast<void**>(fiber.stack + STACK - 64);
+        *--top = nullptr;
+        *--top = reinterpret_cast<void*>(fiber_main);
+        top -= 6;
+        memset(top, 0, 48);
+        fiber.stack_pointer = top;
+    }
+    for (Warp& warp : warps) warp.arrived = 0, memset(warp.slots, 0xff, sizeof warp.slots);
+    barrier_arrived = ended = 0;
+    memset(shared, 0xff, shared_size);
+    while (ended < threads) {
+        bool moved = false;
+        for (u32 i : shuffled(threads)) {
+            Fiber& fiber = fibers[i];
+            if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+            fiber.waits_for = nullptr;
+            current = &fiber;
+            here = &fiber.position;
+            moved = true;
+            emulator_switch(&scheduler_stack, fiber.stack_pointer);
+            if (failure) return;
+        }
+        if (!moved) {
+            failure = "threads wait for others that never come";
+            return;
+        }
+    }
+}
+
+static void on_fault(int signal_number) {
+    char text[256];
+    int length = snprintf(
+        text, sizeof text, "emulator: signal %d in %s, block (%u, %u, %u), thread %u\n", signal_number, running,
+        here ? here->x : 0, here ? here->y : 0, here ? here->z : 0, here ? here->thread : 0);
+    if (write(2, text, static_cast<size_t>(length)) < 0) _exit(3);
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+static void watch_for_faults() {
+    static bool watching = false;
+    if (watching) return;
+    watching = true;
+    stack_t stack = {};
+    stack.ss_size = 64 << 10;
+    stack.ss_sp = malloc(stack.ss_size);
+    sigaltstack(&stack, nullptr);
+    struct sigaction action = {};
+    action.sa_handler = on_fault;
+    action.sa_flags = SA_ONSTACK;
+    for (int number : {SIGSEGV, SIGBUS, SIGILL}) sigaction(number, &action, nullptr);
+}
+
+// `bytes` that end (rounded up to 16) at an inaccessible page.
+static unsigned char* guarded(size_t bytes) {
+    size_t page = 4096, rounded = (bytes + 15) / 16 * 16, pages = (rounded + page - 1) / page;
+    void* base = mmap(nullptr, (pages + 1) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) return nullptr;
+    unsigned char* last = static_cast<unsigned char*>(base) + pages * page;
+    mprotect(last, page, PROT_NONE);
+    memset(last - rounded, 0xff, rounded);
+    return last - rounded;
+}
+
+static void release(const void* memory, size_t bytes) {
+    size_t page = 4096, rounded = (bytes + 15) / 16 * 16, pages = (rounded + page - 1) / page;
+    munmap(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory) / page * page), (pages + 1) * page);
+}
+
+static int launch(const Entry& kernel, const char* name, u32 gx, u32 gy, u32 gz, u32 threads, u32 bytes, const void* a) {
+    watch_for_faults();
+    snprintf(running, sizeof running, "%s", name);
+    failure = nullptr;
+    entry = &kernel;
+    arguments = a;
+    shared_size = bytes;
+    shared = guarded(bytes);
+    random_state = order;
+    while (fibers.size() < threads) {
+        fibers.emplace_back();
+        fibers.back().stack = guarded(STACK);
+    }
+    std::vector<Fiber> spare(std::make_move_iterator(fibers.begin() + threads), std::make_move_iterator(fibers.end()));
+    fibers.resize(threads);
+    warps.assign(threads / 32, Warp());
+    for (u32 block : shuffled(gx * gy * gz)) {
+        run_block(threads, block % gx, block / gx % gy, block / gx / gy);
+        if (failure) break;
+    }
+    if (failure) {
+        fprintf(stderr, "emulator: %s: %s (block %u, %u, %u)\n", name, failure, here->x, here->y, here->z);
+    }
+    for (Fiber& fiber : spare) fibers.push_back(std::move(fiber));
+    release(shared, bytes);
+    here = nullptr;
+    return failure ? 719 : 0;
+}
+
+// What a driver's function handle points to.
+struct Function {
+    std::string name;
+    Entry entry;
+    u32 most_shared = 48 << 10;
+};
+
+static std::map<std::string, Function>& functions() {
+    static std::map<std::string, Function> all;
+    return all;
+}
+
+static std::map<u64, size_t>& allocations() {
+    static std::map<u64, size_t> all;
+    return all;
+}
+
+// After a failed launch every call fails, as with the driver.
+static int broken = 0;
+
+}  // namespace emulator
+
+using namespace emulator;
+
+extern "C" {
+
+// The order in which threads and blocks run from now on.
+void emulator_order(u64 value) { order = value; }
+
+int cuInit(u32) { return 0; }
+int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
+int cuDeviceGetCount(int* count) { return *count = 1, 0; }
+int cuDeviceGet(int* device, int index) { return *device = index, index == 0 ? 0 : 101; }
+
+int cuDeviceGetName(char* name, int length, int) {
+    snprintf(name, static_cast<size_t>(length), "emulated");
+    return 0;
+}
+
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    switch (attribute) {
+        case 16: return *value = 8, 0;         // multiprocessors
+        case 75: return *value = 8, 0;         // compute capability 8.6
+        case 76: return *value = 6, 0;
+        case 97: return *value = 101376, 0;    // most shared memory of a block
+        default: return 1;
+    }
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &broken, 0; }
+int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxSetCurrent(void*) { return 0; }
+int cuModuleLoadData(void** module, const void*) { return *module = &broken, 0; }
+int cuModuleUnload(void*) { return 0; }
+
+int cuModuleGetFunction(void** function, void*, const char* name) {
+    auto found = kernels().find(name);
+    if (found == kernels().end()) return 500;
+    *function = &functions().try_emplace(name, Function{name, found->second}).first->second;
+    return 0;
+}
+
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+    // The most dynamic shared memory.
+    if (attribute != 8 || value > 101376) return 1;
+    static_cast<Function*>(function)->most_shared = static_cast<u32>(value);
+    return 0;
+}
+
+int cuMemAlloc_v2(u64* address, size_t bytes) {
+    if (broken) return broken;
+    unsigned char* memory = guarded(bytes);
+    if (!memory) return 2;
+    allocations()[*address = reinterpret_cast<u64>(memory)] = bytes;
+    return 0;
+}
+
+int cuMemFree_v2(u64 address) {
+    auto found = allocations().find(address);
+    if (found == allocations().end()) return 1;
+    // Whoever still uses it faults.
+    release(reinterpret_cast<void*>(address), found->second);
+    allocations().erase(found);
+    return 0;
+}
+
+int cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void*) {
+    if (broken) return broken;
+    memcpy(reinterpret_cast<void*>(to), from, bytes);
+    return 0;
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void*) {
+    if (broken) return broken;
+    memcpy(to, reinterpret_cast<const void*>(from), bytes);
+    return 0;
+}
+
+int cuMemsetD8Async(u64 to, u8 value, size_t bytes, void*) {
+    if (broken) return broken;
+    memset(reinterpret_cast<void*>(to), value, bytes);
+    return 0;
+}
+
+int cuStreamCreate(void** stream, u32) { return *stream = &broken, 0; }
+int cuStreamDestroy_v2(void*) { return 0; }
+int cuStreamSynchronize(void*) { return broken; }
+
+int cuLaunchKernel(
+    void* handle, u32 gx, u32 gy, u32 gz, u32 bx, u32 by, u32 bz, u32 shared_memory, void*, void** parameters, void**) {
+    if (broken) return broken;
+    const Function& function = *static_cast<Function*>(handle);
+    bool grid = gx > 0 && gx <= 0x7fffffff && gy > 0 && gy <= 65535 && gz > 0 && gz <= 65535;
+    if (!grid || bx != function.entry.threads || by != 1 || bz != 1 || shared_memory > function.most_shared) {
+        fprintf(stderr, "emulator: %s: grid (%u, %u, %u), %u threads, %u bytes\n", function.name.c_str(), gx, gy, gz, bx, shared_memory);
+        return 1;
+    }
+    return broken = launch(function.entry, function.name.c_str(), gx, gy, gz, bx, shared_memory, parameters[0]);
+}
+
+int cuGetErrorName(int error, const char** text) {
+    switch (error) {
+        case 1: return *text = "CUDA_ERROR_INVALID_VALUE", 0;
+        case 2: return *text = "CUDA_ERROR_OUT_OF_MEMORY", 0;
+        case 500: return *text = "CUDA_ERROR_NOT_FOUND", 0;
+        case 719: return *text = "CUDA_ERROR_LAUNCH_FAILED", 0;
+        default: return *text = "CUDA_ERROR_UNKNOWN", 0;
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,427 @@
+//! Forward passes on a GPU: the counterpart of [`crate::Executor`], with the same stages and the same promises.
+//!
+//! Weights and KV blocks are addresses of GPU memory, lent for the length of a call: every call waits until the GPU has
+//! done what it submitted.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::plan::{Cut, Offset, Tables};
+use super::{Buffer, Gpu, GpuError, Kernels, launch};
+use crate::adapter::Adapter;
+use crate::executor::{Chunk, PassError, Place, check, places};
+use crate::kernels::kv::{BLOCK_TOKENS, KvBlocks, KvElement, KvProblem};
+use crate::model::Model;
+
+/// Why a pass cannot go on.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExecuteError {
+    /// What was asked for does not fit the model.
+    #[error(transparent)]
+    Pass(#[from] PassError),
+    /// The GPU cannot.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// A tensor does not start at a multiple of [`ALIGNMENT`].
+    #[error("tensor {index} starts at {address:#x}")]
+    Misaligned {
+        /// Index of the tensor.
+        index: usize,
+        /// Its address.
+        address: u64,
+    },
+}
+
+/// What tensors must be aligned to, in bytes.
+pub const ALIGNMENT: u64 = 16;
+
+/// A tensor in GPU memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Its first byte.
+    pub address: u64,
+    /// Its length.
+    pub bytes: usize,
+}
+
+/// Where a model's tensors are in GPU memory; see [`crate::Weights`].
+///
+/// # Safety
+/// A region must be readable by kernels, and nobody may write it, for the length of the call that asked for it.
+pub unsafe trait Addresses {
+    /// A tensor, by its index in the slice given to [`Model::new`]. Called only for stages that were declared ready.
+    fn tensor(&self, index: usize) -> Region;
+
+    /// A tensor of adapter `adapter` of the pass, by its index in the slice given to [`Adapter::new`].
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> Region {
+        let _ = (adapter, index);
+        Region { address: 0, bytes: 0 }
+    }
+}
+
+/// Rows as products read them: f32, and operands in bf16 and f16 (with a factor per row).
+pub(crate) struct Operands {
+    pub(crate) plain: Buffer,
+    pub(crate) bf16: Buffer,
+    pub(crate) f16: Buffer,
+    pub(crate) scales: Buffer,
+}
+
+impl Operands {
+    fn new(gpu: &Arc<dyn Gpu>) -> Operands {
+        let buffer = || Buffer::new(gpu);
+        Operands { plain: buffer(), bf16: buffer(), f16: buffer(), scales: buffer() }
+    }
+}
+
+/// The working memory of a pass, reused by later passes.
+pub(crate) struct Memory {
+    pub(crate) tables: Buffer,
+    pub(crate) blocks: Buffer,
+    /// Residual stream, `[rows, hidden]`.
+    pub(crate) x: Buffer,
+    /// Normalised input of a block.
+    pub(crate) h: Operands,
+    pub(crate) query: Buffer,
+    pub(crate) query_f16: Buffer,
+    pub(crate) key: Buffer,
+    pub(crate) value: Buffer,
+    /// Result of attention.
+    pub(crate) attended: Operands,
+    pub(crate) partials: Buffer,
+    /// The activated inside of a feed-forward block.
+    pub(crate) gate: Operands,
+    pub(crate) up: Buffer,
+    pub(crate) angles: Buffer,
+    pub(crate) local_angles: Buffer,
+    pub(crate) frequencies: Buffer,
+    pub(crate) local_frequencies: Buffer,
+    /// The result of a block before it is added to the residual stream.
+    pub(crate) block: Buffer,
+    pub(crate) scores: Buffer,
+    /// Experts of rows, their weights, and the tables of [`super::GroupArguments`].
+    pub(crate) chosen: Buffer,
+    pub(crate) route_weights: Buffer,
+    pub(crate) gather: Buffer,
+    pub(crate) route_places: Buffer,
+    pub(crate) tiles: Buffer,
+    pub(crate) expert_addresses: Buffer,
+    pub(crate) expert_output: Buffer,
+    /// Low-rank products.
+    pub(crate) factors: Buffer,
+    pub(crate) inner: Buffer,
+    pub(crate) output: Buffer,
+}
+
+impl Memory {
+    fn new(gpu: &Arc<dyn Gpu>) -> Memory {
+        let (buffer, operands) = (|| Buffer::new(gpu), || Operands::new(gpu));
+        Memory {
+            tables: buffer(),
+            blocks: buffer(),
+            x: buffer(),
+            h: operands(),
+            query: buffer(),
+            query_f16: buffer(),
+            key: buffer(),
+            value: buffer(),
+            attended: operands(),
+            partials: buffer(),
+            gate: operands(),
+            up: buffer(),
+            angles: buffer(),
+            local_angles: buffer(),
+            frequencies: buffer(),
+            local_frequencies: buffer(),
+            block: buffer(),
+            scores: buffer(),
+            chosen: buffer(),
+            route_weights: buffer(),
+            gather: buffer(),
+            route_places: buffer(),
+            tiles: buffer(),
+            expert_addresses: buffer(),
+            expert_output: buffer(),
+            factors: buffer(),
+            inner: buffer(),
+            output: buffer(),
+        }
+    }
+}
+
+/// Where the tables of a batch are in [`Memory::tables`].
+#[derive(Default)]
+pub(crate) struct Layout {
+    pub(crate) tokens: Offset,
+    pub(crate) positions: Offset,
+    /// Per row, its chunk.
+    pub(crate) sequences: Offset,
+    /// Per chunk, its first row and how many it has.
+    pub(crate) sequence_rows: Offset,
+    /// Per chunk, where its KV blocks begin.
+    pub(crate) first_block: Offset,
+    /// Rows of the output.
+    pub(crate) output_rows: Offset,
+    /// Per row, its adapter.
+    pub(crate) adapters: Offset,
+    pub(crate) few: Offset,
+    pub(crate) many: Offset,
+    pub(crate) merges: Offset,
+}
+
+/// A forward pass under way on a GPU.
+pub struct CudaPass {
+    pub(crate) model: u64,
+    pub(crate) stage: usize,
+    stages: usize,
+    pub(crate) rows: usize,
+    pub(crate) output_rows: usize,
+    output_width: usize,
+    generates: bool,
+    pub(crate) places: Vec<Place>,
+    pub(crate) cut: Cut,
+    pub(crate) layout: Layout,
+    pub(crate) memory: Memory,
+    pub(crate) adapters: Vec<Arc<Adapter>>,
+    /// On the host, once the pass is done.
+    output: Vec<f32>,
+}
+
+impl CudaPass {
+    /// The stage that runs next.
+    pub fn stage(&self) -> usize {
+        self.stage
+    }
+
+    /// Rows of its output.
+    pub fn output_rows(&self) -> usize {
+        self.output_rows
+    }
+
+    /// The logits of a chunk, as [`crate::Pass::logits`].
+    pub fn logits(&self, chunk: usize) -> &[f32] {
+        if self.generates { self.output(chunk) } else { &[] }
+    }
+
+    /// [`CudaPass::logits`] for changing in place.
+    pub fn logits_mut(&mut self, chunk: usize) -> &mut [f32] {
+        let Place { output_row, output_rows, .. } = self.places[chunk];
+        let range = output_row * self.output_width..(output_row + output_rows) * self.output_width;
+        if self.generates { self.output.get_mut(range).unwrap_or_default() } else { &mut [] }
+    }
+
+    /// The vector of a chunk, as [`crate::Pass::embedding`].
+    pub fn embedding(&self, chunk: usize) -> &[f32] {
+        if self.generates { &[] } else { self.output(chunk) }
+    }
+
+    /// Empty before the pass is done.
+    fn output(&self, chunk: usize) -> &[f32] {
+        let Place { output_row, output_rows, .. } = self.places[chunk];
+        let range = output_row * self.output_width..(output_row + output_rows) * self.output_width;
+        self.output.get(range).unwrap_or_default()
+    }
+}
+
+/// Sets of working memory kept for later passes.
+const SPARE_MEMORY: usize = 2;
+
+/// Runs passes on a GPU.
+pub struct CudaExecutor {
+    pub(crate) kernels: Kernels,
+    spare: Mutex<Vec<Memory>>,
+}
+
+impl CudaExecutor {
+    /// An executor on this GPU.
+    ///
+    /// # Errors
+    /// [`GpuError::Driver`] if a kernel is missing.
+    pub fn new(gpu: Arc<dyn Gpu>) -> Result<CudaExecutor, GpuError> {
+        Ok(CudaExecutor { kernels: Kernels::load(gpu)?, spare: Mutex::default() })
+    }
+
+    /// Begins a pass over one step's chunks, chunk `i` with adapter `adapters[of_chunk[i]]` or by the model alone.
+    /// Nothing is computed yet.
+    ///
+    /// # Errors
+    /// As [`crate::Executor::begin_adapted`]; [`GpuError`] when there is not enough memory.
+    pub fn begin(
+        &self,
+        model: &Model,
+        batch: &[Chunk<'_>],
+        adapters: Vec<Arc<Adapter>>,
+        of_chunk: &[Option<usize>],
+    ) -> Result<CudaPass, ExecuteError> {
+        check(model, batch)?;
+        let spec = model.spec();
+        check_adapters(model, batch.len(), &adapters, of_chunk)?;
+        let mut of_batch = Vec::new();
+        let output_rows = places(model, batch, &mut of_batch);
+        let gpu = self.kernels.gpu();
+        let group = spec.heads / spec.kv_heads;
+        let cut = match (model.kv_shape, launch::attention_size(spec.head_dim)) {
+            (Some(shape), Some(size)) if shape.element == KvElement::F16 => {
+                let enough = gpu.multiprocessors() as usize * 4;
+                Cut::new(&of_batch, size, group, spec.kv_heads, enough)
+            }
+            _ => Cut::default(),
+        };
+        let mut tables = Tables::default();
+        let rows = |value: fn(&Place, usize) -> usize| {
+            of_batch
+                .iter()
+                .flat_map(move |place| (0..place.tokens).map(move |token| value(place, token) as u32))
+        };
+        let mut block = 0;
+        let first_blocks: Vec<u32> = of_batch
+            .iter()
+            .map(|place| {
+                block += (place.position + place.tokens).div_ceil(BLOCK_TOKENS) as u32;
+                block - (place.position + place.tokens).div_ceil(BLOCK_TOKENS) as u32
+            })
+            .collect();
+        let layout = Layout {
+            tokens: tables.push(batch.iter().flat_map(|chunk| chunk.tokens.iter().copied())),
+            positions: tables.push(rows(|place, token| place.position + token)),
+            sequences: tables.push(
+                of_batch
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(chunk, place)| std::iter::repeat_n(chunk as u32, place.tokens)),
+            ),
+            sequence_rows: tables
+                .push(of_batch.iter().flat_map(|place| [place.row as u32, place.tokens as u32])),
+            first_block: tables.push(first_blocks),
+            output_rows: tables.push(of_batch.iter().flat_map(|place| {
+                // The chunk's last rows.
+                let end = place.row + place.tokens;
+                (end - place.output_rows..end).map(|row| row as u32)
+            })),
+            adapters: tables.push(of_batch.iter().enumerate().flat_map(|(chunk, place)| {
+                let adapter = of_chunk.get(chunk).copied().flatten().map_or(u32::MAX, |index| index as u32);
+                std::iter::repeat_n(adapter, place.tokens)
+            })),
+            few: tables.push(cut.few.iter().map(|&item| super::Item::from(item))),
+            many: tables.push(cut.many.iter().map(|&item| super::Item::from(item))),
+            merges: tables.push(cut.merges.iter().map(|&merge| super::Merge::from(merge))),
+        };
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = spare.pop().unwrap_or_else(|| Memory::new(gpu));
+        drop(spare);
+        memory.tables.fill(tables.bytes())?;
+        Ok(CudaPass {
+            model: model.id,
+            stage: 0,
+            stages: spec.stages(),
+            rows: of_batch.iter().map(|place| place.tokens).sum(),
+            output_rows,
+            output_width: model.output_width(),
+            generates: spec.generates(),
+            places: of_batch,
+            cut,
+            layout,
+            memory,
+            adapters,
+            output: Vec::new(),
+        })
+    }
+
+    /// Runs stages while `pass.stage() < ready_stages` and says whether the pass is done, as
+    /// [`crate::Executor::advance`].
+    ///
+    /// # Errors
+    /// As [`crate::Executor::advance`]; [`GpuError`] when the GPU fails; [`ExecuteError::Misaligned`].
+    pub fn advance(
+        &self,
+        pass: &mut CudaPass,
+        model: &Model,
+        weights: &dyn Addresses,
+        kv: &mut [KvBlocks<'_>],
+        ready_stages: usize,
+    ) -> Result<bool, ExecuteError> {
+        if pass.model != model.id {
+            return Err(PassError::OtherModel.into());
+        }
+        let blocks = block_addresses(model, &pass.places, kv)?;
+        if !blocks.is_empty() {
+            let mut tables = Tables::default();
+            tables.push(blocks);
+            pass.memory.blocks.fill(tables.bytes())?;
+        }
+        let result = super::forward::run(&self.kernels, pass, model, weights, ready_stages);
+        let done = pass.stage >= pass.stages;
+        // Waits in every case, so that what was lent is free again when this returns.
+        let mut output = vec![0; if done { pass.output_rows * pass.output_width * 4 } else { 0 }];
+        let waited = if output.is_empty() {
+            pass.memory.tables.read(&mut [0; 4])
+        } else {
+            pass.memory.output.read(&mut output)
+        };
+        result?;
+        waited?;
+        if done {
+            pass.output = output.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        }
+        Ok(done)
+    }
+
+    /// Takes the memory of a pass back for later ones.
+    pub fn recycle(&self, pass: CudaPass) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < SPARE_MEMORY {
+            spare.push(pass.memory);
+        }
+    }
+}
+
+fn check_adapters(
+    model: &Model,
+    chunks: usize,
+    adapters: &[Arc<Adapter>],
+    of_chunk: &[Option<usize>],
+) -> Result<(), PassError> {
+    if adapters.is_empty() && of_chunk.is_empty() {
+        return Ok(());
+    }
+    if of_chunk.len() != chunks {
+        return Err(PassError::Adapter("there must be one choice per chunk"));
+    }
+    if of_chunk.iter().flatten().any(|&adapter| adapter >= adapters.len()) {
+        return Err(PassError::Adapter("a chunk's adapter is not there"));
+    }
+    if adapters.iter().any(|adapter| !adapter.fits(model.spec())) {
+        return Err(PassError::Adapter("an adapter is for another base"));
+    }
+    Ok(())
+}
+
+/// The addresses of the KV blocks of every chunk, one after the other; none where nothing is cached.
+fn block_addresses(model: &Model, places: &[Place], kv: &mut [KvBlocks<'_>]) -> Result<Vec<u64>, PassError> {
+    let Some(layout) = model.kv() else { return Ok(Vec::new()) };
+    if kv.len() != places.len() {
+        return Err(PassError::KvCount { chunks: places.len(), given: kv.len() });
+    }
+    let mut addresses = Vec::new();
+    for (chunk, (place, KvBlocks { shared, own })) in places.iter().zip(kv).enumerate() {
+        let needed = (place.position + place.tokens).div_ceil(BLOCK_TOKENS);
+        let given = shared.len() + own.len();
+        if given < needed {
+            return Err(KvProblem::TooFew { chunk, needed, given }.into());
+        }
+        if place.position < shared.len() * BLOCK_TOKENS {
+            return Err(KvProblem::Shared { chunk }.into());
+        }
+        let extents = shared.iter().map(|extent| &**extent).chain(own.iter()).take(needed);
+        for extent in extents {
+            let address = extent.address() as u64;
+            if extent.len() < layout.block_bytes {
+                return Err(KvProblem::Short { chunk }.into());
+            }
+            if !address.is_multiple_of(ALIGNMENT) {
+                return Err(PassError::Kv(format!("a block of chunk {chunk} starts at {address:#x}")));
+            }
+            addresses.push(address);
+        }
+    }
+    Ok(addresses)
+}

@@ -1,0 +1,873 @@
+//! The stages of a forward pass on a GPU, for every family that a spec can describe: `crate::forward`, kernel by kernel.
+//!
+//! This file only puts kernels in order. Every address that it passes on is of a buffer that it has made large enough,
+//! of a table of the pass, or of a tensor whose length it has checked.
+
+use tangram_checkpoint::{Attention, DType, Experts, LayerRole, Mlp, Norm, NormPlacement, Output, Pooling};
+
+use super::executor::{ALIGNMENT, Addresses, CudaPass, ExecuteError, Memory, Operands, Region};
+use super::plan::{Offset, Tables};
+use super::{
+    ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, CapArguments, CombineArguments,
+    EmbedArguments, FactorsEntry, GroupArguments, Kernels, LowRankArguments, MergeArguments, NormArguments,
+    PlainAttendArguments, PoolArguments, PrepareArguments, ProductArguments, ProductKind, RouteArguments,
+    RowsOut, activation, launch, weight_type,
+};
+use crate::executor::PassError;
+use crate::kernels::kv::KvElement;
+use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Rotation, Tensor};
+
+/// Runs the stages from `pass.stage` to `ready_stages`.
+pub(crate) fn run(
+    kernels: &Kernels,
+    pass: &mut CudaPass,
+    model: &Model,
+    weights: &dyn Addresses,
+    ready_stages: usize,
+) -> Result<(), ExecuteError> {
+    while pass.stage < ready_stages.min(model.spec.stages()) {
+        let stage = pass.stage;
+        let mut step = Step { kernels, pass, model, weights };
+        match stage {
+            0 => step.embed()?,
+            stage if stage <= model.layers.len() => step.layer(stage - 1)?,
+            _ => step.head()?,
+        }
+        pass.stage += 1;
+    }
+    Ok(())
+}
+
+/// Which operands the readers of some rows need besides f32.
+#[derive(Clone, Copy, Default)]
+struct Needs {
+    bf16: bool,
+    f16: bool,
+}
+
+impl Needs {
+    fn of<'a>(linears: impl IntoIterator<Item = &'a LinearTensors>) -> Needs {
+        linears.into_iter().fold(Needs::default(), |needs, linear| match linear.weight.dtype {
+            DType::F32 => needs,
+            DType::BF16 => Needs { bf16: true, ..needs },
+            _ => Needs { f16: true, ..needs },
+        })
+    }
+}
+
+impl Operands {
+    /// Makes room for `rows` rows of `width`.
+    fn reserve(&mut self, rows: usize, width: usize, needs: Needs) -> Result<RowsOut, ExecuteError> {
+        let operand_bytes = rows * width.next_multiple_of(32) * 2;
+        Ok(RowsOut {
+            plain: self.plain.reserve(rows * width * 4)?,
+            bf16: if needs.bf16 { self.bf16.reserve(operand_bytes)? } else { 0 },
+            f16: if needs.f16 { self.f16.reserve(operand_bytes)? } else { 0 },
+            scales: if needs.f16 { self.scales.reserve(rows * 4)? } else { 0 },
+        })
+    }
+}
+
+fn numbers(buffer: &mut Buffer, count: usize) -> Result<u64, ExecuteError> {
+    Ok(buffer.reserve(count.max(1) * 4)?)
+}
+
+/// Rows that a product reads, and of which tiles.
+#[derive(Clone, Copy)]
+struct Input {
+    rows: RowsOut,
+    columns: usize,
+    tokens: usize,
+}
+
+/// How the rows of experts lie: see [`GroupArguments`].
+#[derive(Clone, Copy)]
+struct Grouped {
+    kind: ProductKind,
+    tiles: u64,
+    tile_count: usize,
+}
+
+/// Everything that a stage needs.
+struct Step<'a> {
+    kernels: &'a Kernels,
+    pass: &'a mut CudaPass,
+    model: &'a Model,
+    weights: &'a dyn Addresses,
+}
+
+impl Step<'_> {
+    fn rows(&self) -> usize {
+        self.pass.rows
+    }
+
+    fn memory(&mut self) -> &mut Memory {
+        &mut self.pass.memory
+    }
+
+    fn table(&self, offset: Offset) -> u64 {
+        self.pass.memory.tables.address() + offset.0
+    }
+
+    fn address(&self, tensor: &Tensor) -> Result<u64, ExecuteError> {
+        checked(self.weights.tensor(tensor.index), tensor)
+    }
+
+    /// Address and type of a tensor that may be missing.
+    fn optional(&self, tensor: Option<&Tensor>) -> Result<(u64, u32), ExecuteError> {
+        match tensor {
+            Some(tensor) => Ok((self.address(tensor)?, weight_type(tensor.dtype))),
+            None => Ok((0, 0)),
+        }
+    }
+
+    /// Stage 0: the residual stream from token ids, and the angles of all layers.
+    fn embed(&mut self) -> Result<(), ExecuteError> {
+        let (rows, model) = (self.rows(), self.model);
+        let spec = &model.spec;
+        let out = numbers(&mut self.memory().x, rows * spec.hidden)?;
+        let (position_table, position_type) = self.optional(model.position_embedding.as_ref())?;
+        let (type_table, type_type) = self.optional(model.type_embedding.as_ref())?;
+        let arguments = EmbedArguments {
+            tokens: self.table(self.pass.layout.tokens),
+            positions: self.table(self.pass.layout.positions),
+            token_table: self.address(&model.token_embedding)?,
+            position_table,
+            type_table,
+            out,
+            token_type: weight_type(model.token_embedding.dtype),
+            position_type,
+            type_type,
+            width: spec.hidden as u32,
+            token_bytes: model.token_embedding.row_bytes() as u64,
+            position_bytes: model.position_embedding.map_or(0, |tensor| tensor.row_bytes() as u64),
+            scale: spec.embedding_scale.unwrap_or(1.0),
+            position_offset: spec.position_offset as u32,
+        };
+        // SAFETY: tokens and positions were checked against the tables' rows; `out` has `rows · hidden` elements.
+        unsafe { self.kernels.embed(launch::rows(rows, 256), &arguments) }?;
+        if let Some(norm) = &model.embedding_norm {
+            self.normalise_in_place(norm)?;
+        }
+        let positions = self.table(self.pass.layout.positions);
+        let Memory { angles, frequencies, local_angles, local_frequencies, .. } = &mut self.pass.memory;
+        fill_angles(self.kernels, &model.rotation, positions, rows, angles, frequencies)?;
+        if let Some(rotation) = &model.local_rotation {
+            fill_angles(self.kernels, rotation, positions, rows, local_angles, local_frequencies)?;
+        }
+        Ok(())
+    }
+
+    fn layer(&mut self, index: usize) -> Result<(), ExecuteError> {
+        let layer = &self.model.layers[index];
+        self.attention(layer, index)?;
+        self.mlp(layer, index)?;
+        if self.model.spec.parallel_residual {
+            // Attention's part; the feed-forward block has added its own.
+            let (x, block) = (self.pass.memory.x.address(), self.pass.memory.block.address());
+            self.add(x, block, self.rows() * self.model.spec.hidden)?;
+        }
+        Ok(())
+    }
+
+    fn norm_arguments(
+        &self,
+        x: u64,
+        out: RowsOut,
+        norm: &NormTensors,
+    ) -> Result<NormArguments, ExecuteError> {
+        let spec = &self.model.spec;
+        let (centred, epsilon) = match spec.norm {
+            Norm::Rms { epsilon } => (false, epsilon),
+            Norm::Layer { epsilon } => (true, epsilon),
+        };
+        let (bias, bias_type) = self.optional(norm.bias.as_ref().filter(|_| centred))?;
+        Ok(NormArguments {
+            x,
+            weight: self.address(&norm.weight)?,
+            bias,
+            out,
+            width: norm.weight.columns as u32,
+            weight_type: weight_type(norm.weight.dtype),
+            bias_type,
+            centred: u32::from(centred),
+            epsilon,
+            offset: if spec.norm_plus_one { 1.0 } else { 0.0 },
+            ..NormArguments::default()
+        })
+    }
+
+    fn normalise(&self, rows: usize, arguments: &NormArguments) -> Result<(), ExecuteError> {
+        // SAFETY: called with buffers of `rows · width` elements and parameters of `width` elements.
+        unsafe { self.kernels.normalise(launch::rows(rows, 256), arguments) }?;
+        Ok(())
+    }
+
+    /// Normalises the residual stream.
+    fn normalise_in_place(&self, norm: &NormTensors) -> Result<(), ExecuteError> {
+        let x = self.pass.memory.x.address();
+        let out = RowsOut { plain: x, ..RowsOut::default() };
+        self.normalise(self.rows(), &self.norm_arguments(x, out, norm)?)
+    }
+
+    /// Writes rows of f32 as operands, through `activation`.
+    fn activate(&self, rows: usize, arguments: &ActivateArguments) -> Result<(), ExecuteError> {
+        // SAFETY: called with buffers of `rows · width` elements.
+        unsafe { self.kernels.activate(launch::rows(rows, 512), arguments) }?;
+        Ok(())
+    }
+
+    fn add(&self, x: u64, y: u64, elements: usize) -> Result<(), ExecuteError> {
+        let arguments = AddArguments { x, y, elements: elements as u64 };
+        // SAFETY: called with buffers of so many elements.
+        unsafe { self.kernels.add(launch::elements(elements), &arguments) }?;
+        Ok(())
+    }
+
+    /// What a block reads: the residual stream, normalised if that comes before.
+    fn block_input(&mut self, norm: &NormTensors, needs: Needs) -> Result<Input, ExecuteError> {
+        let (rows, hidden) = (self.rows(), self.model.spec.hidden);
+        let x = self.pass.memory.x.address();
+        let out = self.memory().h.reserve(rows, hidden, needs)?;
+        if self.model.spec.norm_placement.before() {
+            self.normalise(rows, &self.norm_arguments(x, out, norm)?)?;
+        } else {
+            let width = hidden as u32;
+            let activation = activation::NONE;
+            self.activate(rows, &ActivateArguments { x, up: 0, gather: 0, out, width, activation })?;
+        }
+        Ok(Input { rows: out, columns: hidden, tokens: rows })
+    }
+
+    /// `out` (`[tokens, features]`) from `input`.
+    fn product(
+        &self,
+        input: Input,
+        linear: &LinearTensors,
+        out: u64,
+        accumulate: bool,
+    ) -> Result<(), ExecuteError> {
+        if input.tokens == 0 {
+            return Ok(());
+        }
+        let (bias, bias_type) = self.optional(linear.bias.as_ref())?;
+        let arguments = ProductArguments {
+            weight: self.address(&linear.weight)?,
+            bias,
+            bias_type,
+            accumulate: u32::from(accumulate),
+            ..product_arguments(input, &linear.weight, out)
+        };
+        let kind = ProductKind::for_tokens(input.tokens);
+        let tiles = input.tokens.div_ceil(tile_tokens(kind, linear.weight.dtype));
+        // SAFETY: the weight has its bytes (checked), the input its rows and columns, `out` room for the product.
+        unsafe { launch_product(self.kernels, kind, linear.weight.dtype, tiles, &arguments) }
+    }
+
+    /// Adds what the adapters of the rows make of `input` to products of the base, `[rows, features]` each.
+    fn update(
+        &mut self,
+        layer: usize,
+        input: Input,
+        products: &[(LayerRole, u64, usize)],
+    ) -> Result<(), ExecuteError> {
+        if self.pass.adapters.is_empty() {
+            return Ok(());
+        }
+        for &(matrix, out, width) in products {
+            let mut most_rank = 0;
+            let mut entries = Vec::new();
+            for (slot, adapter) in self.pass.adapters.iter().enumerate() {
+                let Some((a, b, scale)) = adapter.update(layer, matrix) else {
+                    entries.push(FactorsEntry::default());
+                    continue;
+                };
+                let factor =
+                    |tensor: &Tensor| checked(self.weights.adapter_tensor(slot, tensor.index), tensor);
+                most_rank = most_rank.max(a.rows);
+                entries.push(FactorsEntry {
+                    a: factor(a)?,
+                    b: factor(b)?,
+                    a_type: weight_type(a.dtype),
+                    b_type: weight_type(b.dtype),
+                    rank: a.rows as u32,
+                    scale,
+                });
+            }
+            if most_rank == 0 {
+                continue;
+            }
+            let rows = self.rows();
+            let mut tables = Tables::default();
+            tables.push(entries);
+            let arguments = LowRankArguments {
+                x: input.rows.plain,
+                inner: numbers(&mut self.memory().inner, rows * most_rank)?,
+                out,
+                adapters: self.table(self.pass.layout.adapters),
+                factors: self.memory().factors.fill(tables.bytes())?,
+                columns: input.columns as u32,
+                width: width as u32,
+                most_rank: most_rank as u32,
+                unused: 0,
+            };
+            // SAFETY: factors have their bytes (checked), the input its rows and columns, `inner` a row of the largest
+            // rank each, `out` the rows of the product.
+            unsafe {
+                self.kernels.low_rank_shrink(launch::low_rank(rows, most_rank, 8), &arguments)?;
+                self.kernels.low_rank_expand(launch::low_rank(rows, width, 256), &arguments)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a block's result goes, and whether it is added to what is there: to the residual stream, or aside.
+    fn block_output(&mut self, apart: bool) -> Result<(u64, bool), ExecuteError> {
+        let elements = self.rows() * self.model.spec.hidden;
+        let block = numbers(&mut self.memory().block, elements)?;
+        Ok(if apart { (block, false) } else { (self.pass.memory.x.address(), true) })
+    }
+
+    /// What comes after a block: its norm, if there is one, and the sum with the residual stream where that has not
+    /// been done by the block itself.
+    fn after_block(
+        &mut self,
+        norm: &NormTensors,
+        post_norm: Option<&NormTensors>,
+    ) -> Result<(), ExecuteError> {
+        if self.model.spec.norm_placement == NormPlacement::Post {
+            self.normalise_in_place(norm)?;
+        }
+        if let Some(norm) = post_norm {
+            let Memory { x, block, .. } = &self.pass.memory;
+            let out = RowsOut { plain: x.address(), ..RowsOut::default() };
+            let arguments =
+                NormArguments { accumulate: 1, ..self.norm_arguments(block.address(), out, norm)? };
+            self.normalise(self.rows(), &arguments)?;
+        }
+        Ok(())
+    }
+
+    fn apart(&self) -> bool {
+        self.model.spec.norm_placement == NormPlacement::Sandwich
+    }
+
+    fn attention(&mut self, layer: &Layer, index: usize) -> Result<(), ExecuteError> {
+        let (rows, model) = (self.rows(), self.model);
+        let spec = &model.spec;
+        let (query_width, key_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let input =
+            self.block_input(&layer.attn_norm, Needs::of([&layer.query, &layer.key, &layer.value]))?;
+        let Memory { query, key, value, .. } = self.memory();
+        let query = numbers(query, rows * query_width)?;
+        let key = numbers(key, rows * key_width)?;
+        let value = numbers(value, rows * key_width)?;
+        self.product(input, &layer.query, query, false)?;
+        self.product(input, &layer.key, key, false)?;
+        self.product(input, &layer.value, value, false)?;
+        let products = [
+            (LayerRole::Query, query, query_width),
+            (LayerRole::Key, key, key_width),
+            (LayerRole::Value, value, key_width),
+        ];
+        self.update(index, input, &products)?;
+
+        let by_matrix = model.kv_shape.is_some_and(|shape| shape.element == KvElement::F16);
+        let size = launch::attention_size(spec.head_dim).filter(|_| by_matrix);
+        let query_f16 = match size {
+            Some(_) => self.memory().query_f16.reserve(rows * query_width * 2)?,
+            None => 0,
+        };
+        self.prepare(layer, index, query_f16)?;
+
+        let needs = Needs::of([&layer.attn_out]);
+        let out = self.memory().attended.reserve(rows, query_width, needs)?;
+        match size {
+            Some(size) => self.attend(layer, index, size, out.plain)?,
+            None => self.attend_plain(layer, index, out.plain)?,
+        }
+        if needs.bf16 || needs.f16 {
+            let arguments = ActivateArguments {
+                x: out.plain,
+                out,
+                width: query_width as u32,
+                activation: activation::NONE,
+                ..ActivateArguments::default()
+            };
+            self.activate(rows, &arguments)?;
+        }
+        let attended = Input { rows: out, columns: query_width, tokens: rows };
+        let (out, accumulate) = self.block_output(self.apart() || spec.parallel_residual)?;
+        self.product(attended, &layer.attn_out, out, accumulate)?;
+        self.update(index, attended, &[(LayerRole::AttnOut, out, spec.hidden)])?;
+        self.after_block(&layer.attn_norm, layer.attn_post_norm.as_ref())
+    }
+
+    /// Bytes before a layer in a KV block.
+    fn layer_offset(&self, index: usize) -> u64 {
+        let bytes = self.model.kv().map_or(0, |layout| layout.block_bytes);
+        (bytes / self.model.spec.layers * index) as u64
+    }
+
+    fn prepare(&self, layer: &Layer, index: usize, query_f16: u64) -> Result<(), ExecuteError> {
+        let model = self.model;
+        let spec = &model.spec;
+        let Memory { query, key, value, angles, local_angles, blocks, .. } = &self.pass.memory;
+        let (angles, rotation) = match &model.local_rotation {
+            Some(rotation) if layer.local_rotation => (local_angles, rotation),
+            _ => (angles, &model.rotation),
+        };
+        let (query_norm, query_norm_type) = self.optional(layer.query_norm.as_ref())?;
+        let (key_norm, key_norm_type) = self.optional(layer.key_norm.as_ref())?;
+        let (Norm::Rms { epsilon } | Norm::Layer { epsilon }) = spec.norm;
+        let arguments = PrepareArguments {
+            query: query.address(),
+            key: key.address(),
+            value: value.address(),
+            query_f16,
+            angles: angles.address(),
+            query_norm,
+            key_norm,
+            positions: self.table(self.pass.layout.positions),
+            sequences: self.table(self.pass.layout.sequences),
+            blocks: if model.kv_shape.is_some() { blocks.address() } else { 0 },
+            first_block: self.table(self.pass.layout.first_block),
+            layer_offset: self.layer_offset(index),
+            heads: spec.heads as u32,
+            kv_heads: spec.kv_heads as u32,
+            head_dim: spec.head_dim as u32,
+            half: rotation.frequencies.len() as u32,
+            query_norm_type,
+            key_norm_type,
+            epsilon,
+            offset: if spec.norm_plus_one { 1.0 } else { 0.0 },
+            cache_f32: u32::from(model.kv_shape.is_some_and(|shape| shape.element == KvElement::F32)),
+            unused: 0,
+        };
+        let launch = launch::heads(self.rows(), 1);
+        // SAFETY: the heads of all rows are in their buffers, and every row's position in a block (checked).
+        unsafe { self.kernels.prepare(launch, &arguments) }?;
+        Ok(())
+    }
+
+    fn scoring(&self, layer: &Layer) -> (f32, f32, u32) {
+        let spec = &self.model.spec;
+        let scale = spec.query_scale.unwrap_or_else(|| 1.0 / (spec.head_dim as f32).sqrt());
+        (scale, spec.attention_cap.unwrap_or(0.0), layer.window.unwrap_or(0) as u32)
+    }
+
+    fn attend(&mut self, layer: &Layer, index: usize, size: usize, out: u64) -> Result<(), ExecuteError> {
+        let spec = &self.model.spec;
+        let (scale, cap, window) = self.scoring(layer);
+        let partials =
+            numbers(&mut self.pass.memory.partials, self.pass.cut.slots * spec.heads * (2 + spec.head_dim))?;
+        let layout = &self.pass.layout;
+        let arguments = AttendArguments {
+            query: self.pass.memory.query_f16.address(),
+            out,
+            items: 0,
+            positions: self.table(layout.positions),
+            blocks: self.pass.memory.blocks.address(),
+            first_block: self.table(layout.first_block),
+            partials,
+            layer_offset: self.layer_offset(index),
+            heads: spec.heads as u32,
+            kv_heads: spec.kv_heads as u32,
+            head_dim: spec.head_dim as u32,
+            window,
+            scale,
+            cap,
+        };
+        let cut = &self.pass.cut;
+        for (many, items, offset) in [(false, &cut.few, layout.few), (true, &cut.many, layout.many)] {
+            if !items.is_empty() {
+                let arguments = AttendArguments { items: self.table(offset), ..arguments };
+                // SAFETY: items are of rows and sequences of the batch, whose positions are in their blocks (checked);
+                // every slot has its place.
+                unsafe { self.kernels.attend(size, many, items.len(), &arguments) }?;
+            }
+        }
+        if !cut.merges.is_empty() {
+            let arguments = MergeArguments {
+                partials,
+                out,
+                merges: self.table(layout.merges),
+                heads: spec.heads as u32,
+                head_dim: spec.head_dim as u32,
+            };
+            let launch = launch::heads(cut.merges.len(), spec.heads);
+            // SAFETY: merges are of rows of the batch and of slots that items have filled.
+            unsafe { self.kernels.attend_merge(launch, &arguments) }?;
+        }
+        Ok(())
+    }
+
+    fn attend_plain(&self, layer: &Layer, index: usize, out: u64) -> Result<(), ExecuteError> {
+        let spec = &self.model.spec;
+        let (scale, cap, window) = self.scoring(layer);
+        let Memory { query, key, value, blocks, .. } = &self.pass.memory;
+        let cached = self.model.kv_shape.is_some();
+        let fresh = |buffer: &Buffer| if cached { 0 } else { buffer.address() };
+        let arguments = PlainAttendArguments {
+            query: query.address(),
+            out,
+            key: fresh(key),
+            value: fresh(value),
+            positions: self.table(self.pass.layout.positions),
+            sequences: self.table(self.pass.layout.sequences),
+            blocks: blocks.address(),
+            first_block: self.table(self.pass.layout.first_block),
+            sequence_rows: self.table(self.pass.layout.sequence_rows),
+            layer_offset: self.layer_offset(index),
+            heads: spec.heads as u32,
+            kv_heads: spec.kv_heads as u32,
+            head_dim: spec.head_dim as u32,
+            window,
+            scale,
+            cap,
+            cache_f32: u32::from(self.model.kv_shape.is_some_and(|shape| shape.element == KvElement::F32)),
+            bidirectional: u32::from(spec.attention == Attention::Bidirectional),
+        };
+        let launch = launch::attend_plain(self.rows(), spec.heads, spec.head_dim);
+        // SAFETY: as for `attend`; where nothing is cached, sequences are whole.
+        unsafe { self.kernels.attend_plain(launch, &arguments) }?;
+        Ok(())
+    }
+
+    fn mlp(&mut self, layer: &Layer, index: usize) -> Result<(), ExecuteError> {
+        match &layer.mlp {
+            MlpTensors::Dense(tensors) => self.dense(layer, tensors, index)?,
+            MlpTensors::Sparse { router, experts } => self.sparse(layer, router, experts)?,
+        }
+        self.after_block(&layer.mlp_norm, layer.mlp_post_norm.as_ref())
+    }
+
+    fn dense(&mut self, layer: &Layer, tensors: &FeedForward, index: usize) -> Result<(), ExecuteError> {
+        let (rows, width) = (self.rows(), tensors.up.weight.rows);
+        let needs = Needs::of(tensors.gate.iter().chain([&tensors.up]));
+        let input = self.block_input(&layer.mlp_norm, needs)?;
+        let needs = Needs::of([&tensors.down]);
+        let out = self.memory().gate.reserve(rows, width, needs)?;
+        let up = match &tensors.gate {
+            Some(gate) => {
+                let up = numbers(&mut self.memory().up, rows * width)?;
+                self.product(input, gate, out.plain, false)?;
+                self.product(input, &tensors.up, up, false)?;
+                self.update(
+                    index,
+                    input,
+                    &[(LayerRole::Gate, out.plain, width), (LayerRole::Up, up, width)],
+                )?;
+                up
+            }
+            None => {
+                self.product(input, &tensors.up, out.plain, false)?;
+                self.update(index, input, &[(LayerRole::Up, out.plain, width)])?;
+                0
+            }
+        };
+        self.activate_inner(rows, width, up, out)?;
+        let inner = Input { rows: out, columns: width, tokens: rows };
+        let (out, accumulate) = self.block_output(self.apart())?;
+        self.product(inner, &tensors.down, out, accumulate)?;
+        self.update(index, inner, &[(LayerRole::Down, out, self.model.spec.hidden)])
+    }
+
+    /// The activation of a feed-forward block, in place; `up` is 0 without a gate.
+    fn activate_inner(&self, rows: usize, width: usize, up: u64, out: RowsOut) -> Result<(), ExecuteError> {
+        let activation = match self.model.spec.mlp {
+            Mlp::GatedSilu => activation::SILU_GATE,
+            Mlp::GatedGeluTanh => activation::GELU_TANH_GATE,
+            Mlp::Gelu => activation::GELU,
+            Mlp::GeluTanh => activation::GELU_TANH,
+            Mlp::Relu => activation::RELU,
+        };
+        let width = width as u32;
+        self.activate(rows, &ActivateArguments { x: out.plain, up, gather: 0, out, width, activation })
+    }
+
+    /// A feed-forward block with experts.
+    fn sparse(
+        &mut self,
+        layer: &Layer,
+        router: &LinearTensors,
+        experts: &[FeedForward],
+    ) -> Result<(), ExecuteError> {
+        let Some(settings) = &self.model.spec.experts else { return Ok(()) };
+        let (rows, hidden) = (self.rows(), self.model.spec.hidden);
+        let gates = || experts.iter().filter_map(|expert| expert.gate.as_ref());
+        let ups = || experts.iter().map(|expert| &expert.up);
+        let needs = Needs::of(gates().chain(ups()).chain([router]));
+        let input = self.block_input(&layer.mlp_norm, needs)?;
+        let scores = numbers(&mut self.memory().scores, rows * experts.len())?;
+        self.product(input, router, scores, false)?;
+        let (grouped, gather) = self.group(settings, scores)?;
+
+        let routes = rows * settings.per_token;
+        let width = settings.intermediate;
+        let needs = Needs::of(experts.iter().map(|expert| &expert.down));
+        let out = self.memory().gate.reserve(routes, width, needs)?;
+        let up = numbers(&mut self.memory().up, routes * width)?;
+        self.expert_products(input, gates(), grouped, gather, out.plain)?;
+        self.expert_products(input, ups(), grouped, gather, up)?;
+        self.activate_inner(routes, width, up, out)?;
+        let inner = Input { rows: out, columns: width, tokens: routes };
+        let results = numbers(&mut self.memory().expert_output, routes * hidden)?;
+        self.expert_products(inner, experts.iter().map(|expert| &expert.down), grouped, 0, results)?;
+
+        let (out, accumulate) = self.block_output(self.apart())?;
+        let Memory { route_places, route_weights, .. } = &self.pass.memory;
+        let arguments = CombineArguments {
+            results,
+            places: route_places.address(),
+            weights: route_weights.address(),
+            out,
+            width: hidden as u32,
+            per_token: settings.per_token as u32,
+            accumulate: u32::from(accumulate),
+            unused: 0,
+        };
+        // SAFETY: results have a row for each route, and places are below their number.
+        unsafe { self.kernels.combine(launch::rows(rows, 256), &arguments) }?;
+        Ok(())
+    }
+
+    /// Chooses experts by their scores and puts the rows of each together. Gives how they lie, and which row of the
+    /// batch each of them is.
+    fn group(&mut self, settings: &Experts, scores: u64) -> Result<(Grouped, u64), ExecuteError> {
+        let rows = self.rows();
+        let &Experts { count, per_token, normalise, .. } = settings;
+        let routes = rows * per_token;
+        let kind = ProductKind::for_tokens(routes.div_ceil(count.min(routes)));
+        // The kernel for weights in f32 has the smallest tiles.
+        let kind = if self.has_plain_experts() { ProductKind::Few8 } else { kind };
+        let tile_count = launch::most_tiles(routes, count, kind.tile_tokens());
+        let Memory { chosen, route_weights, gather, route_places, tiles, .. } = &mut self.pass.memory;
+        let chosen = numbers(chosen, routes)?;
+        let weights = numbers(route_weights, routes)?;
+        let gather = numbers(gather, routes)?;
+        let places = numbers(route_places, routes)?;
+        let tiles = numbers(tiles, tile_count * 3)?;
+        let route = RouteArguments {
+            scores,
+            chosen,
+            weights,
+            rows: rows as u32,
+            experts: count as u32,
+            per_token: per_token as u32,
+            normalise: u32::from(normalise),
+        };
+        let group = GroupArguments {
+            chosen,
+            gather,
+            places,
+            tiles,
+            routes: routes as u32,
+            per_token: per_token as u32,
+            experts: count as u32,
+            tile_rows: kind.tile_tokens() as u32,
+            most_tiles: tile_count as u32,
+            unused: 0,
+        };
+        // SAFETY: scores are `[rows, experts]`; the others have an element per route, and tiles enough for all.
+        unsafe {
+            self.kernels.route(launch::route(rows), &route)?;
+            self.kernels.group_routes(launch::group_routes(count), &group)?;
+        }
+        Ok((Grouped { kind, tiles, tile_count }, gather))
+    }
+
+    fn has_plain_experts(&self) -> bool {
+        let layers = self.model.layers.iter();
+        layers
+            .filter_map(|layer| match &layer.mlp {
+                MlpTensors::Sparse { experts, .. } => Some(experts),
+                MlpTensors::Dense(_) => None,
+            })
+            .flatten()
+            .flat_map(|expert| expert.gate.iter().chain([&expert.up, &expert.down]))
+            .any(|linear| linear.weight.dtype == DType::F32)
+    }
+
+    /// The same product for all experts, each with its rows.
+    fn expert_products<'b>(
+        &mut self,
+        input: Input,
+        linears: impl Iterator<Item = &'b LinearTensors> + Clone,
+        grouped: Grouped,
+        gather: u64,
+        out: u64,
+    ) -> Result<(), ExecuteError> {
+        let mut dtypes: Vec<DType> = Vec::new();
+        for linear in linears.clone() {
+            if !dtypes.contains(&linear.weight.dtype) {
+                dtypes.push(linear.weight.dtype);
+            }
+        }
+        for dtype in dtypes {
+            let addresses = linears.clone().map(|linear| match linear.weight.dtype == dtype {
+                true => self.address(&linear.weight),
+                false => Ok(0),
+            });
+            let addresses = addresses.collect::<Result<Vec<u64>, _>>()?;
+            let Some(linear) = linears.clone().find(|linear| linear.weight.dtype == dtype) else { continue };
+            let mut tables = Tables::default();
+            tables.push(addresses);
+            let arguments = ProductArguments {
+                weight: self.memory().expert_addresses.fill(tables.bytes())?,
+                tiles: grouped.tiles,
+                gather,
+                ..product_arguments(input, &linear.weight, out)
+            };
+            // SAFETY: as for `product`; tiles are of rows of the output, `gather` of rows of the input.
+            unsafe { launch_product(self.kernels, grouped.kind, dtype, grouped.tile_count, &arguments) }?;
+        }
+        Ok(())
+    }
+
+    /// The last stage: logits of the rows that want them, or one vector per chunk.
+    fn head(&mut self) -> Result<(), ExecuteError> {
+        match self.model.spec.output {
+            Output::Logits { .. } => self.logits(),
+            Output::Embedding { pooling, normalise } => self.pool(pooling, normalise),
+        }
+    }
+
+    fn logits(&mut self) -> Result<(), ExecuteError> {
+        let model = self.model;
+        let (rows, hidden) = (self.pass.output_rows, model.spec.hidden);
+        let Some(output) = model.output else { return Ok(()) };
+        if rows == 0 {
+            return Ok(());
+        }
+        let linear = LinearTensors { weight: output, bias: None };
+        let gather = self.table(self.pass.layout.output_rows);
+        let x = self.pass.memory.x.address();
+        let out = self.memory().h.reserve(rows, hidden, Needs::of([&linear]))?;
+        match &model.final_norm {
+            Some(norm) => {
+                let arguments = NormArguments { gather, ..self.norm_arguments(x, out, norm)? };
+                self.normalise(rows, &arguments)?;
+            }
+            None => {
+                let (width, activation) = (hidden as u32, activation::NONE);
+                self.activate(rows, &ActivateArguments { x, up: 0, gather, out, width, activation })?;
+            }
+        }
+        let logits = numbers(&mut self.memory().output, rows * output.rows)?;
+        self.product(Input { rows: out, columns: hidden, tokens: rows }, &linear, logits, false)?;
+        if let Some(cap) = model.spec.logit_cap {
+            let elements = rows * output.rows;
+            let arguments = CapArguments { x: logits, elements: elements as u64, cap, unused: 0 };
+            // SAFETY: the output has so many elements.
+            unsafe { self.kernels.cap(launch::elements(elements), &arguments) }?;
+        }
+        Ok(())
+    }
+
+    fn pool(&mut self, pooling: Pooling, unit_length: bool) -> Result<(), ExecuteError> {
+        let (model, sequences) = (self.model, self.pass.places.len());
+        let hidden = model.spec.hidden;
+        if let Some(norm) = &model.final_norm {
+            self.normalise_in_place(norm)?;
+        }
+        let arguments = PoolArguments {
+            x: self.pass.memory.x.address(),
+            sequences: self.table(self.pass.layout.sequence_rows),
+            out: numbers(&mut self.memory().output, sequences * hidden)?,
+            width: hidden as u32,
+            mean: u32::from(pooling == Pooling::Mean),
+            unit_length: u32::from(unit_length),
+            unused: 0,
+        };
+        // SAFETY: sequences are of rows of the batch; the output has a row for each.
+        unsafe { self.kernels.pool(launch::rows(sequences, 256), &arguments) }?;
+        Ok(())
+    }
+}
+
+/// The address of a tensor that has its bytes.
+fn checked(region: Region, tensor: &Tensor) -> Result<u64, ExecuteError> {
+    let index = tensor.index;
+    if region.bytes != tensor.bytes {
+        return Err(PassError::TensorBytes { index, expected: tensor.bytes, found: region.bytes }.into());
+    }
+    match region.address.is_multiple_of(ALIGNMENT) {
+        true => Ok(region.address),
+        false => Err(ExecuteError::Misaligned { index, address: region.address }),
+    }
+}
+
+/// Tokens of a tile of the kernel that is used for weights of this type.
+fn tile_tokens(kind: ProductKind, dtype: DType) -> usize {
+    if dtype == DType::F32 { launch::F32_TILE_TOKENS } else { kind.tile_tokens() }
+}
+
+/// Everything but the addresses of weight and bias.
+fn product_arguments(input: Input, weight: &Tensor, out: u64) -> ProductArguments {
+    let (x, scales) = match weight.dtype {
+        DType::F32 => (input.rows.plain, 0),
+        DType::BF16 => (input.rows.bf16, 0),
+        _ => (input.rows.f16, input.rows.scales),
+    };
+    ProductArguments {
+        x,
+        scales,
+        out,
+        row_bytes: weight.row_bytes() as u64,
+        rows: weight.rows as u32,
+        columns: weight.columns as u32,
+        tokens: input.tokens as u32,
+        aligned: u32::from(weight.columns.is_multiple_of(32)),
+        ..ProductArguments::default()
+    }
+}
+
+/// # Safety
+/// As for [`Kernels::product`].
+unsafe fn launch_product(
+    kernels: &Kernels,
+    kind: ProductKind,
+    dtype: DType,
+    tiles: usize,
+    arguments: &ProductArguments,
+) -> Result<(), ExecuteError> {
+    // SAFETY: as the caller says.
+    unsafe {
+        match dtype {
+            DType::F32 => {
+                kernels.product_f32(launch::product_f32(arguments.rows as usize, tiles), arguments)?
+            }
+            _ => kernels.product(kind, dtype, tiles, arguments)?,
+        }
+    }
+    Ok(())
+}
+
+/// Cosines and sines of every row's angles.
+fn fill_angles(
+    kernels: &Kernels,
+    rotation: &Rotation,
+    positions: u64,
+    rows: usize,
+    angles: &mut Buffer,
+    frequencies: &mut Buffer,
+) -> Result<(), ExecuteError> {
+    let half = rotation.frequencies.len();
+    if half == 0 {
+        return Ok(());
+    }
+    let mut tables = Tables::default();
+    tables.push(rotation.frequencies.iter().copied());
+    let arguments = AngleArguments {
+        positions,
+        frequencies: frequencies.fill(tables.bytes())?,
+        out: numbers(angles, rows * half * 2)?,
+        half: half as u32,
+        magnitude: rotation.magnitude,
+    };
+    let launch = super::Launch { grid: [rows as u32, 1, 1], threads: 64, shared_bytes: 0 };
+    // SAFETY: there is a frequency for each pair, and room for two numbers per row and pair.
+    unsafe { kernels.angles(launch, &arguments) }?;
+    Ok(())
+}

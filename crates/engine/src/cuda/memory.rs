@@ -1,0 +1,92 @@
+//! Working memory on a GPU: buffers that only grow.
+
+use std::sync::Arc;
+
+use super::{Gpu, GpuError};
+
+/// Memory on a GPU, freed when it is dropped.
+pub struct Buffer {
+    gpu: Arc<dyn Gpu>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// An empty buffer; allocates nothing.
+    pub fn new(gpu: &Arc<dyn Gpu>) -> Buffer {
+        Buffer { gpu: gpu.clone(), address: 0, bytes: 0 }
+    }
+
+    /// Makes room for at least `bytes` and gives the address. Contents are lost when it grows.
+    ///
+    /// # Errors
+    /// [`GpuError::Driver`] when there is not enough memory; the buffer is then empty.
+    pub fn reserve(&mut self, bytes: usize) -> Result<u64, GpuError> {
+        if self.bytes < bytes {
+            self.release();
+            self.address = self.gpu.allocate(bytes)?;
+            self.bytes = bytes;
+        }
+        Ok(self.address)
+    }
+
+    /// A buffer with these bytes; empty if there are none.
+    ///
+    /// # Errors
+    /// As [`Buffer::reserve`].
+    pub fn with(gpu: &Arc<dyn Gpu>, bytes: &[u8]) -> Result<Buffer, GpuError> {
+        let mut buffer = Buffer::new(gpu);
+        buffer.fill(bytes)?;
+        Ok(buffer)
+    }
+
+    /// Replaces the contents.
+    ///
+    /// # Errors
+    /// As [`Buffer::reserve`].
+    pub fn fill(&mut self, bytes: &[u8]) -> Result<u64, GpuError> {
+        self.reserve(bytes.len())?;
+        if !bytes.is_empty() {
+            // SAFETY: there is room for them.
+            unsafe { self.gpu.upload(self.address, bytes) }?;
+        }
+        Ok(self.address)
+    }
+
+    /// Reads the beginning; waits for everything submitted so far. Panics if it is not that long.
+    ///
+    /// # Errors
+    /// [`GpuError::Driver`] when the driver refuses, or an earlier launch failed.
+    pub fn read(&self, bytes: &mut [u8]) -> Result<(), GpuError> {
+        assert!(bytes.len() <= self.bytes, "{} bytes of a buffer of {}", bytes.len(), self.bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the buffer is that long.
+        unsafe { self.gpu.download(self.address, bytes) }
+    }
+
+    /// Where it is; 0 while it is empty.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn release(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: allocated by `reserve`, and given away nowhere else.
+            unsafe { self.gpu.free(self.address) };
+        }
+        (self.address, self.bytes) = (0, 0);
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.release();
+    }
+}

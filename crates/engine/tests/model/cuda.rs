@@ -1,0 +1,301 @@
+//! The GPU's executor and kernels, run by the emulator (`kernels/emulator`): the same sources compiled as C++, behind
+//! the driver's own functions. Needs a C++ compiler with `_Float16` (GCC 12, Clang 15) on x86-64; says so otherwise.
+//!
+//! What this proves and what it cannot is said in `kernels/emulator/emulator.h`.
+#![allow(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+#[path = "../../examples/cuda-check/suite/mod.rs"]
+mod suite;
+
+use tangram_checkpoint::{DType, Output, Pooling};
+use tangram_engine::cuda::{Addresses, Buffer, CudaExecutor, Driver, Gpu, Region};
+use tangram_engine::{Chunk, KvBlocks, LogitRows};
+
+use crate::adapter::{Stored, merged, random_adapter};
+use crate::support::{Blocks, Sample, reference_embedding, reference_logits, sample, spec};
+use crate::{DECODERS, bits, tokens};
+
+/// Compiles the emulator, once per process.
+fn library() -> Option<&'static PathBuf> {
+    static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let build = || {
+        let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels/emulator/emulator.cpp");
+        let library = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("libtangram-emulator-{}.so", std::process::id()));
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+        let flags =
+            ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"];
+        let run = Command::new(&compiler).args(flags).arg(&source).arg("-o").arg(&library).output();
+        match run {
+            Ok(run) if run.status.success() => Some(library),
+            // A compiler that is there must be able to compile the kernels.
+            Ok(run) if compiles_half_floats(&compiler) => {
+                panic!("{compiler}: {}", String::from_utf8_lossy(&run.stderr))
+            }
+            _ => None,
+        }
+    };
+    LIBRARY.get_or_init(|| if cfg!(target_arch = "x86_64") { build() } else { None }).as_ref()
+}
+
+fn compiles_half_floats(compiler: &str) -> bool {
+    let source = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("half-{}.cpp", std::process::id()));
+    let written = std::fs::write(&source, "_Float16 half(float x) { return static_cast<_Float16>(x); }");
+    written.is_ok()
+        && Command::new(compiler)
+            .args(["-std=c++17", "-fsyntax-only"])
+            .arg(&source)
+            .output()
+            .is_ok_and(|run| run.status.success())
+}
+
+/// The emulated GPU. It is one for the process, so tests take turns.
+pub(crate) struct Emulated {
+    pub(crate) gpu: Arc<dyn Gpu>,
+    library: libloading::Library,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Emulated {
+    pub(crate) fn open() -> Option<Emulated> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(path) = library() else {
+            println!("skipped: no C++ compiler here that can compile the emulator");
+            return None;
+        };
+        // SAFETY: the emulator does what the driver does, as far as it is used.
+        let gpu = unsafe { Driver::open_library(path, 0, &[]) }.expect("the emulator");
+        // SAFETY: it has no initialisation to speak of.
+        let library = unsafe { libloading::Library::new(path) }.expect("the emulator");
+        Some(Emulated { gpu, library, _turn: turn })
+    }
+
+    /// The order in which threads and blocks run: 0 ascending, 1 descending, else random.
+    pub(crate) fn order(&self, order: u64) {
+        // SAFETY: this is the signature in emulator.cpp.
+        unsafe {
+            let set = self.library.get::<unsafe extern "C" fn(u64)>(b"emulator_order").expect("a function");
+            set(order);
+        }
+    }
+}
+
+/// A model's tensors in GPU memory.
+struct OnGpu<'a> {
+    sample: &'a Sample,
+    tensors: Vec<Buffer>,
+    adapters: Vec<(&'a Stored, Vec<Buffer>)>,
+}
+
+// SAFETY: the buffers live as long as this, have the tensors' bytes, and nobody writes them.
+unsafe impl Addresses for OnGpu<'_> {
+    fn tensor(&self, index: usize) -> Region {
+        Region { address: self.tensors[index].address(), bytes: self.sample.bytes[index].len() }
+    }
+
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> Region {
+        let (stored, buffers) = &self.adapters[adapter];
+        Region { address: buffers[index].address(), bytes: stored.bytes[index].len() }
+    }
+}
+
+impl<'a> OnGpu<'a> {
+    fn new(gpu: &Arc<dyn Gpu>, sample: &'a Sample) -> OnGpu<'a> {
+        let tensors = sample.bytes.iter().map(|bytes| Buffer::with(gpu, bytes).expect("memory"));
+        OnGpu { sample, tensors: tensors.collect(), adapters: Vec::new() }
+    }
+
+    fn with_adapter(mut self, gpu: &Arc<dyn Gpu>, stored: &'a Stored) -> OnGpu<'a> {
+        let buffers = stored.bytes.iter().map(|bytes| Buffer::with(gpu, bytes).expect("memory")).collect();
+        self.adapters.push((stored, buffers));
+        self
+    }
+
+    /// All logits of several sequences in one pass, sequence `i` with adapter `of[i]`.
+    fn together(&self, executor: &CudaExecutor, sequences: &[&[u32]], of: &[Option<usize>]) -> Vec<Vec<f32>> {
+        let model = &self.sample.model;
+        let chunk = |tokens| Chunk { tokens, position: 0, logits: LogitRows::All };
+        let batch: Vec<Chunk<'_>> = sequences.iter().copied().map(chunk).collect();
+        let adapters = self.adapters.iter().map(|(stored, _)| stored.adapter.clone()).collect();
+        let mut pass = executor.begin(model, &batch, adapters, of).expect("a pass");
+        let mut blocks = Blocks::aligned(model, 16);
+        let mut taken: Vec<_> = sequences.iter().map(|tokens| blocks.take(tokens.len())).collect();
+        let mut kv: Vec<KvBlocks<'_>> = taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
+        // Stage by stage, as when weights are still arriving.
+        for stage in 1..=model.spec().stages() {
+            let done = executor.advance(&mut pass, model, self, &mut kv, stage).expect("success");
+            assert_eq!(done, stage == model.spec().stages());
+        }
+        let logits = (0..batch.len()).map(|chunk| pass.logits(chunk).to_vec()).collect();
+        executor.recycle(pass);
+        logits
+    }
+
+    /// Runs one step to the end and gives every chunk's logits or vector.
+    fn step(&self, executor: &CudaExecutor, batch: &[Chunk<'_>], kv: &mut [KvBlocks<'_>]) -> Vec<Vec<f32>> {
+        let model = &self.sample.model;
+        let mut pass = executor.begin(model, batch, Vec::new(), &[]).expect("a pass");
+        assert!(executor.advance(&mut pass, model, self, kv, usize::MAX).expect("success"));
+        let generates = model.spec().generates();
+        let output = (0..batch.len())
+            .map(|chunk| if generates { pass.logits(chunk) } else { pass.embedding(chunk) }.to_vec())
+            .collect();
+        executor.recycle(pass);
+        output
+    }
+
+    /// The logits of all tokens, computed in chunks of the given sizes.
+    fn in_chunks(&self, executor: &CudaExecutor, tokens: &[u32], sizes: &[usize]) -> Vec<f32> {
+        let mut blocks = Blocks::aligned(&self.sample.model, 16).take(tokens.len());
+        let mut logits = Vec::new();
+        let mut position = 0;
+        for &size in sizes {
+            let tokens = &tokens[position..position + size];
+            let chunk = Chunk { tokens, position, logits: LogitRows::All };
+            logits.extend(self.step(executor, &[chunk], &mut [blocks.as_mut_slice().into()]).remove(0));
+            position += size;
+        }
+        logits
+    }
+}
+
+/// The largest difference, as a share of the largest number.
+fn error(found: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0f64, |a, &b| a.max(b.abs()));
+    let differences =
+        found.iter().zip(expected).map(|(&found, expected)| (f64::from(found) - expected).abs());
+    // A NaN is not smaller than anything.
+    differences.fold(0.0, |a, b| if b <= a { a } else { b }) / largest
+}
+
+#[test]
+fn kernels_agree_with_their_twins() {
+    let Some(emulated) = Emulated::open() else { return };
+    let rounds =
+        std::env::var("TANGRAM_CUDA_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    // A round has an order and a seed of its own.
+    for round in 0..rounds {
+        emulated.order(round);
+        let mut bench = suite::Bench::new(emulated.gpu.clone(), round + 1, 1);
+        for (name, check) in suite::CHECKS {
+            check(&mut bench);
+            println!("round {round}, {name}: {:.0} % of what the error may be", bench.take_worst() * 100.0);
+        }
+    }
+    emulated.order(0);
+}
+
+#[test]
+fn decoders_on_the_gpu_agree_with_the_reference() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    let narrow = [(DType::BF16, 4e-2), (DType::F16, 6e-3), (DType::Q8_0, 6e-3)];
+    for (index, family) in DECODERS.into_iter().enumerate() {
+        // With activations in bf16 another expert may come out best.
+        let narrow = if spec(family).experts.is_some() { narrow[1] } else { narrow[index % 3] };
+        for (dtype, tolerance) in [(DType::F32, 2e-5), narrow] {
+            let sample = sample(spec(family), dtype, 1);
+            let tokens = tokens(45, 1);
+            let expected = reference_logits(&sample, &tokens).concat();
+            let weights = OnGpu::new(&emulated.gpu, &sample);
+            let found = weights.in_chunks(&executor, &tokens, &[45]);
+            let error = error(&found, &expected);
+            println!("{family} {dtype}: {error:.1e}");
+            assert!(error < tolerance, "{family} {dtype}: {error}");
+        }
+    }
+}
+
+#[test]
+fn embeddings_on_the_gpu_agree_with_the_reference() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    for (pooling, normalise) in [(Pooling::Mean, true), (Pooling::Cls, false)] {
+        let mut spec = spec("bert");
+        spec.output = Output::Embedding { pooling, normalise };
+        let sample = sample(spec, DType::F32, 2);
+        let weights = OnGpu::new(&emulated.gpu, &sample);
+        let texts: Vec<Vec<u32>> = [30, 1, 17].iter().map(|&n| tokens(n, n as u32)).collect();
+        let batch: Vec<Chunk<'_>> =
+            texts.iter().map(|tokens| Chunk { tokens, position: 0, logits: LogitRows::None }).collect();
+        let found = weights.step(&executor, &batch, &mut []);
+        for (index, found) in found.iter().enumerate() {
+            let error = error(found, &reference_embedding(&sample, &texts[index]));
+            assert!(error < 2e-5, "{error}");
+            assert_eq!(
+                bits(found),
+                bits(&weights.step(&executor, &batch[index..=index], &mut [])[0]),
+                "alone"
+            );
+        }
+    }
+}
+
+#[test]
+fn chunks_and_orders_on_the_gpu_change_nothing() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    for (family, dtype) in
+        [("qwen2", DType::BF16), ("qwen3", DType::Q8_0), ("gemma3", DType::F16), ("mixtral", DType::F32)]
+    {
+        let sample = sample(spec(family), dtype, 3);
+        let tokens = tokens(45, 3);
+        let weights = OnGpu::new(&emulated.gpu, &sample);
+        let whole = weights.in_chunks(&executor, &tokens, &[45]);
+        let cuts: [&[usize]; 3] = [&[1, 1, 20, 23], &[44, 1], &[10, 3, 30, 1, 1]];
+        for (order, cut) in (0..).zip(cuts) {
+            emulated.order(order);
+            let found = weights.in_chunks(&executor, &tokens, cut);
+            assert_eq!(bits(&found), bits(&whole), "{family} {dtype} {cut:?}");
+        }
+        emulated.order(0);
+    }
+}
+
+#[test]
+fn long_sequences_on_the_gpu_are_cut_without_a_trace() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    let mut spec = spec("qwen2");
+    (spec.context, spec.layers) = (700, 2);
+    let sample = sample(spec, DType::BF16, 5);
+    let tokens = tokens(520, 5);
+    let weights = OnGpu::new(&emulated.gpu, &sample);
+    let whole = weights.in_chunks(&executor, &tokens, &[520]);
+    // The last ones are single tokens, which are cut into partitions.
+    let found = weights.in_chunks(&executor, &tokens, &[255, 1, 1, 256, 6, 1]);
+    assert_eq!(bits(&found), bits(&whole));
+}
+
+#[test]
+fn adapters_on_the_gpu_share_a_batch() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    for family in ["llama", "gpt_neox", "mixtral"] {
+        let base = sample(spec(family), DType::F32, 4);
+        let (one, two) = (random_adapter(base.model.spec(), 6), random_adapter(base.model.spec(), 7));
+        let both = OnGpu::new(&emulated.gpu, &base)
+            .with_adapter(&emulated.gpu, &one)
+            .with_adapter(&emulated.gpu, &two);
+        let all: Vec<Vec<u32>> = [1, 21, 9, 3].map(|length| tokens(length, length as u32)).to_vec();
+        let sequences: Vec<&[u32]> = all.iter().map(Vec::as_slice).collect();
+        let of = [Some(1), None, Some(0), Some(1)];
+        let together = both.together(&executor, &sequences, &of);
+        for (index, sequence) in sequences.iter().enumerate() {
+            let alone = both.together(&executor, &[sequence], &of[index..=index]).remove(0);
+            assert_eq!(bits(&together[index]), bits(&alone), "{family}: sequence {index}");
+            let expected = match of[index] {
+                Some(adapter) => reference_logits(&merged(&base, [&one, &two][adapter]), sequence),
+                None => reference_logits(&base, sequence),
+            };
+            let error = error(&together[index], &expected.concat());
+            assert!(error < 2e-5, "{family}: sequence {index}: {error}");
+        }
+    }
+}
