@@ -397,12 +397,7 @@ impl Executor {
 }
 
 /// Gives every chunk its place and returns the rows of the output.
-pub(crate) fn places(
-    model: &Model,
-    batch: &[Chunk<'_>],
-    wholes: &[Whole],
-    places: &mut Vec<Place>,
-) -> usize {
+pub(crate) fn places(model: &Model, batch: &[Chunk<'_>], wholes: &[Whole], places: &mut Vec<Place>) -> usize {
     let (mut row, mut output_row) = (0, 0);
     places.clear();
     for (index, chunk) in batch.iter().enumerate() {

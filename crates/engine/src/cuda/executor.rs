@@ -5,6 +5,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tangram_checkpoint::Output;
+
 use super::plan::{Cut, Offset, Tables};
 use super::{Buffer, Gpu, GpuError, Kernels, launch};
 use crate::adapter::Adapter;
@@ -29,6 +31,9 @@ pub enum ExecuteError {
         /// Its address.
         address: u64,
     },
+    /// There are no kernels for what the model needs.
+    #[error("{0} is not supported on GPUs yet; serve the model on the CPU")]
+    Unsupported(&'static str),
 }
 
 /// What tensors must be aligned to, in bytes.
@@ -244,7 +249,8 @@ impl CudaExecutor {
     /// Nothing is computed yet.
     ///
     /// # Errors
-    /// As [`crate::Executor::begin_adapted`]; [`GpuError`] when there is not enough memory.
+    /// As [`crate::Executor::begin_adapted`]; [`GpuError`] when there is not enough memory;
+    /// [`ExecuteError::Unsupported`] for scores of text pairs and for contexts beyond longrope's original one.
     pub fn begin(
         &self,
         model: &Model,
@@ -254,9 +260,15 @@ impl CudaExecutor {
     ) -> Result<CudaPass, ExecuteError> {
         check(model, batch)?;
         let spec = model.spec();
+        if matches!(spec.output, Output::Score { .. }) {
+            return Err(ExecuteError::Unsupported("scoring pairs of texts"));
+        }
+        if model.short_context().is_some() {
+            return Err(ExecuteError::Unsupported("longrope beyond its original context"));
+        }
         check_adapters(model, batch.len(), &adapters, of_chunk)?;
         let mut of_batch = Vec::new();
-        let output_rows = places(model, batch, &mut of_batch);
+        let output_rows = places(model, batch, &[], &mut of_batch);
         let gpu = self.kernels.gpu();
         let group = spec.heads / spec.kv_heads;
         let cut = match (model.kv_shape, launch::attention_size(spec.head_dim)) {

@@ -730,6 +730,7 @@ impl Step<'_> {
         match self.model.spec.output {
             Output::Logits { .. } => self.logits(),
             Output::Embedding { pooling, normalise } => self.pool(pooling, normalise),
+            Output::Score { .. } => Err(ExecuteError::Unsupported("scoring pairs of texts")),
         }
     }
 
