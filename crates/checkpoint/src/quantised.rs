@@ -81,7 +81,9 @@ pub(crate) fn gather(
     for module in &modules {
         matrices.push(match quantisation {
             Quantisation::Fp8 { block } => gatherer.fp8(module, block)?,
-            Quantisation::Int4 { packing, group, zero } => gatherer.int4(module, packing, group, zero)?,
+            Quantisation::Int4 { packing, group, zero, act_order } => {
+                gatherer.int4(module, packing, group, zero, act_order)?
+            }
         });
     }
     let before = parts.len();
@@ -215,6 +217,7 @@ impl Gatherer<'_> {
         packing: Packing,
         group: Option<u64>,
         zero: ZeroPoint,
+        act_order: bool,
     ) -> Result<Matrix, CheckpointError> {
         let values = self.need(module, ".qweight", 0)?;
         let shape = match (values.1.shape.as_slice(), packing) {
@@ -240,7 +243,11 @@ impl Gatherer<'_> {
         if zeros.1.dtype != "I32" || zeros.1.shape != [groups, rows / 8] {
             return Err(self.wrong(&zeros, &format!("{groups} groups of {group} inputs, {rows} outputs")));
         }
-        let order = match self.take(module, ".g_idx") {
+        let index = match act_order {
+            true => Some(self.need(module, ".g_idx", values.0)?),
+            false => self.take(module, ".g_idx"),
+        };
+        let order = match index {
             Some(index) if packing == Packing::Gptq => self.group_order(&index, columns, group, groups)?,
             Some(index) => return Err(self.wrong(&index, "which has no order of groups")),
             None => None,

@@ -250,6 +250,17 @@ fn other_variants_are_refused_by_name() {
             Ok(_) => panic!("{word}: opened"),
         }
     }
+    // An order of inputs that is promised and not there.
+    let ordered = Quantised::Gptq { group: 32, act_order: true, symmetric: true, less: 1 };
+    write(temp.path(), Family::Llama, ordered);
+    let path = temp.path().join("model.safetensors");
+    let mut file = fs::read(&path).unwrap();
+    let places: Vec<usize> = (0..file.len() - 6).filter(|&at| &file[at..at + 6] == b".g_idx").collect();
+    assert_eq!(places.len(), 21);
+    places.iter().for_each(|&at| file[at + 1] = b'h');
+    fs::write(&path, file).unwrap();
+    let error = open(temp.path()).unwrap_err().to_string();
+    assert!(error.contains("there is no model.layers.0.mlp.down_proj.g_idx"), "{error}");
     // Without settings the parts mean nothing.
     write(temp.path(), Family::Llama, GPTQ);
     let path = temp.path().join("config.json");

@@ -11,8 +11,9 @@ pub(crate) enum Quantisation {
     /// OCP e4m3 with scales that say by their shape what they are for; `block` holds the rows and columns of a block
     /// where every block has a scale.
     Fp8 { block: Option<[u64; 2]> },
-    /// 4 bits and a scale and a zero point for `group` inputs of an output, or for all of them.
-    Int4 { packing: Packing, group: Option<u64>, zero: ZeroPoint },
+    /// 4 bits and a scale and a zero point for `group` inputs of an output, or for all of them. With `act_order` a
+    /// tensor must say which inputs are in which group.
+    Int4 { packing: Packing, group: Option<u64>, zero: ZeroPoint, act_order: bool },
 }
 
 /// How eight values of 4 bits lie in a 32-bit word.
@@ -140,7 +141,8 @@ impl Config<'_> {
                 )));
             }
         };
-        Ok(Quantisation::Int4 { packing: Packing::Gptq, group: self.group("group_size")?, zero })
+        let (group, act_order) = (self.group("group_size")?, self.flag("desc_act")?);
+        Ok(Quantisation::Int4 { packing: Packing::Gptq, group, zero, act_order })
     }
 
     fn awq(&self) -> Result<Quantisation, ConfigError> {
@@ -148,7 +150,8 @@ impl Config<'_> {
         self.only("awq", "version", "gemm")?;
         self.refuse("zero_point", false)?;
         let key = if self.get("group_size").is_some() { "group_size" } else { "q_group_size" };
-        Ok(Quantisation::Int4 { packing: Packing::Awq, group: self.group(key)?, zero: ZeroPoint::Stored })
+        let (packing, group, zero) = (Packing::Awq, self.group(key)?, ZeroPoint::Stored);
+        Ok(Quantisation::Int4 { packing, group, zero, act_order: false })
     }
 
     /// Refuses any other value of `key` than the one that is known, in whatever case it is written.
