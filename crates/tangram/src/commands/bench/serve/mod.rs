@@ -92,6 +92,13 @@ struct Side {
     models: Vec<String>,
 }
 
+impl Side {
+    /// The same over new connections: the server may have closed those that nobody used while it was the other's turn.
+    fn renewed(&self) -> anyhow::Result<Side> {
+        Ok(Side { client: self.client.another()?, url: self.url.clone(), models: self.models.clone() })
+    }
+}
+
 /// A request: which model (by its place in `--model`) and where its prompt comes from.
 #[derive(Clone, Copy)]
 struct Planned {
@@ -116,7 +123,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         let mut turns: Vec<Vec<Turn>> = sides.iter().map(|_| Vec::new()).collect();
         // The first round warms up what each server makes when it is first asked.
         for side in &sides {
-            warm_up(side, &options, Place { level, round: 0, concurrency }).await?;
+            warm_up(&side.renewed()?, &options, Place { level, round: 0, concurrency }).await?;
         }
         for round in 0..options.rounds {
             // Whoever was first before is second now: what one leaves behind does not always meet the other.
@@ -127,7 +134,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             for index in order {
                 tokio::time::sleep(PAUSE).await;
                 let place = Place { level, round, concurrency };
-                turns[index].push(turn(&sides[index], &options, &files, place, &bar).await?);
+                turns[index].push(turn(&sides[index].renewed()?, &options, &files, place, &bar).await?);
             }
         }
         levels.push(Level::new(concurrency, turns));
