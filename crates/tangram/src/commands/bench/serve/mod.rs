@@ -216,9 +216,15 @@ fn plan(options: &Options, place: Place) -> Vec<Planned> {
     (0..options.requests).map(|index| Planned { model: model(), seed: request(index) }).collect()
 }
 
+/// Token ids that are printable characters in vocabularies which begin with bytes. Small models repeat what they were
+/// given; bytes that make no character would be held back, by each server according to rules of its own.
+fn prompt(seed: u64, tokens: usize) -> Vec<u32> {
+    trace::prompt(seed, tokens).into_iter().map(|id| 33 + id % 94).collect()
+}
+
 async fn ask(side: &Side, options: &Options, request: Planned) -> anyhow::Result<Timed> {
     let model = side.models.get(request.model).context("a model that is not among the server's")?;
-    let prompt = trace::prompt(request.seed, options.input_tokens);
+    let prompt = prompt(request.seed, options.input_tokens);
     measure::complete(&side.client, model, &prompt, options.output_tokens).await
 }
 
@@ -272,4 +278,44 @@ async fn turn(
         bar.inc(1);
     }
     Ok(Turn::new(start.elapsed(), &outcomes, resident.as_deref()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_prompt_comes_twice_and_both_servers_get_the_same() {
+        let options = Options {
+            url: String::new(),
+            against: None,
+            model: ["a", "b", "c"].map(str::to_owned).to_vec(),
+            against_model: vec![],
+            concurrency: vec![1, 4],
+            rounds: 3,
+            requests: 50,
+            input_tokens: 8,
+            output_tokens: 1,
+            seed: 1,
+            drop_cache: vec![],
+            api_key: None,
+            json: false,
+            save: None,
+        };
+        let mut seen = std::collections::BTreeSet::new();
+        for (level, round) in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] {
+            let place = Place { level, round, concurrency: 1 };
+            let planned = plan(&options, place);
+            let again = plan(&options, place);
+            assert!(planned.iter().zip(&again).all(|(a, b)| (a.model, a.seed) == (b.model, b.seed)));
+            assert!((0..3).all(|model| planned.iter().any(|request| request.model == model)));
+            let others =
+                [Purpose::WarmUp, Purpose::Resident].map(|purpose| seed(&options, purpose, place, 3));
+            for seed in planned.iter().map(|request| request.seed).chain(others) {
+                let prompt = prompt(seed, options.input_tokens);
+                assert!(prompt.iter().all(|id| (33..127).contains(id)));
+                assert!(seen.insert(prompt), "a prompt comes twice");
+            }
+        }
+    }
 }
