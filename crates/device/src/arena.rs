@@ -501,6 +501,10 @@ impl Extent {
 
     /// Prepares the bytes for being written from end to end, where that makes the writing cheaper.
     pub fn prepare_write(&mut self) {
+        // A segment's pages are mapped for good, so its page tables fill once and never have to again.
+        if self.arena.segment {
+            return;
+        }
         // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
         unsafe { self.arena.memory.device.prepare_write(self.address(), self.len) };
     }

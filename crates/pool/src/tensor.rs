@@ -165,6 +165,7 @@ impl Vacancy {
                 index,
                 extent: Some(extent),
                 staged: None,
+                prepared: false,
             })
             .collect()
     }
@@ -206,6 +207,9 @@ pub struct Part {
     extent: Option<Extent>,
     /// On a device that the host cannot address, the buffer with the bytes, which begin this far into it.
     staged: Option<(Pinned, usize)>,
+    /// Whether the bytes have been prepared for writing, which takes as long as a copy does even where it finds nothing
+    /// to do.
+    prepared: bool,
 }
 
 impl Part {
@@ -273,7 +277,9 @@ impl Part {
         if let Some((buffer, skew)) = &mut self.staged {
             return buffer.get_mut(*skew..*skew + extent.len());
         }
-        extent.prepare_write();
+        if !std::mem::replace(&mut self.prepared, true) {
+            extent.prepare_write();
+        }
         extent.host_bytes_mut()
     }
 

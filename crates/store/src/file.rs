@@ -19,6 +19,7 @@ const SAFE_ALIGNMENT: usize = 4096;
 pub(crate) struct DataFile {
     path: PathBuf,
     disk: u64,
+    number: u64,
     cached: Arc<File>,
     direct: Option<(Arc<File>, Alignment)>,
     /// The file system has refused a direct read although it opened the file for them.
@@ -29,14 +30,15 @@ impl DataFile {
     /// Opens a file both ways, or through the cache only where the file system knows no other.
     pub(crate) fn open(path: &Path) -> io::Result<DataFile> {
         let cached = File::open(path)?;
-        let disk = cached.metadata()?.dev();
+        let metadata = cached.metadata()?;
+        let (disk, number) = (metadata.dev(), metadata.ino());
         let direct = alignment(&cached).and_then(|alignment| {
             let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
             let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
             Some((Arc::new(File::from(file)), alignment))
         });
         let refused = AtomicBool::new(false);
-        Ok(DataFile { path: path.to_owned(), disk, cached: Arc::new(cached), direct, refused })
+        Ok(DataFile { path: path.to_owned(), disk, number, cached: Arc::new(cached), direct, refused })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -46,6 +48,11 @@ impl DataFile {
     /// Number of the file system that it lies on.
     pub(crate) fn disk(&self) -> u64 {
         self.disk
+    }
+
+    /// Its number on that file system.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     /// The file for reads through the page cache.

@@ -12,6 +12,7 @@ mod job;
 mod landing;
 mod plan;
 mod probe;
+mod reuse;
 mod ring;
 mod schedule;
 mod source;

@@ -45,7 +45,9 @@ pub struct Measured {
 /// Sizes of reads that are tried.
 const BLOCKS: [usize; 3] = [512 << 10, 1 << 20, 2 << 20];
 /// Numbers of reads that are tried.
-const DEPTHS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+const DEPTHS: [usize; 5] = [2, 4, 8, 16, 32];
+/// Less under way leaves the disk idle whenever the reading thread has to wait for a core.
+const LEAST_UNDER_WAY: usize = 4 << 20;
 /// More is not kept under way: what is urgent waits behind it.
 const MOST_UNDER_WAY: usize = 32 << 20;
 /// One trial.
@@ -83,7 +85,7 @@ pub fn measure(path: &Path) -> io::Result<Option<Measured>> {
     let mut trials: Vec<Measured> = BLOCKS
         .iter()
         .flat_map(|&block| DEPTHS.map(|depth| Tuning { block, depth }))
-        .filter(|tuning| tuning.block * tuning.depth <= MOST_UNDER_WAY)
+        .filter(|tuning| (LEAST_UNDER_WAY..=MOST_UNDER_WAY).contains(&(tuning.block * tuning.depth)))
         .map(|tuning| Measured { tuning, bytes_per_second: 0.0 })
         .collect();
     // The lightest first: a slow disk is through its patience before the heavy ones.

@@ -15,6 +15,7 @@ use crate::job::{Arrival, Job};
 use crate::landing::Landings;
 use crate::plan::{self, Place, Plan};
 use crate::probe::Tuning;
+use crate::reuse::{self, Reuse};
 use crate::ring::{Bell, Ring, cached_bytes};
 use crate::schedule::{LoadId, Schedule, Urgency};
 
@@ -39,6 +40,7 @@ struct State {
     tuning: Tuning,
     /// Jobs that are being copied or verified.
     landing: usize,
+    reuse: Reuse,
     /// Buffers to use again.
     spare: Vec<Buffer>,
     closed: bool,
@@ -72,8 +74,14 @@ impl Source {
             Engine::Threads => None,
         };
         let (ring, bell) = ring.unzip();
-        let state =
-            State { schedule: Schedule::default(), tuning, landing: 0, spare: Vec::new(), closed: false };
+        let state = State {
+            schedule: Schedule::default(),
+            tuning,
+            landing: 0,
+            reuse: Reuse::new(reuse::budget()),
+            spare: Vec::new(),
+            closed: false,
+        };
         let source = Arc::new(Source {
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -191,10 +199,13 @@ impl Source {
             self.land(job, Arrival::Cached, landings);
             return None;
         }
-        let block = self.lock().tuning.block;
         let (offset, len) = (job.offset, job.len);
+        let mut state = self.lock();
+        let block = state.tuning.block;
+        let cached = state.reuse.read((job.file.number(), offset), len as u64);
+        drop(state);
         let (file, plan) = match job.file.direct() {
-            Some((file, alignment)) => {
+            Some((file, alignment)) if !cached => {
                 let block = block.next_multiple_of(alignment.offset);
                 let plan = match job.frame {
                     Some(_) => plan::whole(offset, len, alignment.offset, block),
@@ -202,8 +213,8 @@ impl Source {
                 };
                 (file.clone(), plan)
             }
-            None if job.frame.is_some() => (job.file.cached().clone(), plan::whole(offset, len, 1, block)),
-            None => (job.file.cached().clone(), plan::buffered(offset, len, block)),
+            _ if job.frame.is_some() => (job.file.cached().clone(), plan::whole(offset, len, 1, block)),
+            _ => (job.file.cached().clone(), plan::buffered(offset, len, block)),
         };
         let Plan { pieces, buffer, copies } = plan;
         // One that it has had from an earlier attempt goes first: none is lost.

@@ -31,10 +31,20 @@ struct Setup {
     verification: Verification,
     /// Tensors start at multiples of this.
     alignment: usize,
+    /// Where the file lies.
+    dir: &'static str,
 }
 
-const SETUP: Setup =
-    Setup { engine: Engine::Best, backend: Backend::Paged, verification: Verification::Full, alignment: 256 };
+/// Beside the sources, and not in a directory for temporary files, which may be in memory.
+const BESIDE: &str = env!("CARGO_MANIFEST_DIR");
+
+const SETUP: Setup = Setup {
+    engine: Engine::Best,
+    backend: Backend::Paged,
+    verification: Verification::Full,
+    alignment: 256,
+    dir: BESIDE,
+};
 
 /// Tensors of these sizes in one file, in order.
 fn world(sizes: &[usize]) -> World {
@@ -42,8 +52,7 @@ fn world(sizes: &[usize]) -> World {
 }
 
 fn world_of(sizes: &[usize], setup: Setup) -> World {
-    // Beside the build's output and not in a directory for temporary files, which may be in memory.
-    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let dir = tempfile::tempdir_in(setup.dir).unwrap();
     let path = dir.path().join("data.bin");
     let data: Vec<Vec<u8>> = sizes
         .iter()
@@ -216,7 +225,7 @@ fn compressed_chunks_arrive_decoded() {
         for (backend, alignment) in [(Backend::Paged, 4096), (Backend::Segment, 256), (Backend::Paged, 1)] {
             for verification in [Verification::Full, Verification::Sampled] {
                 for cold in [false, true] {
-                    let setup = Setup { engine, backend, alignment, verification };
+                    let setup = Setup { engine, backend, alignment, verification, ..SETUP };
                     let (world, tensor) = load_compressed(setup, cold, |_| {});
                     let right = tensor.bytes() == Some(&world.data[1]);
                     assert!(right, "{setup:?}, cold: {cold}: {:?}", tensor.failure());
@@ -234,6 +243,47 @@ fn frames_that_decode_to_nothing_fail_the_tensor() {
         let Some(LoadFailure::Failed(message)) = tensor.failure() else { panic!("must fail") };
         assert!(message.contains("t1") && message.contains("no use"), "{message}");
     }
+}
+
+#[test]
+fn files_in_memory_load_too() {
+    const MEMORY: &str = "/dev/shm";
+    if tempfile::tempdir_in(MEMORY).is_err() {
+        println!("skipped: no {MEMORY} here");
+        return;
+    }
+    for engine in [Engine::Best, Engine::Threads] {
+        let setup = Setup { engine, dir: MEMORY, ..SETUP };
+        world_of(&[1, 4097, CHUNK + 1], setup).check("in memory");
+    }
+}
+
+#[test]
+fn what_is_loaded_again_stays_in_the_page_cache() {
+    let setup = Setup { alignment: 4096, ..SETUP };
+    let mut world = world_of(&[2 * CHUNK; 3], setup);
+    let file = std::fs::File::open(&world.path).unwrap();
+    let cached = || ring::cached_bytes(&file, 0, 2 * CHUNK_BYTES);
+    let direct = DataFile::open(&world.path).unwrap().direct().is_some();
+    world.drop_cache();
+    if cached() != Some(0) || !direct {
+        println!("skipped: the page cache cannot be looked into or passed by here");
+        return;
+    }
+    // The bytes of the first tensor, each time to another place.
+    world.data = vec![world.data[0].clone(); 3];
+    world.offsets = vec![0; 3];
+    let loaded: Vec<bool> = (0..3)
+        .map(|i| {
+            let mut activation = world.pool.activate(&world.keys[i..=i], &[], 0.0).unwrap();
+            let (wake, woken) = wake();
+            world.store.load(world.loads(&mut activation), &wake);
+            woken.recv_timeout(PATIENCE).expect("the load ends");
+            assert!(activation.lease.tensors()[0].bytes() == Some(&world.data[0]));
+            cached().unwrap() >= 2 * CHUNK_BYTES
+        })
+        .collect();
+    assert_eq!(loaded, [false, true, true]);
 }
 
 #[test]

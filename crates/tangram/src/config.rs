@@ -68,6 +68,15 @@ pub(crate) enum PoolLayout {
     Segment,
 }
 
+impl From<PoolLayout> for Backend {
+    fn from(layout: PoolLayout) -> Backend {
+        match layout {
+            PoolLayout::Paged => Backend::Paged,
+            PoolLayout::Segment => Backend::Segment,
+        }
+    }
+}
+
 /// The two extents of verification.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
@@ -148,10 +157,7 @@ impl ServerOptions {
             listen: self.listen.or(file.listen).unwrap_or(DEFAULT_LISTEN),
             device,
             device_memory,
-            pool: match self.pool.or(file.pool) {
-                None | Some(PoolLayout::Paged) => Backend::Paged,
-                Some(PoolLayout::Segment) => Backend::Segment,
-            },
+            pool: self.pool.or(file.pool).map_or(Backend::Paged, Backend::from),
             page_size: size(self.page_size, file.page_size, "page-size")?,
             host_memory: size(self.host_memory, file.host_memory, "host-memory")?
                 .unwrap_or(DEFAULT_HOST_MEMORY.min(device_memory / 4)),

@@ -17,6 +17,7 @@ use tangram_checkpoint::DATA_FILE;
 
 use self::ours::Bench;
 use self::report::{Report, Run};
+use crate::config::PoolLayout;
 
 /// What to load, and beside what.
 #[derive(Args)]
@@ -30,6 +31,9 @@ pub(crate) struct Options {
     /// How often everything is run.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// How the pool is laid out.
+    #[arg(long, value_enum, default_value = "paged")]
+    pool: PoolLayout,
     /// A Python with safetensors, fastsafetensors or runai-model-streamer, which then load the same files in turn.
     #[arg(long)]
     peers: Option<PathBuf>,
@@ -71,8 +75,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Some(python) => peers::Peers::find(python, &options.source)?,
         None => peers::Peers::none(),
     };
-    let mut bench = Bench::new(&manifest, &file)?;
-    let copy = raw::Copy::new();
+    let mut bench = Bench::new(&manifest, &file, options.pool.into())?;
     let mut report = Report::new(options.source.display().to_string(), bytes, bench.measured());
     // Not counted: everything is touched for the first time.
     bench.whole(ours::Mode::COLD)?;
@@ -93,7 +96,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let [alone, among] = bench.urgent()?;
         report.urgent(alone, among);
         raw::fill_cache(&file)?;
-        let memory = copy.run(bytes);
+        let memory = raw::copy(bytes);
         runs.push(Run::limit("memory copy", memory));
         let warm = ours::Mode { cold: false, ..ours::Mode::COLD };
         for (name, mode) in [("warm", warm), ("warm, sampled", ours::Mode { sampled: true, ..warm })] {

@@ -20,6 +20,8 @@ use super::raw::{cpu_time, drop_cache};
 const PATIENCE: Duration = Duration::from_secs(600);
 /// For this long prefetching goes on before a request comes.
 const HEAD_START: Duration = Duration::from_millis(30);
+/// Bytes per page of the pool, as a pool from 8 GiB has them.
+const PAGE_BYTES: usize = 2 << 20;
 /// Loads of the comparison with one that is urgent.
 const LOADS: usize = 16;
 
@@ -57,7 +59,7 @@ pub(super) struct Bench {
 }
 
 impl Bench {
-    pub(super) fn new(manifest: &Manifest, file: &Path) -> anyhow::Result<Bench> {
+    pub(super) fn new(manifest: &Manifest, file: &Path, backend: Backend) -> anyhow::Result<Bench> {
         let mut seen = HashSet::new();
         let tensors = manifest.tensors.iter().filter(|tensor| seen.insert(tensor.id));
         let place = |tensor: &tangram_checkpoint::TensorEntry| Place {
@@ -69,9 +71,8 @@ impl Bench {
         };
         let places: Vec<Place> = tensors.map(place).collect();
         let bytes = manifest.data_bytes;
-        let page = CpuDevice::default_page_bytes(bytes as usize);
-        let memory = CpuDevice::open((bytes as usize).next_multiple_of(page), page)?;
-        let mut pool = Pool::new(memory, Backend::Paged)?;
+        let memory = CpuDevice::open((bytes as usize).next_multiple_of(PAGE_BYTES), PAGE_BYTES)?;
+        let mut pool = Pool::new(memory, backend)?;
         let mut set = |set: u64| {
             let entry = |(tensor, place): (u64, &Place)| CatalogueEntry {
                 id: Hash::of(&[set, tensor].map(u64::to_le_bytes).concat()),

@@ -84,39 +84,29 @@ pub(super) fn direct(path: &Path) -> anyhow::Result<Cost> {
     })
 }
 
-/// Memory to copy within.
-pub(super) struct Copy {
-    from: Vec<u8>,
-}
-
-impl Copy {
-    pub(super) fn new() -> Copy {
-        Copy { from: (0..COPIED).map(|i| i as u8).collect() }
-    }
-
-    /// Copies as many bytes, into memory that has been written before.
-    pub(super) fn run(&self, bytes: u64) -> Cost {
-        let (from, share) = (self.from.as_slice(), bytes as usize / COPIERS);
-        let mut to: Vec<Vec<u8>> = (0..COPIERS).map(|_| vec![1; COPIED]).collect();
-        let (started, cpu) = (Instant::now(), cpu_time());
-        std::thread::scope(|scope| {
-            for to in &mut to {
-                scope.spawn(move || {
-                    let mut left = share;
-                    while left > 0 {
-                        let len = left.min(COPIED);
-                        to[..len].copy_from_slice(std::hint::black_box(&from[..len]));
-                        std::hint::black_box(&*to);
-                        left -= len;
-                    }
-                });
-            }
-        });
-        Cost {
-            bytes: (share * COPIERS) as u64,
-            seconds: started.elapsed().as_secs_f64(),
-            cpu_seconds: (cpu_time() - cpu).as_secs_f64(),
-            peak_bytes: None,
+/// Copies as many bytes within memory that has been written before.
+pub(super) fn copy(bytes: u64) -> Cost {
+    let share = bytes as usize / COPIERS;
+    let mut memory: Vec<[Vec<u8>; 2]> =
+        (0..COPIERS).map(|i| [i as u8, 9].map(|b| vec![b | 1; COPIED])).collect();
+    let (started, cpu) = (Instant::now(), cpu_time());
+    std::thread::scope(|scope| {
+        for [from, to] in &mut memory {
+            scope.spawn(move || {
+                let mut left = share;
+                while left > 0 {
+                    let len = left.min(COPIED);
+                    to[..len].copy_from_slice(std::hint::black_box(&from[..len]));
+                    std::hint::black_box(&*to);
+                    left -= len;
+                }
+            });
         }
+    });
+    Cost {
+        bytes: (share * COPIERS) as u64,
+        seconds: started.elapsed().as_secs_f64(),
+        cpu_seconds: (cpu_time() - cpu).as_secs_f64(),
+        peak_bytes: None,
     }
 }
