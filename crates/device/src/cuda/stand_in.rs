@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use tangram_fake_cuda::{Delay, Left, Options, StandIn};
 
-use super::{CudaConfig, CudaDevice, Driver};
+use super::{ALIGNMENT, CudaConfig, CudaDevice, Driver};
 use crate::cpu::CpuDevice;
 use crate::{DeviceError, Memory};
 
@@ -69,7 +69,19 @@ pub fn memory(pool_bytes: usize, page_bytes: usize) -> Arc<Memory> {
 /// Set to anything, suites run on stand-ins.
 const VARIABLE: &str = "TANGRAM_TEST_STAND_IN";
 
-/// The memory that a suite is about: the processor's, or a stand-in's.
+/// The number of a real GPU on which suites run that ask for pages of at least 2 MiB.
+const GPU_VARIABLE: &str = "TANGRAM_TEST_GPU";
+
+fn gpu_under_test() -> Option<i32> {
+    std::env::var(GPU_VARIABLE).ok()?.parse().ok()
+}
+
+/// By how much a suite must multiply pages of 4 KiB so that the device under test can have them.
+pub fn page_scale() -> usize {
+    if gpu_under_test().is_some() { (2 << 20) / 4096 } else { 1 }
+}
+
+/// The memory that a suite is about: the processor's, a stand-in's, or a real GPU's.
 ///
 /// # Panics
 /// When it cannot be set up.
@@ -77,16 +89,30 @@ pub fn memory_under_test(pool_bytes: usize, page_bytes: usize) -> Arc<Memory> {
     if std::env::var_os(VARIABLE).is_some() {
         return memory(pool_bytes, page_bytes);
     }
+    if let Some(ordinal) = gpu_under_test() {
+        let config = CudaConfig {
+            pool_bytes: Some(pool_bytes),
+            page_bytes: Some(page_bytes),
+            reserve_bytes: Some(0),
+            // No part of a random program is longer than a pool.
+            buffer_bytes: pool_bytes + ALIGNMENT,
+            buffers: 3,
+            ..CudaConfig::new(ordinal)
+        };
+        let driver = Driver::load().unwrap_or_else(|problem| panic!("{problem}"));
+        let device = CudaDevice::open(&driver, &config);
+        return device.unwrap_or_else(|error| panic!("{error}")).into_memory();
+    }
     CpuDevice::open(pool_bytes, page_bytes).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Runs all tests of the calling program once more, on stand-ins, with these variables set besides. Does nothing in that
-/// second run.
+/// second run, nor on a real GPU.
 ///
 /// # Panics
 /// When one of the tests fails; says what they printed.
 pub fn run_suite_again(variables: &[(&str, String)]) {
-    if std::env::var_os(VARIABLE).is_some() {
+    if std::env::var_os(VARIABLE).is_some() || gpu_under_test().is_some() {
         return;
     }
     let program = std::env::current_exe().unwrap_or_else(|error| panic!("{error}"));

@@ -19,6 +19,7 @@ use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 
 use program::{Counts, Program};
+use tangram_device::cuda::stand_in;
 use tangram_pool::Backend;
 use universe::Universe;
 
@@ -30,6 +31,7 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 fn run(backend: Backend, page_bytes: usize) {
+    let page_bytes = page_bytes * stand_in::page_scale();
     let (first, mut left) = (number("TANGRAM_MODEL_SEED", 1), number("TANGRAM_MODEL_OPS", 60_000) as usize);
     let enough = left >= 10_000;
     let mut seed = first;
@@ -72,7 +74,7 @@ fn paged_with_pages_of_64_kib() {
 #[test]
 fn all_of_this_holds_on_stand_ins_too() {
     let operations = number("TANGRAM_MODEL_OPS", 60_000) / 6;
-    tangram_device::cuda::stand_in::run_suite_again(&[("TANGRAM_MODEL_OPS", operations.to_string())]);
+    stand_in::run_suite_again(&[("TANGRAM_MODEL_OPS", operations.to_string())]);
 }
 
 #[test]
@@ -87,7 +89,7 @@ fn race(backend: Backend) {
     for seed in first.. {
         println!("{backend:?}, copy streams at work, seed {seed}");
         let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
-        let page_bytes = [4, 16, 64][seed as usize % 3] << 10;
+        let page_bytes = ([4, 16, 64][seed as usize % 3] << 10) * stand_in::page_scale();
         let steps = left.min(PROGRAM);
         threads::race(Universe::random(backend, page_bytes, &mut random), seed, steps);
         left -= steps;
