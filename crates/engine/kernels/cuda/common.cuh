@@ -45,6 +45,13 @@ DEVICE u16 f32_to_bf16(f32 x) {
     return bits;
 }
 
+// From global memory that nobody writes while the kernel runs: such loads may pass stores, and need not be found out
+// to be of global memory.
+template <class T>
+DEVICE T read_only(const T* p) {
+    return __ldg(p);
+}
+
 DEVICE void barrier() { __syncthreads(); }
 // Among the lanes of a warp; what they wrote before is visible to the others after it.
 DEVICE void warp_barrier() { __syncwarp(); }
@@ -120,6 +127,16 @@ struct __attribute__((aligned(16))) Piece {
 };
 
 DEVICE Piece load_piece(const void* p) { return *static_cast<const Piece*>(p); }
+
+#ifdef __CUDACC__
+// load_piece for what read_only is for.
+DEVICE Piece read_only_piece(const void* p) {
+    uint4 words = __ldg(static_cast<const uint4*>(p));
+    return Piece{{words.x, words.y, words.z, words.w}};
+}
+#else
+DEVICE Piece read_only_piece(const void* p) { return load_piece(p); }
+#endif
 
 DEVICE f32 bf16_to_f32(u16 bits) { return bits_to_f32(static_cast<u32>(bits) << 16); }
 

@@ -15,10 +15,10 @@ struct Row {
 
 DEVICE u32 word_2(const u8* p) {
     const u16* half = reinterpret_cast<const u16*>(p);
-    return pair(half[0], half[1]);
+    return pair(read_only(half), read_only(half + 1));
 }
 
-DEVICE u32 word_4(const u8* p) { return *reinterpret_cast<const u32*>(p); }
+DEVICE u32 word_4(const u8* p) { return read_only(reinterpret_cast<const u32*>(p)); }
 
 // Eight bytes at an address aligned to ALIGNMENT.
 template <int ALIGNMENT>
@@ -28,7 +28,7 @@ DEVICE u64 bytes_8(const u8* p) {
     return static_cast<u64>(low) | static_cast<u64>(high) << 32;
 }
 
-DEVICE f32 half_at(const u8* p) { return f16_to_f32(*reinterpret_cast<const u16*>(p)); }
+DEVICE f32 half_at(const u8* p) { return f16_to_f32(read_only(reinterpret_cast<const u16*>(p))); }
 
 DEVICE i32 byte_of(u64 bytes, u32 i) { return static_cast<i32>(bytes >> (8 * i) & 0xff); }
 
@@ -39,21 +39,21 @@ DEVICE i32 nibble_of(u64 bytes, u32 i, u32 piece) {
 struct F32 {
     static constexpr bool QUANTISED = false;
     static constexpr u32 SIZE = 4;
-    DEVICE f32 number(const u8* p) { return *reinterpret_cast<const f32*>(p); }
+    DEVICE f32 number(const u8* p) { return read_only(reinterpret_cast<const f32*>(p)); }
 };
 
 struct F16 {
     static constexpr bool QUANTISED = false;
     static constexpr bool BF16_OPERANDS = false;
     static constexpr u32 SIZE = 2;
-    DEVICE f32 number(const u8* p) { return f16_to_f32(*reinterpret_cast<const u16*>(p)); }
+    DEVICE f32 number(const u8* p) { return half_at(p); }
 };
 
 struct Bf16 {
     static constexpr bool QUANTISED = false;
     static constexpr bool BF16_OPERANDS = true;
     static constexpr u32 SIZE = 2;
-    DEVICE f32 number(const u8* p) { return bf16_to_f32(*reinterpret_cast<const u16*>(p)); }
+    DEVICE f32 number(const u8* p) { return bf16_to_f32(read_only(reinterpret_cast<const u16*>(p))); }
 };
 
 // Marks a format whose weights become f16 operands.
@@ -136,7 +136,7 @@ struct Q2K : Quantised {
     DEVICE void weights(const u8* row, u32 group, u32 piece, f32 (&w)[8]) {
         const u8* block = row + group / 8 * 84ull;
         group %= 8;
-        u32 packed = block[2 * group + piece / 2];
+        u32 packed = read_only(block + 2 * group + piece / 2);
         f32 scale = half_at(block + 80) * static_cast<f32>(packed & 15);
         f32 minimum = -half_at(block + 82) * static_cast<f32>(packed >> 4);
         u64 q = bytes_8<4>(block + 16 + group / 4 * 32 + 8 * piece);
@@ -152,8 +152,8 @@ struct Q3K : Quantised {
         group %= 8;
         const u8* packed = block + 96;
         u32 j = 2 * group + piece / 2;
-        u32 low = j < 8 ? packed[j] & 15 : packed[j - 8] >> 4;
-        u32 high = packed[8 + j % 4] >> (j / 4 * 2) & 3;
+        u32 low = j < 8 ? read_only(packed + j) & 15 : read_only(packed + j - 8) >> 4;
+        u32 high = read_only(packed + 8 + j % 4) >> (j / 4 * 2) & 3;
         f32 scale = half_at(block + 108) * static_cast<f32>(static_cast<i32>(low | high << 4) - 32);
         u64 q = bytes_8<2>(block + 32 + group / 4 * 32 + 8 * piece);
         u64 third = bytes_8<2>(block + 8 * piece);
@@ -166,14 +166,14 @@ struct Q3K : Quantised {
 
 // Scale and minimum of a group of Q4_K and Q5_K.
 DEVICE void scale_and_minimum(const u8* block, u32 group, f32& scale, f32& minimum) {
-    const u8* packed = block + 4;
+    auto packed = [&](u32 i) { return static_cast<u32>(read_only(block + 4 + i)); };
     u32 s, m;
     if (group < 4) {
-        s = packed[group] & 63;
-        m = packed[group + 4] & 63;
+        s = packed(group) & 63;
+        m = packed(group + 4) & 63;
     } else {
-        s = (packed[group + 4] & 15) | static_cast<u32>(packed[group - 4] >> 6) << 4;
-        m = (packed[group + 4] >> 4) | static_cast<u32>(packed[group] >> 6) << 4;
+        s = (packed(group + 4) & 15) | packed(group - 4) >> 6 << 4;
+        m = (packed(group + 4) >> 4) | packed(group) >> 6 << 4;
     }
     scale = half_at(block) * static_cast<f32>(s);
     minimum = -half_at(block + 2) * static_cast<f32>(m);
@@ -211,7 +211,7 @@ struct Q6K : Quantised {
     DEVICE void weights(const u8* row, u32 group, u32 piece, f32 (&w)[8]) {
         const u8* block = row + group / 8 * 210ull;
         u32 half = group % 8 / 4, quarter = group % 4;
-        i32 of_sixteen = static_cast<i8>(block[192 + group % 8 * 2 + piece / 2]);
+        i32 of_sixteen = static_cast<i8>(read_only(block + 192 + group % 8 * 2 + piece / 2));
         f32 scale = half_at(block + 208) * static_cast<f32>(of_sixteen);
         u64 low = bytes_8<2>(block + half * 64 + quarter % 2 * 32 + 8 * piece);
         u64 high = bytes_8<2>(block + 128 + half * 32 + 8 * piece);
@@ -246,10 +246,10 @@ DEVICE Piece operands(const Row& row, u32 group, u32 piece) {
     } else {
         u32 first = group * 32 + piece * 8;
         const u16* from = reinterpret_cast<const u16*>(row.bytes) + first;
-        if (row.aligned) return load_piece(from);
+        if (row.aligned) return read_only_piece(from);
         UNROLL for (u32 i = 0; i < 4; ++i) {
-            u16 low = first + 2 * i < row.columns ? from[2 * i] : static_cast<u16>(0);
-            u16 high = first + 2 * i + 1 < row.columns ? from[2 * i + 1] : static_cast<u16>(0);
+            u16 low = first + 2 * i < row.columns ? read_only(from + 2 * i) : static_cast<u16>(0);
+            u16 high = first + 2 * i + 1 < row.columns ? read_only(from + 2 * i + 1) : static_cast<u16>(0);
             out.x[i] = pair(low, high);
         }
     }

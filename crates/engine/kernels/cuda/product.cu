@@ -111,7 +111,7 @@ DEVICE void product_few(const ProductArguments& a) {
     for (u32 group = slice * per_slice; group < end; ++group) {
         Piece w0 = operands<Format>(rows[0], group, t), w1 = operands<Format>(rows[1], group, t);
         UNROLL for (u32 n = 0; n < EIGHTS; ++n) {
-            Piece b = load_piece(x[n] + group * 32);
+            Piece b = read_only_piece(x[n] + group * 32);
             multiply<Format>(sums[n], w0.x[0], w1.x[0], w0.x[1], w1.x[1], b.x[0], b.x[1]);
             multiply<Format>(sums[n], w0.x[2], w1.x[2], w0.x[3], w1.x[3], b.x[2], b.x[3]);
         }
@@ -266,8 +266,8 @@ KERNEL(product_f32, ProductArguments, 256) {
     }
     f32 sums[8] = {};
     for (u32 k = lane; k < a.columns; k += 32) {
-        f32 w = weight[k];
-        UNROLL for (u32 n = 0; n < 8; ++n) sums[n] = fmaf(w, x[n][k], sums[n]);
+        f32 w = read_only(weight + k);
+        UNROLL for (u32 n = 0; n < 8; ++n) sums[n] = fmaf(w, read_only(x[n] + k), sums[n]);
     }
     UNROLL for (u32 n = 0; n < 8; ++n) {
         f32 sum = warp_sum(sums[n]);

@@ -70,7 +70,7 @@ static const void* arguments;
 static const char* failure;
 static char running[128];
 static u32 shared_size;
-// 0 ascending, 1 descending, else the seed of a random order.
+// 0 ascending, 1 descending, else the seed of a random order. Odd ones carry out asynchronous copies at once.
 static u64 order;
 
 constexpr size_t STACK = 256 << 10;
@@ -141,11 +141,22 @@ const unsigned char* exchange(const void* value, u32 bytes, int site) {
     return slots;
 }
 
+static void carry_out(const Copy& copy) {
+    if (copy.valid) {
+        memcpy(copy.to, copy.from, 16);
+    } else {
+        memset(copy.to, 0, 16);
+    }
+}
+
+// A copy may take effect at any time until it is waited for: at once in odd orders, at last in even ones.
 void copy_begin(void* to, const void* from, bool valid) {
     auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
     if (!aligned(to) || !aligned(from)) fail("a copy between addresses that are not aligned");
     if (to < shared || static_cast<unsigned char*>(to) + 16 > shared + shared_size) fail("a copy out of shared memory");
-    current->open.push_back(Copy{to, from, valid});
+    Copy copy = {to, from, valid};
+    if (order % 2 == 1) carry_out(copy);
+    current->open.push_back(copy);
 }
 
 void copy_commit() {
@@ -155,12 +166,8 @@ void copy_commit() {
 
 void copy_wait(u32 pending) {
     while (current->committed.size() > pending) {
-        for (const Copy& copy : current->committed.front()) {
-            if (copy.valid) {
-                memcpy(copy.to, copy.from, 16);
-            } else {
-                memset(copy.to, 0, 16);
-            }
+        if (order % 2 == 0) {
+            for (const Copy& copy : current->committed.front()) carry_out(copy);
         }
         current->committed.pop_front();
     }
@@ -192,6 +199,22 @@ static std::vector<u32> shuffled(u32 count) {
     return out;
 }
 
+// Runs every lane that can go on until it waits; false if none can, or something is wrong.
+static bool run_warp(u32 warp) {
+    bool moved = false;
+    for (u32 lane : shuffled(32)) {
+        Fiber& fiber = fibers[warp * 32 + lane];
+        if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+        fiber.waits_for = nullptr;
+        current = &fiber;
+        here = &fiber.position;
+        moved = true;
+        emulator_switch(&scheduler_stack, fiber.stack_pointer);
+        if (failure) return false;
+    }
+    return moved;
+}
+
 static void run_block(u32 threads, u32 x, u32 y, u32 z) {
     for (size_t i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
@@ -212,16 +235,11 @@ static void run_block(u32 threads, u32 x, u32 y, u32 z) {
     for (Warp& warp : warps) warp.arrived = 0, memset(warp.slots, 0xff, sizeof warp.slots);
     barrier_arrived = ended = 0;
     memset(shared, 0xff, shared_size);
+    // Each warp runs as far as it can before the next one does, so that one that needs a barrier runs ahead.
     while (ended < threads) {
         bool moved = false;
-        for (u32 i : shuffled(threads)) {
-            Fiber& fiber = fibers[i];
-            if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
-            fiber.waits_for = nullptr;
-            current = &fiber;
-            here = &fiber.position;
-            moved = true;
-            emulator_switch(&scheduler_stack, fiber.stack_pointer);
+        for (u32 warp : shuffled(threads / 32)) {
+            while (run_warp(warp)) moved = true;
             if (failure) return;
         }
         if (!moved) {
@@ -271,7 +289,8 @@ static void release(const void* memory, size_t bytes) {
     munmap(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory) / page * page), (pages + 1) * page);
 }
 
-static int launch(const Entry& kernel, const char* name, u32 gx, u32 gy, u32 gz, u32 threads, u32 bytes, const void* a) {
+static int launch(
+    const Entry& kernel, const char* name, u32 gx, u32 gy, u32 gz, u32 threads, u32 bytes, const void* a) {
     watch_for_faults();
     snprintf(running, sizeof running, "%s", name);
     failure = nullptr;
@@ -414,7 +433,8 @@ int cuLaunchKernel(
     const Function& function = *static_cast<Function*>(handle);
     bool grid = gx > 0 && gx <= 0x7fffffff && gy > 0 && gy <= 65535 && gz > 0 && gz <= 65535;
     if (!grid || bx != function.entry.threads || by != 1 || bz != 1 || shared_memory > function.most_shared) {
-        fprintf(stderr, "emulator: %s: grid (%u, %u, %u), %u threads, %u bytes\n", function.name.c_str(), gx, gy, gz, bx, shared_memory);
+        const char* name = function.name.c_str();
+        fprintf(stderr, "emulator: %s: grid (%u, %u, %u), %u threads, %u bytes\n", name, gx, gy, gz, bx, shared_memory);
         return 1;
     }
     return broken = launch(function.entry, function.name.c_str(), gx, gy, gz, bx, shared_memory, parameters[0]);

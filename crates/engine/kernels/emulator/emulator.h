@@ -2,8 +2,8 @@
 //
 // For tests only. A block's threads run one at a time, each until it waits at a barrier or for its warp; the order in
 // which they run is chosen from outside, so that whatever depends on it shows. Shared memory starts as NaN, global
-// memory ends at inaccessible pages, asynchronous copies are carried out only when they are waited for. What this
-// cannot show: speed, registers, the rounding inside matrix instructions, memory ordering between blocks.
+// memory ends at inaccessible pages, asynchronous copies are carried out at once or only when they are waited for. What
+// this cannot show: speed, registers, the rounding inside matrix instructions, memory ordering between blocks.
 #pragma once
 
 #include <math.h>
@@ -88,6 +88,11 @@ DEVICE u16 f32_to_bf16(f32 x) {
     u32 bits = f32_to_bits(x);
     if (x != x) return 0x7fff;
     return static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+DEVICE T read_only(const T* p) {
+    return *p;
 }
 
 DEVICE void barrier(int site = __builtin_LINE()) { emulator::block_barrier(site); }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 mod suite;
 
 use tangram_checkpoint::{DType, Output, Pooling};
-use tangram_engine::cuda::{Addresses, Buffer, CudaExecutor, Driver, Gpu, Region};
+use tangram_engine::cuda::{Addresses, Buffer, CudaExecutor, Driver, Gpu, GpuError, Region, bundle};
 use tangram_engine::{Chunk, KvBlocks, LogitRows};
 
 use crate::adapter::{Stored, merged, random_adapter};
@@ -256,6 +256,50 @@ fn chunks_and_orders_on_the_gpu_change_nothing() {
         }
         emulated.order(0);
     }
+}
+
+#[test]
+fn sequences_on_the_gpu_go_on_together_as_alone() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    for (family, dtype) in [("qwen2", DType::BF16), ("mistral", DType::Q8_0)] {
+        let sample = sample(spec(family), dtype, 6);
+        let weights = OnGpu::new(&emulated.gpu, &sample);
+        let texts = [tokens(21, 1), tokens(34, 2), tokens(40, 3)];
+        // All but the last token of the first two, the whole third one together with these.
+        let mut blocks = Blocks::aligned(&sample.model, 16);
+        let mut taken: Vec<_> = texts.iter().map(|tokens| blocks.take(tokens.len())).collect();
+        let mut batch = Vec::new();
+        for (index, (tokens, blocks)) in texts.iter().zip(&mut taken).enumerate() {
+            let position = if index < 2 { tokens.len() - 1 } else { 0 };
+            if position > 0 {
+                let chunk = Chunk { tokens: &tokens[..position], position: 0, logits: LogitRows::None };
+                assert!(weights.step(&executor, &[chunk], &mut [blocks.as_mut_slice().into()])[0].is_empty());
+            }
+            batch.push(Chunk { tokens: &tokens[position..], position, logits: LogitRows::Last });
+        }
+        let mut kv: Vec<KvBlocks<'_>> = taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
+        let found = weights.step(&executor, &batch, &mut kv);
+        for (found, tokens) in found.iter().zip(&texts) {
+            let alone = weights.in_chunks(&executor, tokens, &[tokens.len()]);
+            assert_eq!(bits(found), bits(&alone[alone.len() - found.len()..]), "{family}");
+        }
+    }
+}
+
+#[test]
+fn without_a_gpu_the_reason_is_said() {
+    match Driver::open(0, bundle::IMAGE) {
+        Ok(driver) => println!("this machine has {}", driver.name()),
+        Err(GpuError::Missing(reason)) => assert!(!reason.is_empty()),
+        Err(error) => panic!("there is a GPU, but {error}"),
+    }
+    // SAFETY: nothing is called in a library that is not there.
+    let missing = unsafe { Driver::open_library("/nowhere/libcuda.so".as_ref(), 0, bundle::IMAGE) };
+    assert!(matches!(missing, Err(GpuError::Missing(_))));
+    let Some(emulated) = Emulated::open() else { return };
+    let refused = emulated.gpu.function(c"no_such_kernel", 0).expect_err("there is none");
+    assert!(refused.to_string().contains("NOT_FOUND"), "{refused}");
 }
 
 #[test]
