@@ -1,9 +1,11 @@
-//! Checks every kernel on a real GPU against its twin; needs the NVIDIA driver and nothing else.
+//! Checks every kernel on a real GPU against its twin, then measures those that matter; needs the NVIDIA driver and
+//! nothing else.
 //!
 //! ```text
 //! cargo run --release -p tangram-engine --example cuda-check [ROUNDS] [SEED]
 //! ```
 
+mod speed;
 mod suite;
 
 use std::sync::Arc;
@@ -17,10 +19,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let driver = Driver::open(0, bundle::IMAGE)?;
     println!("{}, {rounds} rounds from seed {seed}", driver.name());
     let gpu: Arc<dyn Gpu> = driver;
-    let mut bench = suite::Bench::new(gpu, seed, 10);
+    let mut bench = suite::Bench::new(gpu.clone(), seed, 10);
     for (name, check) in suite::CHECKS {
         (0..rounds).for_each(|_| check(&mut bench));
         println!("{name}: good; the largest error was {:.0} % of what it may be", bench.take_worst() * 100.0);
     }
-    Ok(())
+    drop(bench);
+    speed::run(&gpu)
 }
