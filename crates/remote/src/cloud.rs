@@ -38,6 +38,8 @@ pub(crate) struct Bucket {
     /// What the last request that was not about an object was answered.
     last: Sight,
     stall: Duration,
+    /// Whether no setting leads to a service without TLS on another machine.
+    guarded: bool,
 }
 
 /// What a server answered to one request, seen below `object_store`.
@@ -164,7 +166,10 @@ impl Bucket {
             let problem = format!("it cannot be reached with these settings: {}", login(provider));
             RemoteError::refused(&name, problem)
         })?;
-        Ok(Bucket { store, provider, name, last, stall: http.stall })
+        let endpoints = of("").filter(|(name, _)| name.contains("endpoint") || name.contains("url"));
+        let guarded =
+            endpoints.filter_map(|(_, value)| url::Url::parse(value).ok()).all(|url| web::is_guarded(&url));
+        Ok(Bucket { store, provider, name, last, stall: http.stall, guarded })
     }
 
     /// The names and sizes below `prefix`, relative to it, down to one folder deep.
@@ -297,6 +302,10 @@ impl CloudObject {
 impl Object for CloudObject {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn is_guarded(&self) -> bool {
+        self.bucket.guarded
     }
 
     fn stat(&self) -> BoxFuture<'_, Result<Stat, Failure>> {

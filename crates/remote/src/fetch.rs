@@ -19,13 +19,14 @@ use tokio::task::AbortHandle;
 use crate::backoff::Backoff;
 use crate::grid::Grid;
 use crate::object::{Failure, Object, Stat};
+use crate::open::is_weights;
 use crate::plan::{Piece, Plan};
 use crate::{Options, RemoteError, journal};
 
 /// An attempt that brings fewer bytes than this was for nothing, and so is a stall's time with fewer.
 const LEAST_PROGRESS: u64 = 64 << 10;
 /// Chunks after which a file's journal is written: about so many are fetched again after a crash.
-const JOURNAL_INTERVAL: u64 = 8;
+const JOURNAL_INTERVAL: u64 = 4;
 /// How often a waiting caller is asked whether it still waits.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -197,11 +198,17 @@ impl Fetch {
 
     /// Waits until these bytes of a file of the download are here, and has them fetched before others. Bytes of other
     /// files, and beyond a file's end, count as here. They come as the server sent them: hashes of whole files are
-    /// known only at the end, so what was made of them is good only after [`Fetch::wait`].
+    /// known only at the end, so what was made of them is good only after [`Fetch::wait`]. `progress` is told every
+    /// tenth of a second and may stop the waiting.
     ///
     /// # Errors
-    /// When the download failed for good.
-    pub fn ensure(&self, path: &Path, bytes: &Range<u64>) -> Result<(), RemoteError> {
+    /// When the download failed for good, or `progress` breaks.
+    pub fn ensure(
+        &self,
+        path: &Path,
+        bytes: &Range<u64>,
+        progress: &mut dyn FnMut(FetchProgress) -> ControlFlow<()>,
+    ) -> Result<(), RemoteError> {
         let Some(index) = self.shared.files.iter().position(|file| file.path == path) else { return Ok(()) };
         let mut state = self.shared.lock();
         let mut hurried = false;
@@ -216,9 +223,38 @@ impl Fetch {
                 state.plan.hurry(index, bytes);
                 self.shared.work.notify_waiters();
             }
-            let waited = self.shared.changed.wait_timeout(state, TICK);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let (locked, waited) =
+                self.shared.changed.wait_timeout(state, TICK).unwrap_or_else(PoisonError::into_inner);
+            state = locked;
+            if waited.timed_out() {
+                drop(state);
+                if progress(self.progress()).is_break() {
+                    return Err(RemoteError::Cancelled);
+                }
+                state = self.shared.lock();
+            }
         }
+    }
+
+    /// Waits until everything but the weights is here, as [`Fetch::ensure`] does.
+    ///
+    /// # Errors
+    /// As [`Fetch::ensure`].
+    pub fn ensure_assets(
+        &self,
+        progress: &mut dyn FnMut(FetchProgress) -> ControlFlow<()>,
+    ) -> Result<(), RemoteError> {
+        let files = self.shared.files.iter();
+        for file in files.filter(|file| !file.path.to_str().is_some_and(is_weights)) {
+            self.ensure(&file.path, &(0..file.stat.size), progress)?;
+        }
+        Ok(())
+    }
+
+    /// Whether bytes cannot have been changed on their way here, so that they may be used before their files' hashes are
+    /// compared: they come over TLS, or from this machine.
+    pub fn is_guarded(&self) -> bool {
+        self.shared.files.iter().all(|file| file.object.is_guarded())
     }
 
     /// Says in which order the bytes will be needed.
@@ -365,13 +401,21 @@ impl Shared {
 
     /// One request for what is missing of a chunk. `at` moves with what has been written.
     async fn attempt(&self, file: &LocalFile, at: &mut u64, end: u64) -> Result<(), Failure> {
-        let range = file.stat.ranges.then(|| *at..end);
+        let (first, range) = (*at, file.stat.ranges.then_some(*at..end));
         let mut body = file.object.read(range, file.stat.clone()).await?;
         let (mut since, mut lately) = (Instant::now(), 0);
         while let Some(data) = body.next().await {
-            let data = data?;
+            let data = match data {
+                Ok(data) => data,
+                // However the connection ended, all that was asked for is here.
+                Err(_) if *at == end => break,
+                Err(failure) => return Err(failure),
+            };
             let len = data.len() as u64;
             if len > end - *at {
+                // An answer that is not what it says it is: nothing of it counts.
+                self.bytes_done.fetch_sub(*at - first, Ordering::Relaxed);
+                *at = first;
                 return Err(Failure::retry("the server sends more than was asked for"));
             }
             let io = |error| Failure::Fatal(RemoteError::io(&file.path, error));

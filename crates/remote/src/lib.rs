@@ -23,7 +23,7 @@
 //! DIR/KEY/model/…          the files, at their full size from the beginning, holes where nothing has arrived
 //! DIR/KEY/model/….journal  which chunks of a file are there, and of which version
 //! ```
-//! A download that nobody went on with for a week is removed at the next start.
+//! A download that nobody went on with for a week is removed when the next [`Remote`] is made.
 //!
 //! # Reading while it arrives
 //! [`Fetch::ensure`] blocks until a range is there, and has it fetched before others; [`Fetch::arrange`] tells the order

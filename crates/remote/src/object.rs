@@ -175,6 +175,9 @@ pub(crate) trait Object: Send + Sync {
     /// What to call it in an error; holds no credentials.
     fn name(&self) -> &str;
 
+    /// Whether its bytes cannot be changed on their way here.
+    fn is_guarded(&self) -> bool;
+
     /// Asks what it is.
     fn stat(&self) -> BoxFuture<'_, Result<Stat, Failure>>;
 

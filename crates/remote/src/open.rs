@@ -44,8 +44,8 @@ impl Root {
     }
 }
 
-/// Whether a name is that of a checkpoint in one file.
-fn is_file(name: &str) -> bool {
+/// Whether a name is that of a file with weights.
+pub(crate) fn is_weights(name: &str) -> bool {
     name.ends_with(".gguf") || name.ends_with(".safetensors")
 }
 
@@ -100,13 +100,13 @@ impl Opener {
                 let last = url.path().rsplit('/').next().unwrap_or_default();
                 let last = percent_encoding::percent_decode_str(last).decode_utf8_lossy().into_owned();
                 let mut base = url.clone();
-                if is_file(&last)
+                if is_weights(&last)
                     && let Ok(mut path) = base.path_segments_mut()
                 {
                     path.pop();
                 }
                 let root = Root::Web { http: http.clone(), base };
-                if is_file(&last) {
+                if is_weights(&last) {
                     return self.single(root, last);
                 }
                 // There is no listing: what may be there is asked for by name.
@@ -125,7 +125,7 @@ impl Opener {
             }
             Place::Cloud { provider, bucket, account, key } => {
                 let bucket = Bucket::open(http, *provider, bucket, account.as_deref(), &options.environment)?;
-                if is_file(key) {
+                if is_weights(key) {
                     let (prefix, name) = key.rsplit_once('/').unwrap_or(("", key));
                     let (prefix, name) = (prefix.to_owned(), name.to_owned());
                     return self.single(Root::Cloud { bucket, prefix }, name);
@@ -143,7 +143,7 @@ impl Opener {
                     Some(file) if !names.contains(file) => {
                         Err(self.no_checkpoint("the repository has no file of this name"))
                     }
-                    Some(file) if is_file(file) => self.single(root, file.clone()),
+                    Some(file) if is_weights(file) => self.single(root, file.clone()),
                     Some(_) => Err(self.no_checkpoint("name a .gguf or .safetensors file, or none")),
                     None => self.listed(root, names.iter().map(String::as_str)).await,
                 }

@@ -105,7 +105,7 @@ impl WebObject {
         let answer = self.get(headers).await?;
         let (size, ranges) = match answer.status {
             StatusCode::PARTIAL_CONTENT => match content_range(&answer.headers) {
-                Some((range, size)) if range == (0..1) => (size, true),
+                Some((Range { start: 0, end: 1 }, size)) => (size, true),
                 _ => return Err(Failure::retry("the server answers with another range than was asked for")),
             },
             // An empty object has no first byte.
@@ -149,6 +149,10 @@ impl Object for WebObject {
         &self.name
     }
 
+    fn is_guarded(&self) -> bool {
+        is_guarded(&self.url)
+    }
+
     fn stat(&self) -> BoxFuture<'_, Result<Stat, Failure>> {
         self.ask().boxed()
     }
@@ -156,6 +160,17 @@ impl Object for WebObject {
     fn read(&self, range: Option<Range<u64>>, stat: Stat) -> BoxFuture<'_, Result<Body, Failure>> {
         self.fetch(range, stat).boxed()
     }
+}
+
+/// Whether what comes from an address cannot be changed on its way here: over TLS, or from this machine.
+pub(crate) fn is_guarded(url: &Url) -> bool {
+    url.scheme() == "https"
+        || match url.host() {
+            Some(url::Host::Ipv4(address)) => address.is_loopback(),
+            Some(url::Host::Ipv6(address)) => address.is_loopback(),
+            Some(url::Host::Domain(name)) => name == "localhost",
+            None => false,
+        }
 }
 
 /// Whether an answer is the one that was asked for: of the same version, and of exactly these bytes.

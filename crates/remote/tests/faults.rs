@@ -194,10 +194,10 @@ fn bytes_that_somebody_waits_for_come_first() {
     let fetch = remote.fetch(&source(&server.url("/model.gguf")), &|| false).unwrap();
     let path = fetch.path().to_path_buf();
     let (first, last) = (0..100, (4 << 20) - 10..4 << 20);
-    fetch.ensure(&path, &first).unwrap();
+    fetch.ensure(&path, &first, &mut |_| ControlFlow::Continue(())).unwrap();
     fetch.arrange([(path.as_path(), last.clone())].into_iter());
     open.store(1, Ordering::Relaxed);
-    fetch.ensure(&path, &last).unwrap();
+    fetch.ensure(&path, &last, &mut |_| ControlFlow::Continue(())).unwrap();
     let file = std::fs::read(&path).unwrap();
     assert!(file[..100] == bytes[..100] && file[(4 << 20) - 10..] == bytes[(4 << 20) - 10..]);
     fetch.wait(&mut |_| ControlFlow::Continue(())).unwrap();
