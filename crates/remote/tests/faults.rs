@@ -1,4 +1,5 @@
 //! Whatever a server does, a download ends with the right bytes or with an error that says why.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! A model hub, an S3 service, and what is told about credentials: nothing.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

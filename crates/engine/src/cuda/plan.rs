@@ -179,7 +179,7 @@ mod tests {
             let mut row = 0;
             let places: Vec<Place> = chunks.iter().map(|&(position, tokens)| {
                 row += tokens;
-                Place { row: row - tokens, tokens, position, output_row: 0, output_rows: 0 }
+                Place { row: row - tokens, tokens, position, long: false, second: usize::MAX, output_row: 0, output_rows: 0 }
             }).collect();
             let cut = Cut::new(&places, size, group, 2, enough);
             let mut computed = vec![0; row];

@@ -1,5 +1,5 @@
 //! What the tests of downloads share.
-#![allow(dead_code, unused_imports, unreachable_pub)]
+#![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 use std::ops::ControlFlow;
 use std::path::Path;
