@@ -21,7 +21,16 @@ pub(crate) struct Client {
 impl Client {
     /// Talks to the server at `base`.
     pub(crate) fn new(base: &str, key: Option<String>) -> anyhow::Result<Client> {
-        let http = reqwest::Client::builder().no_proxy().connect_timeout(Duration::from_secs(5)).build()?;
+        Client::build(base, key, reqwest::Client::builder())
+    }
+
+    /// Talks to the server at `base` over a new connection for each request.
+    pub(crate) fn without_reuse(base: &str, key: Option<String>) -> anyhow::Result<Client> {
+        Client::build(base, key, reqwest::Client::builder().pool_max_idle_per_host(0))
+    }
+
+    fn build(base: &str, key: Option<String>, builder: reqwest::ClientBuilder) -> anyhow::Result<Client> {
+        let http = builder.no_proxy().connect_timeout(Duration::from_secs(5)).build()?;
         Ok(Client { http, base: base.trim_end_matches('/').to_owned(), key, embedded: None })
     }
 

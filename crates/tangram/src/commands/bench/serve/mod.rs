@@ -92,13 +92,6 @@ struct Side {
     models: Vec<String>,
 }
 
-impl Side {
-    /// The same over new connections: the server may have closed those that nobody used while it was the other's turn.
-    fn renewed(&self) -> anyhow::Result<Side> {
-        Ok(Side { client: self.client.another()?, url: self.url.clone(), models: self.models.clone() })
-    }
-}
-
 /// A request: which model (by its place in `--model`) and where its prompt comes from.
 #[derive(Clone, Copy)]
 struct Planned {
@@ -123,7 +116,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         let mut turns: Vec<Vec<Turn>> = sides.iter().map(|_| Vec::new()).collect();
         // The first round warms up what each server makes when it is first asked.
         for side in &sides {
-            warm_up(&side.renewed()?, &options, Place { level, round: 0, concurrency }).await?;
+            warm_up(side, &options, Place { level, round: 0, concurrency }).await?;
         }
         for round in 0..options.rounds {
             // Whoever was first before is second now: what one leaves behind does not always meet the other.
@@ -134,7 +127,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             for index in order {
                 tokio::time::sleep(PAUSE).await;
                 let place = Place { level, round, concurrency };
-                turns[index].push(turn(&sides[index].renewed()?, &options, &files, place, &bar).await?);
+                turns[index].push(turn(&sides[index], &options, &files, place, &bar).await?);
             }
         }
         levels.push(Level::new(concurrency, turns));
@@ -170,7 +163,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 fn sides(options: &Options) -> anyhow::Result<Vec<Side>> {
     let side = |url: &str, models: &[String]| -> anyhow::Result<Side> {
-        let client = Client::new(url, options.api_key.clone())?;
+        // Servers close connections as they please; one that was kept may be gone just when the next request is sent.
+        let client = Client::without_reuse(url, options.api_key.clone())?;
         Ok(Side { client, url: url.to_owned(), models: models.to_vec() })
     };
     let mut sides = vec![side(&options.url, &options.model)?];
