@@ -327,6 +327,10 @@ impl Catalog {
             let _ = fs::remove_dir_all(self.checkpoint_dir(&id));
         }
         let deployment = committed?;
+        // A file that is served in place keeps its name: what was wrong with it was not there when it was read just now.
+        if let (Some(in_place), None) = (&deployment.manifest.in_place, &deployment.manifest.base) {
+            in_place.files.iter().for_each(|file| self.damaged.forget(&file.path));
+        }
         let replaced = self.models.insert(name.to_owned(), deployment.clone());
         self.index_contents();
         if let Some(replaced) = replaced {
@@ -528,5 +532,24 @@ mod tests {
         let (catalog, problems) = Catalog::open(root.path()).unwrap();
         assert!(problems.is_empty() && catalog.models().contains_key("m"), "{problems:?}");
         assert!(!file.exists(), "nothing refers to the damaged file any more");
+    }
+
+    #[test]
+    fn a_damaged_file_in_place_is_good_again_when_it_is_deployed_again() {
+        let (source, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        write_hf_model(source.path(), &RandomModel::tiny(Family::Llama));
+        let import = checkpoint::open(source.path()).unwrap();
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let (mut catalog, _) = Catalog::open(root.path()).unwrap();
+        let manifest = catalog.deploy("m", Import::InPlace(&import), source.path(), go_on).unwrap().manifest;
+        let file = manifest.in_place.as_ref().unwrap().files[0].path.clone();
+        catalog.damaged().add(&file, manifest.tensors[1].in_place.unwrap().offset, "t");
+        drop(catalog);
+        let (mut catalog, problems) = Catalog::open(root.path()).unwrap();
+        assert!(matches!(problems.as_slice(), [problem] if problem.contains("damaged")), "{problems:?}");
+        catalog.deploy("m", Import::InPlace(&import), source.path(), go_on).unwrap();
+        drop(catalog);
+        let (catalog, problems) = Catalog::open(root.path()).unwrap();
+        assert!(problems.is_empty() && catalog.models().contains_key("m"), "{problems:?}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! What is damaged on disk stays damaged, so a start refuses the models that need it by name instead of letting their first
 //! request fail; and no new deployment refers to it. The list is a file of JSON lines in the data directory; an entry goes
-//! when its data file does.
+//! when its data file does, or when a file that is served in place is deployed again.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -70,6 +70,18 @@ impl Damaged {
         });
         if let Err(error) = written {
             tracing::warn!("the damage was not noted in {}: {error}", self.path.display());
+        }
+    }
+
+    /// Takes out what is said of `file`, whose bytes have been hashed anew.
+    pub(crate) fn forget(&self, file: &Path) {
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = places.len();
+        places.retain(|place| place.file != file);
+        if places.len() < before
+            && let Err(error) = self.rewrite(&places)
+        {
+            tracing::warn!("{} could not be written: {error}", self.path.display());
         }
     }
 
