@@ -70,6 +70,11 @@ functions! {
     cuStreamSynchronize(*mut c_void);
 }
 
+/// What the system says of a library that cannot be loaded.
+fn cause(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 /// A GPU of the installed driver, with the embedded kernels loaded.
 pub struct Driver {
     functions: Functions,
@@ -101,7 +106,7 @@ impl Driver {
                     // SAFETY: this is the driver's library.
                     return unsafe { Driver::from_library(library, ordinal, image) };
                 }
-                Err(error) if problem.is_empty() => problem = error.to_string(),
+                Err(error) if problem.is_empty() => problem = cause(&error),
                 Err(_) => {}
             }
         }
@@ -118,7 +123,7 @@ impl Driver {
     pub unsafe fn open_library(library: &Path, ordinal: i32, image: &[u8]) -> Result<Arc<Driver>, GpuError> {
         // SAFETY: as the caller says.
         let library = unsafe { libloading::Library::new(library) };
-        let library = library.map_err(|error| GpuError::Missing(error.to_string()))?;
+        let library = library.map_err(|error| GpuError::Missing(cause(&error)))?;
         // SAFETY: as the caller says.
         unsafe { Driver::from_library(library, ordinal, image) }
     }
