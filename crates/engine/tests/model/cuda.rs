@@ -4,7 +4,8 @@
 //! What this proves and what it cannot is said in `kernels/emulator/emulator.h`.
 #![allow(unsafe_code)]
 
-use std::path::PathBuf;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -19,19 +20,29 @@ use crate::adapter::{Stored, merged, random_adapter};
 use crate::support::{Blocks, Sample, reference_embedding, reference_logits, sample, spec};
 use crate::{DECODERS, bits, tokens};
 
-/// Compiles the emulator, once per process.
+const FLAGS: [&str; 8] =
+    ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"];
+
+/// The compiled emulator, kept for later runs until a source changes.
 fn library() -> Option<&'static PathBuf> {
     static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {
-        let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels/emulator/emulator.cpp");
-        let library = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
-            .join(format!("libtangram-emulator-{}.so", std::process::id()));
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let flags =
-            ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"];
-        let run = Command::new(&compiler).args(flags).arg(&source).arg("-o").arg(&library).output();
+        let kernels = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels");
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        let library = folder.join(format!("libtangram-emulator-{:016x}.so", identity(&kernels, &compiler)));
+        if library.exists() {
+            return Some(library);
+        }
+        // Under its final name only when it is whole: other processes may want it too.
+        let unfinished = library.with_extension(std::process::id().to_string());
+        let source = kernels.join("emulator/emulator.cpp");
+        let run = Command::new(&compiler).args(FLAGS).arg(&source).arg("-o").arg(&unfinished).output();
         match run {
-            Ok(run) if run.status.success() => Some(library),
+            Ok(run) if run.status.success() => {
+                std::fs::rename(&unfinished, &library).expect("a name for the emulator");
+                Some(library)
+            }
             // A compiler that is there must be able to compile the kernels.
             Ok(run) if compiles_half_floats(&compiler) => {
                 panic!("{compiler}: {}", String::from_utf8_lossy(&run.stderr))
@@ -42,15 +53,26 @@ fn library() -> Option<&'static PathBuf> {
     LIBRARY.get_or_init(|| if cfg!(target_arch = "x86_64") { build() } else { None }).as_ref()
 }
 
+/// A number that is different for other sources, another compiler or other flags.
+fn identity(kernels: &Path, compiler: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (compiler, FLAGS).hash(&mut hasher);
+    for folder in ["cuda", "emulator"] {
+        let files = kernels.join(folder).read_dir().expect("the sources");
+        let mut paths: Vec<PathBuf> = files.map(|file| file.expect("a source").path()).collect();
+        paths.sort();
+        for path in paths {
+            (path.file_name(), std::fs::read(&path).expect("a source")).hash(&mut hasher);
+        }
+    }
+    hasher.finish()
+}
+
 fn compiles_half_floats(compiler: &str) -> bool {
-    let source = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("half-{}.cpp", std::process::id()));
-    let written = std::fs::write(&source, "_Float16 half(float x) { return static_cast<_Float16>(x); }");
-    written.is_ok()
-        && Command::new(compiler)
-            .args(["-std=c++17", "-fsyntax-only"])
-            .arg(&source)
-            .output()
-            .is_ok_and(|run| run.status.success())
+    let source = tempfile::Builder::new().suffix(".cpp").tempfile().expect("a file");
+    std::fs::write(&source, "_Float16 half(float x) { return static_cast<_Float16>(x); }").expect("a file");
+    let run = Command::new(compiler).args(["-std=c++17", "-fsyntax-only"]).arg(source.path()).output();
+    run.is_ok_and(|run| run.status.success())
 }
 
 /// The emulated GPU. It is one for the process, so tests take turns.
