@@ -86,7 +86,7 @@ impl Source {
             state: Mutex::new(state),
             changed: Condvar::new(),
             bell,
-            most_landing: 2 * landings.workers().max(1),
+            most_landing: 4 * landings.workers().max(1),
         });
         let spawn = |body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.to_owned()).spawn(body).map(drop)

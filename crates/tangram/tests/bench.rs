@@ -1,4 +1,4 @@
-//! `tangram bench switch`, against a running server and on its own.
+//! `tangram bench`: `switch`, against a running server and on its own, and `load`.
 
 mod common;
 
@@ -66,4 +66,44 @@ async fn a_trace_is_replayed_and_added_up() {
         let ran = cli_result(data.path(), &[&["bench", "switch", text(&trace)], args].concat());
         assert!(!ran.success && ran.stderr.contains(words), "{ran:?}");
     }
+}
+
+#[test]
+fn a_checkpoint_is_loaded_in_every_way() {
+    // On the disk of the build and not in a directory for temporary files, which may be in memory.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = write_tiny(dir.path(), "source", Family::Llama, 1);
+    let chart = dir.path().join("load.svg");
+    let load = ["bench", "load", text(&source), "--scratch", text(dir.path()), "--rounds", "2"];
+    let print = |more: &[&str]| {
+        let ran = common::ran(common::tangram().args(load).args(more));
+        assert!(ran.success, "{}", ran.stderr);
+        ran.stdout
+    };
+    let report: serde_json::Value = serde_json::from_str(&print(&["--json", "--svg", text(&chart)])).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    let expected = [
+        "raw direct reads",
+        "cold",
+        "cold, sampled",
+        "cold, 16 loads at once",
+        "memory copy",
+        "warm",
+        "warm, sampled",
+    ];
+    assert_eq!(names, expected);
+    for row in rows {
+        assert!(
+            row["bytes_per_second"].as_f64().unwrap() > 0.0 && row["share"].as_f64().unwrap() > 0.0,
+            "{row}"
+        );
+    }
+    assert!(report["urgent_slowdown"].as_f64().unwrap() > 0.0);
+    assert!(std::fs::read_to_string(&chart).unwrap().starts_with("<svg"));
+    let table = print(&["--pool", "segment"]);
+    assert!(table.contains("OF LIMIT"), "{table}");
+    let left: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("tangram-bench")), "{left:?}");
 }

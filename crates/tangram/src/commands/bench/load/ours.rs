@@ -71,7 +71,10 @@ impl Bench {
         };
         let places: Vec<Place> = tensors.map(place).collect();
         let bytes = manifest.data_bytes;
-        let memory = CpuDevice::open((bytes as usize).next_multiple_of(PAGE_BYTES), PAGE_BYTES)?;
+        // Small checkpoints get small pages: there must be no room for two.
+        let large = bytes >= 256 * PAGE_BYTES as u64;
+        let page = if large { PAGE_BYTES } else { CpuDevice::default_page_bytes(bytes as usize) };
+        let memory = CpuDevice::open((bytes as usize).next_multiple_of(page), page)?;
         let mut pool = Pool::new(memory, backend)?;
         let mut set = |set: u64| {
             let entry = |(tensor, place): (u64, &Place)| CatalogueEntry {
