@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use tangram_checkpoint::DATA_FILE;
+use tangram_checkpoint::{DATA_FILE, Layout, Source, TensorEntry, codec_format};
+use tangram_node::Backend;
+use tangram_store::Measured;
 
 use self::ours::Bench;
 use self::report::{Report, Run};
@@ -69,16 +71,20 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     eprintln!("importing {} into {}", crate::output::bytes(bytes), scratch.0.display());
     let go_on = &mut |_| ControlFlow::Continue(());
     let manifest = tangram_checkpoint::import(&source, &scratch.0, "bench", &|_| None, go_on)?;
-    drop(source);
     let file = scratch.0.join(DATA_FILE);
+    let measured = tangram_store::measure(&file)?;
+    let backend = options.pool.into();
+    let mut compressed = import_compressed(&source, &scratch.0.join("compressed"), (measured, backend))?;
+    drop(source);
     let peers = match &options.peers {
         Some(python) => peers::Peers::find(python, &options.source)?,
         None => peers::Peers::none(),
     };
-    let mut bench = Bench::new(&manifest, &file, options.pool.into())?;
-    let mut report = Report::new(options.source.display().to_string(), bytes, bench.measured());
+    let mut bench = Bench::new(&manifest, &file, measured, backend)?;
+    let mut report = Report::new(options.source.display().to_string(), bytes, measured);
     // Not counted: everything is touched for the first time.
     bench.whole(ours::Mode::COLD)?;
+    compressed.iter_mut().try_for_each(|bench| bench.whole(ours::Mode::COLD).map(drop))?;
     for round in 0..options.rounds.max(1) {
         eprintln!("round {} of {}", round + 1, options.rounds.max(1));
         let mut runs = Vec::new();
@@ -92,6 +98,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         ] {
             runs.push(Run::of(name, bench.whole(mode)?, disk));
         }
+        if let Some(compressed) = &mut compressed {
+            runs.push(Run::of("cold, compressed", compressed.whole(ours::Mode::COLD)?, disk));
+        }
         runs.extend(peers.cold()?.into_iter().map(|(name, cost)| Run::of(&name, cost, disk)));
         let [alone, among] = bench.urgent()?;
         report.urgent(alone, among);
@@ -101,6 +110,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let warm = ours::Mode { cold: false, ..ours::Mode::COLD };
         for (name, mode) in [("warm", warm), ("warm, sampled", ours::Mode { sampled: true, ..warm })] {
             runs.push(Run::of(name, bench.whole(mode)?, memory));
+        }
+        if let Some(compressed) = &mut compressed {
+            compressed.whole(warm)?;
+            runs.push(Run::of("warm, compressed", compressed.whole(warm)?, memory));
         }
         runs.extend(peers.warm()?.into_iter().map(|(name, cost)| Run::of(&name, cost, memory)));
         report.add(runs);
@@ -114,6 +127,31 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         report.print();
     }
     Ok(())
+}
+
+/// The same checkpoint with its tensors compressed; `None` if none of them is smaller that way.
+fn import_compressed(
+    source: &Source,
+    dir: &Path,
+    (measured, backend): (Option<Measured>, Backend),
+) -> anyhow::Result<Option<Bench>> {
+    if !source.tensors().iter().any(|tensor| codec_format(tensor.dtype).is_some()) {
+        return Ok(None);
+    }
+    std::fs::create_dir(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let manifest =
+        tangram_checkpoint::import_as(Layout::Compressed, source, dir, "compressed", &|_| None, go_on)?;
+    let stored: u64 = manifest.tensors.iter().map(TensorEntry::stored_bytes).sum();
+    eprintln!(
+        "compressed: {} of {}",
+        crate::output::bytes(stored),
+        crate::output::bytes(source.weight_bytes())
+    );
+    if stored == source.weight_bytes() {
+        return Ok(None);
+    }
+    Bench::new(&manifest, &dir.join(DATA_FILE), measured, backend).map(Some)
 }
 
 /// A directory that goes when this does.

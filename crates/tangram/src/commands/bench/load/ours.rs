@@ -11,7 +11,7 @@ use tangram_checkpoint::{Hash, Manifest};
 use tangram_device::cpu::CpuDevice;
 use tangram_policy::TensorKey;
 use tangram_pool::{Backend, CatalogueEntry, Lease, Pool};
-use tangram_store::{Compressed, Measured, Options, Store, TensorLoad, Verification, Wake, disk_of, measure};
+use tangram_store::{Compressed, Measured, Options, Store, TensorLoad, Verification, Wake, disk_of};
 
 use super::Cost;
 use super::raw::{cpu_time, drop_cache};
@@ -59,7 +59,13 @@ pub(super) struct Bench {
 }
 
 impl Bench {
-    pub(super) fn new(manifest: &Manifest, file: &Path, backend: Backend) -> anyhow::Result<Bench> {
+    /// `measured` is how the disk is to be read.
+    pub(super) fn new(
+        manifest: &Manifest,
+        file: &Path,
+        measured: Option<Measured>,
+        backend: Backend,
+    ) -> anyhow::Result<Bench> {
         let mut seen = HashSet::new();
         let tensors = manifest.tensors.iter().filter(|tensor| seen.insert(tensor.id));
         let place = |tensor: &tangram_checkpoint::TensorEntry| Place {
@@ -88,13 +94,7 @@ impl Bench {
             pool.catalogue(&entries, |_| bytes)
         };
         let sets = [set(0)?, set(1)?];
-        let measured = measure(file)?;
         Ok(Bench { file: file.to_owned(), pool, places, sets, turn: 0, measured })
-    }
-
-    /// What the disk was measured to need.
-    pub(super) fn measured(&self) -> Option<Measured> {
-        self.measured
     }
 
     fn store(&self, sampled: bool) -> anyhow::Result<Arc<Store>> {
