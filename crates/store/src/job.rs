@@ -107,11 +107,15 @@ impl Job {
     }
 
     fn settle(self, result: Result<(), LoadFailure>) -> Option<Buffer> {
-        if self.part.finish(result) {
-            // A thread that reads for everybody must survive what a caller does.
-            let _ = catch_unwind(AssertUnwindSafe(|| (self.wake)()));
-        }
-        self.buffer
+        let Job { part, wake, buffer, .. } = self;
+        // On a device that the host cannot address the bytes are still on their way there.
+        part.finish_then(result, move |whole| {
+            if whole {
+                // A thread that works for everybody must survive what a caller does.
+                let _ = catch_unwind(AssertUnwindSafe(|| wake()));
+            }
+        });
+        buffer
     }
 
     /// Takes in the bytes and verifies them.

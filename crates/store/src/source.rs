@@ -150,7 +150,9 @@ impl Source {
     }
 
     /// A job that was to be copied has to be read.
-    pub(crate) fn put_back(&self, job: Job) {
+    pub(crate) fn put_back(&self, mut job: Job) {
+        // What waits must not keep others from being read.
+        job.part.unstage();
         let (load, urgency) = (job.load, job.urgency);
         self.lock().schedule.put_back(load, urgency, job);
         self.notify();
@@ -182,22 +184,33 @@ impl Source {
         landings.push(job, arrival, self.clone());
     }
 
-    /// Decides how a job's bytes come. `None` if there is nothing to read.
-    fn begin(self: &Arc<Self>, mut job: Job, landings: &Arc<Landings>) -> Option<(Job, Reads)> {
+    /// Decides how a job's bytes come. Waits for a place to put them only if it `may_wait`: if no other job of this
+    /// thread holds one.
+    fn begin(self: &Arc<Self>, mut job: Job, may_wait: bool, landings: &Arc<Landings>) -> Begun {
         if job.part.is_unwanted() {
             job.abandon();
-            return None;
+            return Begun::Over;
+        }
+        let skew = job.offset as usize;
+        let staged = if may_wait { job.part.stage(skew).map(|()| true) } else { job.part.try_stage(skew) };
+        match staged {
+            Ok(true) => {}
+            Ok(false) => return Begun::NoRoom(job),
+            Err(error) => {
+                let _ = job.finish(Err(error.to_string()));
+                return Begun::Over;
+            }
         }
         let Some(address) = job.part.bytes_mut().map(|bytes| bytes.as_ptr() as usize) else {
-            let _ = job.finish(Err("the device has no memory that the host can write".to_owned()));
-            return None;
+            let _ = job.finish(Err("it has no place in memory".to_owned()));
+            return Begun::Over;
         };
         if !job.uncached && is_cached(&job.file, job.offset, job.len) {
             if job.frame.is_some() {
                 job.buffer = self.buffer(job.len);
             }
             self.land(job, Arrival::Cached, landings);
-            return None;
+            return Begun::Over;
         }
         let (offset, len) = (job.offset, job.len);
         let mut state = self.lock();
@@ -221,7 +234,7 @@ impl Source {
         self.lock().spare.extend(job.buffer.take());
         job.buffer = self.buffer(buffer);
         job.copies = copies;
-        Some((job, Reads { file, pieces }))
+        Begun::Reads(job, Reads { file, pieces })
     }
 
     /// A buffer of at least so many bytes, if any are wanted.
@@ -259,8 +272,14 @@ impl Source {
                 }
                 let Some(job) = again.pop().or_else(|| self.take(&mut state)) else { break };
                 drop(state);
-                if let Some((job, Reads { file, pieces })) = self.begin(job, landings) {
-                    ring.start(job, file, pieces);
+                match self.begin(job, ring.operations() == 0 && again.is_empty(), landings) {
+                    Begun::Reads(job, Reads { file, pieces }) => ring.start(job, file, pieces),
+                    Begun::Over => {}
+                    Begun::NoRoom(job) => {
+                        // Those that have a place go first, so that it becomes free.
+                        again.insert(0, job);
+                        break;
+                    }
                 }
             }
             if self.lock().closed {
@@ -287,13 +306,23 @@ impl Source {
             drop(state);
             let mut next = Some(job);
             while let Some(job) = next.take() {
-                if let Some((mut job, reads)) = self.begin(job, landings) {
+                if let Begun::Reads(mut job, reads) = self.begin(job, true, landings) {
                     let result = reads.carry_out(&mut job);
                     next = self.end(job, result, landings);
                 }
             }
         }
     }
+}
+
+/// What becomes of a job.
+enum Begun {
+    /// This has to be read for it.
+    Reads(Job, Reads),
+    /// Nothing is left to be read.
+    Over,
+    /// There is no place for its bytes now.
+    NoRoom(Job),
 }
 
 /// What has to be read for a job.

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use super::*;
-use tangram_device::cpu::CpuDevice;
+use tangram_device::cuda::stand_in;
 use tangram_policy::TensorKey;
 use tangram_pool::{Activation, Backend, CatalogueEntry, Pool, Tensor};
 
@@ -69,8 +69,8 @@ fn world_of(sizes: &[usize], setup: Setup) -> World {
     written.write_all(&file).unwrap();
     written.sync_all().unwrap();
     let total: usize = sizes.iter().sum();
-    let memory =
-        CpuDevice::open((total + sizes.len() * 32768).next_power_of_two().max(1 << 20), 16384).unwrap();
+    let pool_bytes = (total + sizes.len() * (128 << 10)).next_power_of_two().max(1 << 20);
+    let memory = stand_in::memory_under_test(pool_bytes, 64 << 10);
     let mut pool = Pool::new(memory.clone(), setup.backend).unwrap();
     let entries: Vec<_> = (0..sizes.len())
         .map(|i| CatalogueEntry {
@@ -139,13 +139,18 @@ impl World {
         let tensors = self.load();
         for (i, (tensor, data)) in tensors.iter().zip(&self.data).enumerate() {
             assert!(
-                tensor.bytes() == Some(data),
+                tensor.extent().unwrap().to_vec().unwrap() == *data,
                 "{what}: tensor {i} of {} bytes: {:?}",
                 data.len(),
                 tensor.failure()
             );
         }
     }
+}
+
+#[test]
+fn all_of_this_holds_on_a_stand_in_too() {
+    stand_in::run_suite_again(&[]);
 }
 
 #[test]
@@ -279,7 +284,7 @@ fn what_is_loaded_again_stays_in_the_page_cache() {
             let (wake, woken) = wake();
             world.store.load(world.loads(&mut activation), &wake);
             woken.recv_timeout(PATIENCE).expect("the load ends");
-            assert!(activation.lease.tensors()[0].bytes() == Some(&world.data[0]));
+            assert!(activation.lease.tensors()[0].extent().unwrap().to_vec().unwrap() == world.data[0]);
             cached().unwrap() >= 2 * CHUNK_BYTES
         })
         .collect();
