@@ -59,7 +59,7 @@ pub(crate) struct Header {
 pub(crate) fn read_header(file: &SourceFile) -> Result<Header, CheckpointError> {
     let mut reader = Reader {
         file,
-        input: BufReader::with_capacity(1 << 20, &file.file),
+        input: Box::new(BufReader::with_capacity(1 << 20, file.reader())),
         position: 0,
         version: 0,
         array_elements: 0,
@@ -149,7 +149,7 @@ fn place_tensors(mut tensors: Vec<Tensor>, data_start: u64, file_length: u64) ->
 /// Reads the header front to back and keeps count of where it is.
 struct Reader<'a> {
     file: &'a SourceFile,
-    input: BufReader<&'a std::fs::File>,
+    input: Box<dyn Read + 'a>,
     position: u64,
     version: u32,
     /// Elements of all arrays so far.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::file::{ReadAt, SourceFile};
+use crate::file::{Presence, ReadAt, SourceFile};
 use crate::fused::Whole;
 use crate::gguf::{self, Value};
 use crate::names::{self, Name};
@@ -17,8 +17,8 @@ const ROPE_FACTORS_SHORT: &str = "rope_factors_short.weight";
 const ROPE_FACTORS_LONG: &str = "rope_factors_long.weight";
 
 /// Opens a `.gguf` file.
-pub(crate) fn open(path: &Path) -> Result<Source, CheckpointError> {
-    let file = SourceFile::open(path)?;
+pub(crate) fn open(path: &Path, presence: Option<&Arc<dyn Presence>>) -> Result<Source, CheckpointError> {
+    let file = SourceFile::open_arriving(path, presence)?;
     let gguf::Header { metadata, tensors } = gguf::read_header(&file)?;
     let metadata = Metadata { path, map: metadata };
     let family = metadata.text("general.architecture")?.unwrap_or_default().to_owned();

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::config::{self, ConfigError};
-use crate::file::{ReadAt, SourceFile, read_limited, read_optional};
+use crate::file::{Presence, ReadAt, SourceFile, read_limited, read_optional};
 use crate::fused::Whole;
 use crate::names::{self, Fused, Name};
 use crate::source::{Source, TextAssets, list_files};
@@ -25,21 +25,27 @@ const MAX_TEMPLATE_BYTES: u64 = 4 << 20;
 const MAX_SHARDS: usize = 512;
 
 /// Opens a directory with `config.json` and safetensors files, or with what ServerlessLLM makes of them.
-pub(crate) fn open_directory(directory: &Path) -> Result<Source, CheckpointError> {
+pub(crate) fn open_directory(
+    directory: &Path,
+    presence: Option<&Arc<dyn Presence>>,
+) -> Result<Source, CheckpointError> {
     if serverlessllm::is_here(directory) && list_files(directory, "safetensors")?.is_empty() {
         return open(directory, || serverlessllm::read_headers(directory));
     }
     let shards = find_shards(directory)?;
-    open(directory, || read_headers(&shards))
+    open(directory, || read_headers(&shards, presence))
 }
 
 /// Opens one safetensors file with `config.json` beside it.
-pub(crate) fn open_file(file: &Path) -> Result<Source, CheckpointError> {
+pub(crate) fn open_file(
+    file: &Path,
+    presence: Option<&Arc<dyn Presence>>,
+) -> Result<Source, CheckpointError> {
     let directory = match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    open(directory, || read_headers(&[file.to_path_buf()]))
+    open(directory, || read_headers(&[file.to_path_buf()], presence))
 }
 
 /// `model.safetensors`, else the shards that the index names, else every safetensors file.
@@ -177,12 +183,15 @@ fn meaning(path: &Path, spec: &ModelSpec, tensor: &str) -> Result<Option<Name>, 
 pub(crate) type Headers = (Vec<Arc<SourceFile>>, Vec<(usize, safetensors::Tensor)>);
 
 /// Opens the files and lists their tensors, each with the index of its file. No name comes twice.
-fn read_headers(shards: &[PathBuf]) -> Result<Headers, CheckpointError> {
+fn read_headers(
+    shards: &[PathBuf],
+    presence: Option<&Arc<dyn Presence>>,
+) -> Result<Headers, CheckpointError> {
     let mut files = Vec::with_capacity(shards.len());
     let mut tensors = Vec::new();
     let mut origin: BTreeMap<String, usize> = BTreeMap::new();
     for (index, path) in shards.iter().enumerate() {
-        let file = SourceFile::open(path)?;
+        let file = SourceFile::open_arriving(path, presence)?;
         for tensor in safetensors::read_header(&file)? {
             if let Some(other) = origin.insert(tensor.name.clone(), index) {
                 let other = shards.get(other).map(|path| path.display().to_string()).unwrap_or_default();

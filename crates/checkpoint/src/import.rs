@@ -224,7 +224,7 @@ pub fn import_adapter(
 }
 
 /// Checks and writes the manifest, the last file of an import.
-fn finish(dir: &Path, manifest: Manifest) -> Result<Manifest, CheckpointError> {
+pub(crate) fn finish(dir: &Path, manifest: Manifest) -> Result<Manifest, CheckpointError> {
     let manifest_path = dir.join(MANIFEST_FILE);
     // What `known` gave is checked by the same rules as a manifest read back.
     check_manifest(&manifest).map_err(|message| CheckpointError::invalid(&manifest_path, message))?;
@@ -395,7 +395,7 @@ struct Places {
 impl Places {
     /// Where a tensor of `bytes` would start if it came next.
     fn next(&self, bytes: u64) -> u64 {
-        self.end.next_multiple_of(if bytes >= LARGE_TENSOR { PAGE } else { TENSOR_ALIGNMENT })
+        place_after(self.end, bytes)
     }
 
     /// Takes the next place for a tensor of `bytes`.
@@ -453,7 +453,12 @@ impl DataWriter {
     }
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+/// Where a tensor of `bytes` starts in a data file whose last one ends at `end`.
+pub(crate) fn place_after(end: u64, bytes: u64) -> u64 {
+    end.next_multiple_of(if bytes >= LARGE_TENSOR { PAGE } else { TENSOR_ALIGNMENT })
+}
+
+pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
     File::create_new(path)
         .and_then(|file| file.write_all_at(bytes, 0).and_then(|()| file.sync_all()))
         .map_err(|error| CheckpointError::io(path, error))
@@ -541,6 +546,6 @@ fn check_manifest(manifest: &Manifest) -> Result<(), String> {
 }
 
 /// Whether a name from outside can be used as the name of a directory beside others.
-fn is_plain_name(name: &str) -> bool {
+pub(crate) fn is_plain_name(name: &str) -> bool {
     Path::new(name).file_name() == Some(name.as_ref()) && !name.contains(['/', '\0'])
 }

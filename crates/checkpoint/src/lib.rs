@@ -6,6 +6,7 @@
 mod adapter;
 mod adapter_config;
 mod compression;
+mod arriving;
 mod config;
 pub mod dtype;
 mod error;
@@ -31,8 +32,10 @@ mod tokenizer;
 
 pub use adapter::AdapterSource;
 pub use compression::{Layout, codec_format, stored_chunk_bytes};
+pub use arriving::Arriving;
 pub use dtype::DType;
 pub use error::CheckpointError;
+pub use file::Presence;
 pub use import::{
     Base, DATA_FILE, ImportProgress, KnownTensor, MANIFEST_FILE, TOKENIZER_FILE, import, import_adapter,
     import_as, import_in_place, read_manifest,
@@ -41,7 +44,7 @@ pub use in_place::{FilePlace, InPlace, InPlaceFile};
 pub use manifest::{
     CHUNK_BYTES, ContentId, GenerationDefaults, Hash, Manifest, TENSOR_ALIGNMENT, TensorEntry,
 };
-pub use source::{Source, SourceTensor, open};
+pub use source::{Source, SourceTensor, open, open_arriving};
 pub use spec::{
     Attention, ExpertRole, Experts, Factor, LayerRole, LocalLayers, LowRank, Mlp, ModelSpec, Norm,
     NormPlacement, Output, Pooling, Role, Rope, RopeScaling, ScoreActivation,

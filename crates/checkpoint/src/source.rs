@@ -1,10 +1,11 @@
 //! A checkpoint found outside: what model it holds and where its tensors' bytes lie. Opening reads no weights.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::file::ReadAt;
+use crate::file::{Presence, ReadAt};
 use crate::in_place::{FilePlace, InPlaceFile};
 use crate::{
     CheckpointError, DType, GenerationDefaults, LayerRole, ModelSpec, Role, gguf_model, hugging_face, layout,
@@ -89,14 +90,24 @@ pub(crate) struct Found {
 ///
 /// Reads headers and small files only. Errors name the file, what is wrong with it and what to do.
 pub fn open(path: &Path) -> Result<Source, CheckpointError> {
+    open_with(path, None)
+}
+
+/// Opens a checkpoint whose weights are still arriving, as [`open`] does: its files lie at their full size already, and
+/// every byte that is read of the weights, here and later, is waited for.
+pub fn open_arriving(path: &Path, presence: &Arc<dyn Presence>) -> Result<Source, CheckpointError> {
+    open_with(path, Some(presence))
+}
+
+fn open_with(path: &Path, presence: Option<&Arc<dyn Presence>>) -> Result<Source, CheckpointError> {
     let metadata = std::fs::metadata(path).map_err(|error| CheckpointError::io(path, error))?;
     if metadata.is_dir() {
         if path.join("config.json").exists() {
-            return hugging_face::open_directory(path);
+            return hugging_face::open_directory(path, presence);
         }
         let files = list_files(path, "gguf")?;
         return match files.as_slice() {
-            [file] => gguf_model::open(file),
+            [file] => gguf_model::open(file, presence),
             [] => Err(CheckpointError::invalid(
                 path,
                 "holds neither a config.json with safetensors nor a .gguf file; give the directory of a model",
@@ -108,8 +119,8 @@ pub fn open(path: &Path) -> Result<Source, CheckpointError> {
         };
     }
     match path.extension().and_then(|extension| extension.to_str()) {
-        Some("safetensors") => hugging_face::open_file(path),
-        Some("gguf") => gguf_model::open(path),
+        Some("safetensors") => hugging_face::open_file(path, presence),
+        Some("gguf") => gguf_model::open(path, presence),
         _ => Err(CheckpointError::unsupported(
             path,
             "is not a model that can be read; give a Hugging Face directory, a .safetensors file or a .gguf file",
@@ -178,6 +189,22 @@ impl Source {
     /// Bytes of all tensors.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    /// A file and the part of it that all bytes of a tensor (one of this source's) lie in.
+    pub fn span(&self, tensor: &SourceTensor) -> Option<(&Path, Range<u64>)> {
+        let Location { file, offset, rows } = tensor.location;
+        let file = self.files.get(file)?.as_file()?;
+        let rows_stored = tensor.shape.first().copied().unwrap_or(1).max(1);
+        let row_bytes = tensor.bytes / rows_stored;
+        let length = match rows {
+            RowOrder::Plain | RowOrder::InterleavedPairs { .. } => tensor.bytes,
+            RowOrder::Blocks { rows, stride } => {
+                rows_stored.div_ceil(rows.max(1)).saturating_mul(stride).saturating_mul(row_bytes)
+            }
+            RowOrder::Columns { stride } => stride.saturating_mul(tensor.shape.last().copied().unwrap_or(1)),
+        };
+        Some((&file.path, offset..offset.saturating_add(length).min(file.length)))
     }
 
     /// Sampling defaults and end tokens.

@@ -344,6 +344,23 @@ impl Pool {
         Ok(keys)
     }
 
+    /// Contents that were catalogued under identities that stood for their own (first of each pair) get their own
+    /// (second), and keep what they have on the device. One whose own is catalogued already stays what it is: it goes with
+    /// the model that brought it.
+    pub fn identify(&mut self, pairs: &[(ContentId, ContentId)]) {
+        for &(stand_in, own) in pairs {
+            if self.by_id.contains_key(&own) {
+                continue;
+            }
+            if let Some(key) = self.by_id.remove(&stand_in) {
+                self.by_id.insert(own, key);
+                if let Some(slot) = self.slot_mut(key) {
+                    slot.id = own;
+                }
+            }
+        }
+    }
+
     /// One model with these tensors is gone. Tensors that no model has any more leave the device, and their place in
     /// the address space is given up. The model must hold no lease.
     pub fn forget(&mut self, keys: &[TensorKey]) {

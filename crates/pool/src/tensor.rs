@@ -134,6 +134,11 @@ impl Vacancy {
         &self.tensor
     }
 
+    /// Whether filling it would be for nothing, because no lease wants the tensor; from then on it cannot be joined.
+    pub fn is_unwanted(&self) -> bool {
+        self.tensor.abandon_if_unwanted()
+    }
+
     /// Gives the room back and makes known why the tensor will not arrive.
     pub fn fail(mut self, failure: LoadFailure) {
         // Whoever sees the failure may ask for this room again at once, so it is free before that.
