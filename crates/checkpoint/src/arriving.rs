@@ -54,6 +54,8 @@ impl<'a> Arriving<'a> {
                 checkpoint: checkpoint_id.to_owned(),
                 offset,
                 chunks: vec![Hash([0; 32]); tensor.bytes.div_ceil(CHUNK_BYTES) as usize],
+                stored: Vec::new(),
+                in_place: None,
             });
         }
         let data_bytes = place_after(end, u64::MAX);
@@ -74,6 +76,7 @@ impl<'a> Arriving<'a> {
             special_tokens: source.special_tokens().clone(),
             has_tokenizer: source.tokenizer_json().is_some(),
             base: None,
+            in_place: None,
         };
         Ok(Arriving { source, dir: dir.to_path_buf(), file, manifest })
     }
@@ -127,17 +130,13 @@ impl<'a> Arriving<'a> {
     ) -> Result<Manifest, CheckpointError> {
         let mut places: HashMap<ContentId, KnownTensor> = HashMap::new();
         for entry in &mut self.manifest.tensors {
-            let place = places.entry(entry.id).or_insert_with(|| {
-                let own = || KnownTensor {
-                    checkpoint: entry.checkpoint.clone(),
-                    offset: entry.offset,
-                    chunks: entry.chunks.clone(),
-                };
-                known(&entry.id).unwrap_or_else(own)
-            });
+            let place = places
+                .entry(entry.id)
+                .or_insert_with(|| known(&entry.id).unwrap_or_else(|| KnownTensor::from(&*entry)));
             entry.checkpoint.clone_from(&place.checkpoint);
             entry.offset = place.offset;
             entry.chunks.clone_from(&place.chunks);
+            entry.stored.clone_from(&place.stored);
         }
         self.file.sync_all().map_err(|error| CheckpointError::io(&self.dir.join(DATA_FILE), error))?;
         finish(&self.dir, self.manifest)

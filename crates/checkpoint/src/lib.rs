@@ -5,8 +5,8 @@
 
 mod adapter;
 mod adapter_config;
-mod compression;
 mod arriving;
+mod compression;
 mod config;
 pub mod dtype;
 mod error;
@@ -31,8 +31,8 @@ mod tekken;
 mod tokenizer;
 
 pub use adapter::AdapterSource;
-pub use compression::{Layout, codec_format, stored_chunk_bytes};
 pub use arriving::Arriving;
+pub use compression::{Layout, codec_format, stored_chunk_bytes};
 pub use dtype::DType;
 pub use error::CheckpointError;
 pub use file::Presence;

@@ -12,7 +12,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
-use tangram_node::{DeployError, DeployProgress, DeployedModel, WeightLayout};
+use tangram_node::{DeployError, DeployProgress, DeployedModel, RemoteSource, WeightLayout};
 use tokio::sync::mpsc;
 
 use crate::Gateway;
@@ -66,6 +66,8 @@ enum Deployable {
     Source(PathBuf, WeightLayout),
     /// The checkpoint at this path, its tensors left where they are.
     InPlace(PathBuf),
+    /// The checkpoint at this remote source.
+    Remote(RemoteSource),
     /// The adapter in this directory on the model of this name.
     Adapter(PathBuf, String),
 }
@@ -109,8 +111,23 @@ pub(crate) async fn deploy(
             ));
         }
         (None, Some(_)) => Deployable::Adapter(PathBuf::from(required("adapter")?), required("base")?),
-        (_, None) if in_place => Deployable::InPlace(PathBuf::from(required("source")?)),
-        (_, None) => Deployable::Source(PathBuf::from(required("source")?), layout.unwrap_or_default()),
+        (_, None) => {
+            let source = required("source")?;
+            match RemoteSource::parse(&source) {
+                None if in_place => Deployable::InPlace(PathBuf::from(source)),
+                None => Deployable::Source(PathBuf::from(source), layout.unwrap_or_default()),
+                Some(_) if in_place => {
+                    return Err(ApiError::param(
+                        "in_place",
+                        "what is downloaded has no place of its own to stay in",
+                    ));
+                }
+                Some(_) if layout.is_some() => {
+                    return Err(ApiError::param("layout", "what is downloaded is stored plain"));
+                }
+                Some(remote) => Deployable::Remote(remote.map_err(DeployError::from)?),
+            }
+        }
     };
     let param = if matches!(what, Deployable::Adapter(..)) { "adapter" } else { "source" };
     let refusal = move |error: DeployError| ApiError::from(error).instead_of_source(param);
@@ -178,6 +195,7 @@ fn run(
     match what {
         Deployable::Source(source, layout) => gateway.node.deploy_as(*layout, name, source, progress),
         Deployable::InPlace(source) => gateway.node.deploy_in_place(name, source, progress),
+        Deployable::Remote(source) => gateway.node.deploy_remote(name, source, progress),
         Deployable::Adapter(adapter, base) => gateway.node.deploy_adapter(name, adapter, base, progress),
     }
 }
@@ -191,7 +209,7 @@ impl Line {
     fn bytes(&self) -> Bytes {
         let value = match self {
             Line::Progress(progress) => json!({
-                "status": "importing",
+                "status": progress.stage,
                 "bytes_done": progress.bytes_done,
                 "bytes_total": progress.bytes_total,
                 "bytes_reused": progress.bytes_reused,

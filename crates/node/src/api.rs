@@ -252,12 +252,24 @@ pub enum RequestError {
     Internal(String),
 }
 
+/// What a deployment is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeployStage {
+    /// Bringing the files of a remote source to this disk; bytes are those of files.
+    Downloading,
+    /// Reading tensors and writing those that are new; bytes are those of weights.
+    Importing,
+}
+
 /// How far a deployment is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeployProgress {
-    /// Weight bytes examined and, where new, written.
+    /// What is being done.
+    pub stage: DeployStage,
+    /// Bytes that are done with in this stage.
     pub bytes_done: u64,
-    /// Weight bytes in the source.
+    /// Bytes of this stage; 0 as long as that is not known.
     pub bytes_total: u64,
     /// Of `bytes_done`, bytes that were already on this disk and were referenced.
     pub bytes_reused: u64,
@@ -269,6 +281,9 @@ pub enum DeployError {
     /// The checkpoint cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] tangram_checkpoint::CheckpointError),
+    /// The source cannot be brought here.
+    #[error(transparent)]
+    Remote(#[from] tangram_remote::RemoteError),
     /// The model can never run on this node.
     #[error("{0}")]
     DoesNotFit(String),
@@ -278,6 +293,9 @@ pub enum DeployError {
     /// No such model.
     #[error("model '{0}' is not deployed")]
     UnknownModel(String),
+    /// It is still being downloaded.
+    #[error("model '{0}' is still being downloaded; stop its deployment, or wait for its end")]
+    Arriving(String),
     /// The node is going down, or the caller gave up.
     #[error("the deployment was cancelled")]
     Cancelled,

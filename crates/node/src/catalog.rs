@@ -22,11 +22,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use tangram_checkpoint::{
-    self as checkpoint, AdapterSource, ContentId, DATA_FILE, KnownTensor, Layout, Manifest, Source,
+    self as checkpoint, AdapterSource, Arriving, ContentId, DATA_FILE, KnownTensor, Layout, Manifest, Source,
     TensorEntry,
 };
 
-use crate::api::{DeployError, DeployProgress};
+use crate::api::{DeployError, DeployProgress, DeployStage};
 use crate::damage::Damaged;
 
 const DATABASE_FILE: &str = "catalog.redb";
@@ -331,11 +331,49 @@ impl Catalog {
         if let (Some(in_place), None) = (&deployment.manifest.in_place, &deployment.manifest.base) {
             in_place.files.iter().for_each(|file| self.damaged.forget(&file.path));
         }
-        let replaced = self.models.insert(name.to_owned(), deployment.clone());
+        self.replace(name, deployment.clone());
+        Ok(deployment)
+    }
+
+    fn replace(&mut self, name: &str, deployment: Deployment) {
+        let replaced = self.models.insert(name.to_owned(), deployment);
         self.index_contents();
         if let Some(replaced) = replaced {
             self.retire(&replaced);
         }
+    }
+
+    /// A directory for a checkpoint whose bytes are still coming; its name is the checkpoint's id. It lies where
+    /// checkpoints lie, so that it can be read from before it is catalogued by [`Catalog::adopt`]; until then it is litter
+    /// to the next start. Also gives the time.
+    pub(crate) fn begin(&self) -> Result<(String, u64), CatalogError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let id = format!("{:016x}", now.as_nanos() as u64);
+        let dir = self.checkpoint_dir(&id);
+        fs::create_dir(&dir).map_err(io_error("creating", &dir))?;
+        Ok((id, now.as_secs()))
+    }
+
+    /// Commits a checkpoint that has arrived under `name`, as [`Catalog::deploy`] does.
+    pub(crate) fn adopt(
+        &mut self,
+        name: &str,
+        created: u64,
+        origin: &str,
+        arrived: Arriving<'_>,
+    ) -> Result<Deployment, DeployError> {
+        let id = arrived.manifest().checkpoint.clone();
+        let known = |content: &ContentId| {
+            let (known, bytes) = self.contents.get(content)?;
+            self.is_intact(known, *bytes).then(|| known.clone())
+        };
+        let manifest = Arc::new(arrived.settle(&known)?);
+        let parent = self.root.join("checkpoints");
+        File::open(&parent).and_then(|dir| dir.sync_all()).map_err(io_error("syncing", &parent))?;
+        let record = Record { checkpoint: id, created, source: Some(origin.to_owned()) };
+        self.commit(name, Some(&record))?;
+        let deployment = Deployment { created, manifest };
+        self.replace(name, deployment.clone());
         Ok(deployment)
     }
 
@@ -353,7 +391,7 @@ impl Catalog {
         };
         let progress = &mut |import| {
             let checkpoint::ImportProgress { bytes_done, bytes_total, bytes_reused } = import;
-            progress(DeployProgress { bytes_done, bytes_total, bytes_reused })
+            progress(DeployProgress { stage: DeployStage::Importing, bytes_done, bytes_total, bytes_reused })
         };
         let imported = match source {
             Import::Model(source, layout) => {

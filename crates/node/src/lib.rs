@@ -4,12 +4,14 @@
 //! alone touches device memory; deployments change the data directory (`catalog.rs`) and are then announced to it.
 
 mod api;
+mod arrival;
 mod catalog;
 mod damage;
 mod disks;
 mod forecast;
 mod machine;
 mod model;
+mod remote;
 mod sequence;
 mod swap;
 mod worker;
@@ -32,11 +34,13 @@ use tangram_engine::sampling::Sampler;
 use tangram_engine::{Model, TensorDesc};
 pub use tangram_pool::Backend;
 use tangram_pool::Pool;
+use tangram_remote::Remote;
 pub use tangram_store::Verification;
 use tangram_store::{Damage, Options, Store};
 use tokio::sync::{mpsc, oneshot};
 
 pub use api::*;
+use arrival::Arrival;
 pub use catalog::CatalogError;
 use catalog::{Catalog, Deployment, Import};
 use disks::Disks;
@@ -47,6 +51,7 @@ use model::ModelPlan;
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
 use swap::HostMemory;
 pub use tangram_engine::PassShape;
+pub use tangram_remote::{Options as RemoteOptions, RemoteError, RemoteSource};
 use worker::{Command, Registration, Shared, Worker};
 
 /// How a node is set up.
@@ -68,10 +73,13 @@ pub struct NodeConfig {
     pub max_waiting: usize,
     /// How much of what is loaded is compared with its hash.
     pub verification: Verification,
+    /// How checkpoints are downloaded, and with whose credentials.
+    pub remote: RemoteOptions,
 }
 
 impl NodeConfig {
-    /// A paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything verified.
+    /// A paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything verified, and
+    /// the credentials of this process's environment.
     pub fn new(data: PathBuf, device_memory: u64) -> NodeConfig {
         NodeConfig {
             data,
@@ -82,6 +90,7 @@ impl NodeConfig {
             threads: None,
             max_waiting: 1024,
             verification: Verification::Full,
+            remote: RemoteOptions::from_environment(),
         }
     }
 }
@@ -128,6 +137,10 @@ pub struct Node {
     next_index: AtomicUsize,
     next_arrival: AtomicU64,
     closing: AtomicBool,
+    /// Where downloads go, and how.
+    downloads: (PathBuf, RemoteOptions),
+    /// Made when the first remote source is deployed.
+    remote: Mutex<Option<Arc<Remote>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -198,13 +211,15 @@ impl Node {
             next_index: AtomicUsize::new(0),
             next_arrival: AtomicU64::new(0),
             closing: AtomicBool::new(false),
+            downloads: (config.data.join("downloads"), config.remote),
+            remote: Mutex::default(),
         });
         let catalog = lock(&node.catalog);
         // Bases first: an adapter then finds its own already there.
         let (adapters, others): (Vec<_>, Vec<_>) =
             catalog.models().iter().partition(|(_, deployment)| deployment.manifest.base.is_some());
         for (name, deployment) in others.into_iter().chain(adapters) {
-            if let Err(reason) = node.announce(&catalog, name, deployment) {
+            if let Err(reason) = node.announce(&catalog, name, deployment, None) {
                 tracing::error!("model '{name}' cannot be used: {reason}");
             }
         }
@@ -237,14 +252,19 @@ impl Node {
         *lock(&self.measuring) = thread.spawn(measure).ok();
     }
 
-    /// Makes a catalogued deployment available to requests.
+    /// Makes a deployment available to requests: a catalogued one, or one whose tensors are told to arrive.
     fn announce(
         &self,
         catalog: &Catalog,
         name: &str,
         deployment: &Deployment,
+        arrival: Option<&Arc<Arrival>>,
     ) -> Result<Arc<DeployedModel>, String> {
         let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes)?;
+        let plan = match arrival {
+            Some(arrival) => plan.arriving(arrival),
+            None => plan,
+        };
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
             None => None,
@@ -432,17 +452,28 @@ impl Node {
         if self.closing.load(Ordering::Acquire) {
             return Err(DeployError::Cancelled);
         }
-        let pool_bytes = self.page_count * self.page_bytes;
         let old = catalog.models().get(name).cloned();
         let old_index = self.model(name).map(|model| model.index);
         let deployment = catalog.deploy(name, source, origin, progress)?;
         self.disks.measure(&catalog.data_file(&deployment.manifest.checkpoint));
         self.machine.measure(weight_types);
-        let announced = self.announce(&catalog, name, &deployment);
+        self.announce_or_undo(catalog, name, &deployment, old.zip(old_index))
+    }
+
+    /// Announces what has just been catalogued, in the place of an older deployment; undoes both if that fails.
+    fn announce_or_undo(
+        &self,
+        catalog: MutexGuard<'_, Catalog>,
+        name: &str,
+        deployment: &Deployment,
+        old: Option<(Deployment, usize)>,
+    ) -> Result<Arc<DeployedModel>, DeployError> {
+        let pool_bytes = self.page_count * self.page_bytes;
+        let announced = self.announce(&catalog, name, deployment, None);
         let problem = match announced {
             Ok(deployed) if deployed.context > 0 => {
                 drop(catalog);
-                if let (Some(old), Some(index)) = (old, old_index) {
+                if let Some((old, index)) = old {
                     self.retire(index, &old);
                 }
                 return Ok(deployed);
@@ -456,7 +487,7 @@ impl Node {
         drop(catalog);
         // An older deployment was replaced by one that cannot run; both are gone, which the user is told.
         let _ = self.remove(name);
-        if let (Some(old), Some(index)) = (old, old_index) {
+        if let Some((old, index)) = old {
             self.retire(index, &old);
         }
         Err(problem)
@@ -487,7 +518,12 @@ impl Node {
     pub fn remove(&self, name: &str) -> Result<(), DeployError> {
         let mut catalog = lock(&self.catalog);
         let deployment = catalog.models().get(name).cloned();
-        let deployment = deployment.ok_or_else(|| DeployError::UnknownModel(name.to_owned()))?;
+        let Some(deployment) = deployment else {
+            return Err(match self.model(name) {
+                Some(_) => DeployError::Arriving(name.to_owned()),
+                None => DeployError::UnknownModel(name.to_owned()),
+            });
+        };
         catalog.remove(name)?;
         drop(catalog);
         let removed = self.models.write().unwrap_or_else(PoisonError::into_inner).remove(name);
@@ -497,12 +533,17 @@ impl Node {
     }
 
     fn retire(&self, index: usize, deployment: &Deployment) {
+        let done = self.cleaning(deployment);
+        let _ = self.commands.send(Command::Retire { model: index, done });
+    }
+
+    /// What has to be done when the last request of a deployment has ended.
+    fn cleaning(&self, deployment: &Deployment) -> Box<dyn FnOnce() + Send> {
         let (retired, manifest) = (self.retired.clone(), deployment.manifest.clone());
-        let done = Box::new(move || {
+        Box::new(move || {
             // Without a janitor the node is going down, and its next start cleans up.
             let _ = retired.map(|retired| retired.send(manifest));
-        });
-        let _ = self.commands.send(Command::Retire { model: index, done });
+        })
     }
 
     /// Submits a request for tokens.

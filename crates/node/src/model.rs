@@ -12,6 +12,7 @@ use tangram_pool::{CatalogueEntry, LoadFailure, Tensor, Vacancy, pages_alone};
 use tangram_store::{Compressed, TensorLoad, Wake};
 
 use crate::api::TensorProfile;
+use crate::arrival::{Arrival, Waiting};
 use crate::catalog::{Catalog, Deployment};
 use crate::forecast::{Forecast, footprint};
 use crate::machine::Machine;
@@ -26,29 +27,47 @@ pub(crate) struct Location {
     pub(crate) name: String,
     /// What the file must still be, if it is the user's.
     pub(crate) in_place: Option<Arc<InPlaceFile>>,
+    /// Of a model that is still arriving: where it is told whether the tensor is there, and under which number.
+    pub(crate) arrival: Option<(Arc<Arrival>, usize)>,
 }
 
-/// The tasks of filling vacancies from where their tensors lie. One whose file is no longer what was deployed fails here,
-/// with the reason; `wake` is called for it as the store would.
+impl Location {
+    /// The task of filling `vacancy` from here; what waits if the bytes are not here yet.
+    pub(crate) fn load(&self, vacancy: Vacancy) -> Result<TensorLoad, Waiting> {
+        let chunks = match &self.arrival {
+            None => self.chunks.clone(),
+            Some((arrival, index)) => match arrival.chunks(*index) {
+                Some(chunks) => chunks,
+                None => return Err(Waiting { vacancy, location: self.clone() }),
+            },
+        };
+        let (file, compressed, name) = (self.file.clone(), self.compressed.clone(), self.name.clone());
+        Ok(TensorLoad { vacancy, file, offset: self.offset, chunks, compressed, name })
+    }
+}
+
+/// The tasks of filling vacancies from where their tensors lie, and those whose bytes are not on this disk yet. One whose
+/// file is no longer what was deployed fails here, with the reason; `wake` is called for it as the store would.
 pub(crate) fn loads<'a>(
     vacancies: impl Iterator<Item = (Vacancy, &'a Location)>,
     wake: &Wake,
-) -> Vec<TensorLoad> {
+) -> (Vec<TensorLoad>, Vec<Waiting>) {
     let mut checked: HashMap<&Path, Result<(), String>> = HashMap::new();
-    let load = |(vacancy, location): (Vacancy, &'a Location)| {
-        let Location { file, offset, chunks, compressed, name, in_place } = location;
-        if let Some(in_place) = in_place
+    let (mut ready, mut waiting) = (Vec::new(), Vec::new());
+    for (vacancy, location) in vacancies {
+        if let Some(in_place) = &location.in_place
             && let Err(change) = checked.entry(&in_place.path).or_insert_with(|| in_place.check())
         {
             vacancy.fail(LoadFailure::Failed(change.clone()));
             wake();
-            return None;
+            continue;
         }
-        let (file, chunks, name) = (file.clone(), chunks.clone(), name.clone());
-        let compressed = compressed.clone();
-        Some(TensorLoad { vacancy, file, offset: *offset, chunks, compressed, name })
-    };
-    vacancies.filter_map(load).collect()
+        match location.load(vacancy) {
+            Ok(load) => ready.push(load),
+            Err(waits) => waiting.push(waits),
+        }
+    }
+    (ready, waiting)
 }
 
 /// Everything about a deployed model that does not change while it runs. "Unique" tensors are those of the manifest
@@ -185,6 +204,20 @@ impl ModelPlan {
         })
     }
 
+    /// The plan of a model that is still arriving. Its tensors all have identities of their own, so that they are numbered
+    /// as in the manifest.
+    pub(crate) fn arriving(mut self, arrival: &Arc<Arrival>) -> ModelPlan {
+        for (index, location) in self.locations.iter_mut().enumerate() {
+            location.arrival = Some((arrival.clone(), index));
+        }
+        self
+    }
+
+    /// Whether the model is still arriving, so that how fast it loads says nothing about this machine.
+    pub(crate) fn is_arriving(&self) -> bool {
+        self.locations.iter().any(|location| location.arrival.is_some())
+    }
+
     /// Bytes of the unique tensors: what the model takes on a device.
     pub(crate) fn unique_bytes(&self) -> u64 {
         self.entries.iter().map(|entry| entry.bytes).sum()
@@ -264,6 +297,7 @@ fn locate(catalog: &Catalog, tensor: &TensorEntry, files: &[Arc<InPlaceFile>]) -
             compressed: None,
             name,
             in_place: Some(file.clone()),
+            arrival: None,
         },
         None => Location {
             file: catalog.checkpoint_dir(&tensor.checkpoint).join(tangram_checkpoint::DATA_FILE),
@@ -272,6 +306,7 @@ fn locate(catalog: &Catalog, tensor: &TensorEntry, files: &[Arc<InPlaceFile>]) -
             compressed: Compressed::of(tensor),
             name,
             in_place: None,
+            arrival: None,
         },
     }
 }

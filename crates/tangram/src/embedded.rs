@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tangram_gateway::GatewayConfig;
-use tangram_node::{Node, NodeConfig};
+use tangram_node::{Node, NodeConfig, RemoteOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -55,6 +55,7 @@ impl Server {
             threads: settings.threads,
             max_waiting: settings.max_waiting,
             verification: settings.verification,
+            remote: RemoteOptions::from_environment(),
         };
         let node = tokio::task::spawn_blocking(move || Node::open(config)).await??;
         let running_file = settings.data.join(RUNNING_FILE);

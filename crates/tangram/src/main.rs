@@ -56,7 +56,9 @@ enum Command {
     Deploy {
         /// Name that requests will use.
         name: String,
-        /// Hugging Face or ServerlessLLM directory, .safetensors file with its config.json beside it, or .gguf file.
+        /// Hugging Face or ServerlessLLM directory, .safetensors file with its config.json beside it, or .gguf file; or where
+        /// such a one is: https://HOST/PATH, s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH,
+        /// hf:ORG/NAME[@REVISION][/FILE].
         #[arg(required_unless_present = "adapter", conflicts_with = "adapter")]
         source: Option<PathBuf>,
         /// How bf16 and fp16 weights are stored: `compressed` takes about a third (bf16) or a seventh (fp16) less room,

@@ -3,7 +3,7 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value as Json, json};
-use tangram_node::{DeployError, DeployedModel, RequestError};
+use tangram_node::{DeployError, DeployedModel, RemoteError, RequestError};
 
 /// An error for the client.
 #[derive(Debug, Clone, PartialEq)]
@@ -155,12 +155,24 @@ impl From<DeployError> for ApiError {
     fn from(error: DeployError) -> Self {
         let message = error.to_string();
         match error {
-            DeployError::Checkpoint(_) => Self::param("source", message),
+            DeployError::Remote(RemoteError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("disk_full"), message)
+            }
+            DeployError::Remote(RemoteError::Io { .. }) => Self::internal(message),
+            DeployError::Remote(RemoteError::GaveUp { .. }) => {
+                Self::new(StatusCode::BAD_GATEWAY, "server_error", Some("source_unavailable"), message)
+            }
+            DeployError::Checkpoint(_) | DeployError::Remote(_) => Self::param("source", message),
             DeployError::DoesNotFit(_) => {
                 ApiError { code: Some("does_not_fit"), ..Self::param("source", message) }
             }
             DeployError::BadName(_) => Self::param("name", message),
             DeployError::UnknownModel(name) => Self::unknown_model(&name),
+            DeployError::Arriving(_) => {
+                Self::new(StatusCode::CONFLICT, "invalid_request_error", Some("arriving"), message)
+            }
             DeployError::Cancelled => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("cancelled"), message)
             }

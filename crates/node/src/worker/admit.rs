@@ -13,6 +13,7 @@ use super::adapters::ActiveAdapter;
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
 use crate::api::RequestError;
+use crate::arrival::{Waiting, sort_out};
 use crate::forecast::LoadMeter;
 use crate::model::{Location, loads};
 use crate::sequence::Sequence;
@@ -35,6 +36,15 @@ impl Worker {
             self.start(sequence).inspect_err(|_| blocked[model] = true)
         });
         self.queue = queue;
+    }
+
+    /// Starts the loads of tensors that have come to this disk meanwhile.
+    pub(super) fn start_arrived(&mut self) {
+        if !self.waiting.is_empty() {
+            let (ready, waiting) = sort_out(std::mem::take(&mut self.waiting));
+            self.waiting = waiting;
+            self.store.load(ready, &self.wake);
+        }
     }
 
     /// KV that running sequences of this and other models will still take for the tokens that they have.
@@ -204,13 +214,15 @@ impl Worker {
                 Err(Refusal::Short(_)) => return None,
                 Err(Refusal::Device(error)) => return Some(Err(error)),
             };
-            if !activation.missing.is_empty() {
+            if !activation.missing.is_empty() && !base.plan.is_arriving() {
                 let tensors = activation.lease.tensors().iter();
                 meter = LoadMeter::new(tensors.map(|tensor| (tensor.len() as u64, !tensor.is_ready())));
             }
             loaded += activation.bytes_loaded;
             reused += activation.bytes_reused;
-            self.store.load(loads(located(activation.missing, [entry, base]), &self.wake), &self.wake);
+            let (ready, waiting) = loads(located(activation.missing, [entry, base]), &self.wake);
+            self.waiting.extend(waiting);
+            self.store.load(ready, &self.wake);
             Some(activation.lease)
         };
         if let Some(active) = &base.active {

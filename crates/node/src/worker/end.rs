@@ -146,6 +146,26 @@ impl Worker {
         self.deactivate_if_over(model);
     }
 
+    /// Ends every sequence of a model, running or not, with an error: what its answers are computed from is not what it
+    /// should be.
+    pub(super) fn withdraw(&mut self, model: usize, reason: &str) {
+        let Some(entry) = self.models.get(model).and_then(Option::as_ref) else { return };
+        let error =
+            RequestError::LoadFailed { model: entry.deployed.name.clone(), reason: reason.to_owned() };
+        for sequence in self.queue.remove(|sequence| sequence.model == model) {
+            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            if let Some(entry) = self.models[model].as_mut() {
+                entry.waiting -= 1;
+            }
+            let error = error.clone();
+            self.end(*sequence, |sequence| sequence.fail(error));
+        }
+        if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
+            self.fail_model(model, &error);
+        }
+        self.start_arrived();
+    }
+
     fn take_last(&mut self, model: usize) -> Option<Sequence> {
         let active = self.models[model].as_ref()?.active.as_ref()?;
         self.take_sequence(model, active.sequences.len().checked_sub(1)?)

@@ -21,6 +21,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use tangram_checkpoint::ContentId;
 use tangram_engine::{Executor, Pass};
 use tangram_policy::{Admission, Expectations, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
@@ -30,6 +31,7 @@ use self::adapters::ActiveAdapter;
 use self::step::Progress;
 use self::worth::Prompts;
 use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
+use crate::arrival::Waiting;
 use crate::forecast::LoadMeter;
 use crate::model::ModelPlan;
 use crate::sequence::Sequence;
@@ -50,6 +52,10 @@ pub(crate) enum Command {
     Register { model: Box<Registration>, answer: Sender<Result<(), String>> },
     /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, which must not block.
     Retire { model: usize, done: Box<dyn FnOnce() + Send> },
+    /// Contents that were registered under identities that stood for their own, and their own.
+    Identify { pairs: Vec<(ContentId, ContentId)>, answer: Sender<()> },
+    /// A model that was still arriving will not come: its requests fail, then it goes as by `Retire`.
+    Withdraw { model: usize, reason: String, done: Box<dyn FnOnce() + Send> },
     /// Something happened elsewhere: a tensor arrived, a client went away.
     Wake,
     /// End the loop; running sequences fail.
@@ -132,6 +138,8 @@ pub(crate) struct Worker {
     expectations: Expectations,
     /// Models whose prompts have changed so much that their tensors have to be appraised anew.
     unappraised: Vec<usize>,
+    /// Loads of tensors that are not on this disk yet.
+    waiting: Vec<Waiting>,
     /// What is being brought in before anybody asks for it.
     prefetching: Option<(Lease, LoadId)>,
     /// For every catalogued tensor a model that has it, and its place among the model's tensors.
@@ -178,6 +186,7 @@ impl Worker {
             queue: Admission::default(),
             expectations: Expectations::new(),
             unappraised: Vec::new(),
+            waiting: Vec::new(),
             prefetching: None,
             located: HashMap::new(),
             epoch: now,
@@ -200,6 +209,7 @@ impl Worker {
         while !self.stopping {
             self.read_commands();
             self.drop_cancelled();
+            self.start_arrived();
             self.admit();
             let mut advanced = false;
             for model in 0..self.models.len() {
@@ -274,6 +284,14 @@ impl Worker {
                 }
                 self.bind_adapters();
                 self.retire_if_over(model);
+            }
+            Command::Identify { pairs, answer } => {
+                self.pool.identify(&pairs);
+                let _ = answer.send(());
+            }
+            Command::Withdraw { model, reason, done } => {
+                self.withdraw(model, &reason);
+                self.handle(Command::Retire { model, done });
             }
             Command::Wake => {
                 // A swap and no store: whoever found the flag set before this has its arrival seen after it.

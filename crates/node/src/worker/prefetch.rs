@@ -32,8 +32,9 @@ impl Worker {
             let location = self.models.get(model)?.as_ref()?.plan.locations.get(index)?;
             Some((vacancy, location))
         };
-        let loads = loads(fetch.missing.into_iter().filter_map(located), &self.wake);
-        let load = self.store.prefetch(loads, &self.wake);
+        let (ready, waiting) = loads(fetch.missing.into_iter().filter_map(located), &self.wake);
+        self.waiting.extend(waiting);
+        let load = self.store.prefetch(ready, &self.wake);
         self.prefetching = Some((fetch.lease, load));
     }
 

@@ -7,7 +7,7 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tangram_node::{ModelStatus, NodeStatus, WeightLayout};
+use tangram_node::{ModelStatus, NodeStatus, RemoteSource, WeightLayout};
 
 use crate::Target;
 use crate::client::Client;
@@ -20,7 +20,7 @@ struct Models {
 
 /// What to deploy.
 pub(crate) enum Deployable {
-    /// A checkpoint, and how its weights are to be stored.
+    /// A checkpoint on this machine or at a remote source, and how its weights are to be stored.
     Source(PathBuf, WeightLayout),
     /// A checkpoint whose tensors stay where they are.
     InPlace(PathBuf),
@@ -106,6 +106,8 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) ->
     let absolute =
         |path: &Path| std::fs::canonicalize(path).with_context(|| format!("there is no {}", path.display()));
     let body = match what {
+        // The server reads it, with the credentials of its own environment.
+        Deployable::Source(source, _) if is_remote(source) => json!({ "name": name, "source": source }),
         Deployable::Source(source, layout) => {
             json!({ "name": name, "source": absolute(source)?, "layout": layout })
         }
@@ -122,7 +124,6 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) ->
             .context("progress bar")?
             .progress_chars("=> "),
     );
-    bar.set_prefix(format!("deploying {name}"));
     let mut deployed = None;
     let figure = |value: &Value, key: &str| value.get(key).and_then(Value::as_u64).unwrap_or(0);
     client
@@ -130,6 +131,8 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) ->
             match line.get("model") {
                 Some(model) => deployed = Some(serde_json::from_value::<ModelStatus>(model.clone())?),
                 None => {
+                    let what = line.get("status").and_then(Value::as_str).unwrap_or("deploying");
+                    bar.set_prefix(format!("{what} {name}"));
                     bar.set_length(figure(&line, "bytes_total"));
                     bar.set_position(figure(&line, "bytes_done"));
                 }
@@ -139,6 +142,10 @@ pub(crate) async fn deploy_on(client: &Client, name: &str, what: &Deployable) ->
         .await?;
     bar.finish_and_clear();
     deployed.context("the server ended the deployment without an answer")
+}
+
+fn is_remote(source: &Path) -> bool {
+    source.to_str().is_some_and(|source| RemoteSource::parse(source).is_some())
 }
 
 /// Lists deployed models.
