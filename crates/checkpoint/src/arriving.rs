@@ -15,6 +15,9 @@ use crate::import::{DATA_FILE, TOKENIZER_FILE, finish, is_plain_name, place_afte
 use crate::manifest::{CHUNK_BYTES, ContentId, Hash, Manifest, TensorEntry};
 use crate::{CheckpointError, KnownTensor, Source};
 
+/// Returns when these bytes of a file of the source can be read, or stops the import.
+pub type WaitFor<'a> = &'a mut dyn FnMut(&Path, Range<u64>) -> Result<(), CheckpointError>;
+
 /// An import under way of a source whose bytes are still coming.
 pub struct Arriving<'a> {
     source: &'a Source,
@@ -86,14 +89,14 @@ impl<'a> Arriving<'a> {
         &self.manifest
     }
 
-    /// Fills the data file in execution order. `wait` returns when these bytes of a file of the source can be read, or
-    /// stops the import; `arrived` is told of every tensor (by its place in the manifest) when it lies in the data file.
+    /// Fills the data file in execution order, waiting for the bytes of each tensor. `arrived` is told of every tensor (by
+    /// its place in the manifest) when it lies in the data file.
     ///
     /// # Errors
     /// Those of `wait`, of reading and of writing.
     pub fn fill(
         &mut self,
-        wait: &mut dyn FnMut(&Path, Range<u64>) -> Result<(), CheckpointError>,
+        wait: WaitFor<'_>,
         arrived: &mut dyn FnMut(usize, &TensorEntry),
     ) -> Result<(), CheckpointError> {
         let mut buffer = Vec::new();

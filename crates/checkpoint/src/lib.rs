@@ -31,7 +31,7 @@ mod tekken;
 mod tokenizer;
 
 pub use adapter::AdapterSource;
-pub use arriving::Arriving;
+pub use arriving::{Arriving, WaitFor};
 pub use compression::{Layout, codec_format, stored_chunk_bytes};
 pub use dtype::DType;
 pub use error::CheckpointError;

@@ -13,9 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tangram_checkpoint::{LayerRole, LowRank, ModelSpec, Role};
-use tangram_node::{
-    Backend, DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, SamplingParams, Verification,
-};
+use tangram_node::{DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, SamplingParams};
 use tangram_testkit::{Float, RandomAdapter, write_adapter_of};
 
 const ADAPTERS: usize = 16;
@@ -94,17 +92,7 @@ fn main() {
     let which = arguments.next().unwrap_or("all".to_owned());
     let dtype = if arguments.next().as_deref() == Some("f32") { Float::F32 } else { Float::BF16 };
     let data = tempfile::tempdir().unwrap();
-    let node = Node::open(NodeConfig {
-        data: data.path().join("data"),
-        device_memory: 2 << 30,
-        backend: Backend::Paged,
-        page_bytes: None,
-        host_memory: 0,
-        threads: None,
-        max_waiting: 1000,
-        verification: Verification::Full,
-    })
-    .unwrap();
+    let node = Node::open(NodeConfig::new(data.path().join("data"), 2 << 30)).unwrap();
     let go_on = &mut |_| ControlFlow::Continue(());
     let base = node.deploy("base", Path::new(&source), go_on).unwrap();
     let modules = modules(&base.spec, &which);

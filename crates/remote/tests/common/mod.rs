@@ -1,5 +1,5 @@
 //! What the tests of downloads share.
-#![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, dead_code, unused_imports, unreachable_pub)]
 
 use std::ops::ControlFlow;
 use std::path::Path;
