@@ -195,6 +195,48 @@ fn a_pool_on_a_lost_gpu_says_so_and_can_be_made_anew() {
 }
 
 #[test]
+fn contents_that_get_their_own_identity_stay_where_they_are() {
+    let mut world = World::new(16);
+    let there = world.model(&[entry(1, "a", 0, 5000)]);
+    // Three tensors under identities that stand for their own: two turn out to be equal, one is there already.
+    let arriving =
+        world.model(&[entry(101, "b", 0, 5000), entry(102, "b", 5120, 900), entry(103, "b", 6144, 900)]);
+    let (lease, loaded) = world.load(&arriving);
+    assert_eq!(loaded, [101, 102, 103]);
+    let hash = |id: u8| Hash([id; 32]);
+    world.pool.identify(&[(hash(101), hash(1)), (hash(102), hash(2)), (hash(103), hash(2))]);
+    let arrived = world.model(&[entry(1, "a", 0, 5000), entry(2, "b", 5120, 900)]);
+    assert_eq!(arrived, [there[0], arriving[1]]);
+    // Who leased them before goes on, and what has no own identity goes with the model that brought it.
+    assert_eq!(lease.tensors()[2].bytes().unwrap(), content(103, 900));
+    world.pool.release(lease);
+    world.pool.forget(&arriving);
+    assert_eq!(world.pool.stats().resident_bytes, 900);
+    let activation = world.activate(&arrived).unwrap();
+    assert_eq!((activation.bytes_loaded, activation.bytes_reused), (5000, 900));
+    assert_eq!(activation.lease.tensors()[1].bytes().unwrap(), content(102, 900));
+}
+
+#[test]
+fn a_vacancy_that_nobody_wants_or_that_cannot_be_filled_gives_its_room_back() {
+    let mut world = World::new(4);
+    let keys = world.model(&[entry(1, "a", 0, 3 * PAGE)]);
+    let mut activation = world.activate(&keys).unwrap();
+    let vacancy = activation.missing.remove(0);
+    assert!(!vacancy.is_unwanted());
+    world.pool.release(activation.lease);
+    assert!(vacancy.is_unwanted());
+    vacancy.fail(LoadFailure::Abandoned);
+    let mut activation = world.activate(&keys).unwrap();
+    activation.missing.remove(0).fail(LoadFailure::Failed("gone".to_owned()));
+    assert_eq!(activation.lease.tensors()[0].failure(), Some(&LoadFailure::Failed("gone".to_owned())));
+    world.pool.release(activation.lease);
+    let (lease, loaded) = world.load(&keys);
+    assert_eq!(loaded, [1]);
+    world.check(&lease);
+}
+
+#[test]
 fn addresses_are_stable_across_eviction() {
     let mut world = World::new(4);
     let a = world.model(&[entry(1, "a", 0, 3 * PAGE)]);
