@@ -135,28 +135,31 @@ impl Code {
             Code::Fp8 { values, scales, float, kind } => {
                 let mut codes = vec![0; ((rows.end - rows.start) * columns) as usize];
                 values.read(&mut codes, rows.start * columns)?;
-                let first = match kind {
-                    Scales::Tensor => 0..1,
-                    Scales::Row => rows.clone(),
-                    Scales::Block { rows: high, across, .. } => {
-                        rows.start / high * across..rows.end.div_ceil(*high) * across
-                    }
+                // Scales lie in rows of their own, `across` of them for `wide` inputs each.
+                let (across, wide) = match *kind {
+                    Scales::Tensor | Scales::Row => (1, columns),
+                    Scales::Block { columns: wide, across, .. } => (across, wide),
                 };
-                let scales = scales.floats(*float, name, first.start, (first.end - first.start) as usize)?;
-                let scale = |row: u64, column: u64| {
-                    let place = match kind {
-                        Scales::Tensor => 0,
-                        Scales::Row => row,
-                        Scales::Block { rows, columns, across } => row / rows * across + column / columns,
-                    };
-                    f64::from(scales.get((place - first.start) as usize).copied().unwrap_or(f32::NAN))
+                let scale_row = |row: u64| match *kind {
+                    Scales::Tensor => 0,
+                    Scales::Row => row,
+                    Scales::Block { rows: high, .. } => row / high,
                 };
-                let table: [f64; 256] = std::array::from_fn(|code| e4m3(code as u8));
+                let first = scale_row(rows.start);
+                let count = scale_row(rows.end.saturating_sub(1)) + 1 - first;
+                let scales = scales.floats(*float, name, first * across, (count * across) as usize)?;
                 let mut bytes = Vec::with_capacity(codes.len() * 2);
+                // All values that a code can have under each scale, made when the scales change.
+                let mut tables = Vec::new();
+                let mut tables_of = None;
                 for (row, codes) in rows.zip(codes.chunks_exact(columns as usize)) {
-                    for (column, &code) in (0..columns).zip(codes) {
-                        let value = table[usize::from(code)] * scale(row, column);
-                        bytes.extend(nearest_bf16(value).to_le_bytes());
+                    let of = scale_row(row) - first;
+                    if tables_of.replace(of) != Some(of) {
+                        let scales = scales.iter().skip((of * across) as usize).take(across as usize);
+                        tables = scales.map(|&scale| scaled(scale)).collect();
+                    }
+                    for (codes, table) in codes.chunks(wide as usize).zip(&tables) {
+                        codes.iter().for_each(|&code| bytes.extend_from_slice(&table[usize::from(code)]));
                     }
                 }
                 Ok(bytes)
@@ -303,6 +306,11 @@ fn e4m3(code: u8) -> f64 {
         _ => (1.0 + fraction / 8.0) * 2f64.powi(exponent - 7),
     };
     if code & 128 == 0 { size } else { -size }
+}
+
+/// The bf16 bytes of every e4m3 code times `scale`.
+fn scaled(scale: f32) -> [[u8; 2]; 256] {
+    std::array::from_fn(|code| nearest_bf16(e4m3(code as u8) * f64::from(scale)).to_le_bytes())
 }
 
 /// The nearest bf16, of two equally near the even one. By way of an f32 whose last bit says whether anything is lost,
