@@ -3,15 +3,14 @@
 //! This file only puts kernels in order. Every address that it passes on is of a buffer that it has made large enough,
 //! of a table of the pass, or of a tensor whose length it has checked.
 
-use tangram_checkpoint::{Attention, DType, Experts, LayerRole, Mlp, Norm, NormPlacement, Output, Pooling};
+use tangram_checkpoint::{Attention, DType, LayerRole, Mlp, Norm, NormPlacement, Output, Pooling};
 
 use super::executor::{ALIGNMENT, Addresses, CudaPass, ExecuteError, Memory, Operands, Region};
 use super::plan::{Offset, Tables};
 use super::{
-    ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, CapArguments, CombineArguments,
-    EmbedArguments, FactorsEntry, GroupArguments, Kernels, LowRankArguments, MergeArguments, NormArguments,
-    PlainAttendArguments, PoolArguments, PrepareArguments, ProductArguments, ProductKind, RouteArguments,
-    RowsOut, activation, launch, weight_type,
+    ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, CapArguments, EmbedArguments,
+    FactorsEntry, Kernels, LowRankArguments, MergeArguments, NormArguments, PlainAttendArguments,
+    PoolArguments, PrepareArguments, ProductArguments, ProductKind, RowsOut, activation, launch, weight_type,
 };
 use crate::executor::PassError;
 use crate::kernels::kv::KvElement;
@@ -40,13 +39,13 @@ pub(crate) fn run(
 
 /// Which operands the readers of some rows need besides f32.
 #[derive(Clone, Copy, Default)]
-struct Needs {
+pub(super) struct Needs {
     bf16: bool,
     f16: bool,
 }
 
 impl Needs {
-    fn of<'a>(linears: impl IntoIterator<Item = &'a LinearTensors>) -> Needs {
+    pub(super) fn of<'a>(linears: impl IntoIterator<Item = &'a LinearTensors>) -> Needs {
         linears.into_iter().fold(Needs::default(), |needs, linear| match linear.weight.dtype {
             DType::F32 => needs,
             DType::BF16 => Needs { bf16: true, ..needs },
@@ -57,7 +56,12 @@ impl Needs {
 
 impl Operands {
     /// Makes room for `rows` rows of `width`.
-    fn reserve(&mut self, rows: usize, width: usize, needs: Needs) -> Result<RowsOut, ExecuteError> {
+    pub(super) fn reserve(
+        &mut self,
+        rows: usize,
+        width: usize,
+        needs: Needs,
+    ) -> Result<RowsOut, ExecuteError> {
         let operand_bytes = rows * width.next_multiple_of(32) * 2;
         Ok(RowsOut {
             plain: self.plain.reserve(rows * width * 4)?,
@@ -68,40 +72,32 @@ impl Operands {
     }
 }
 
-fn numbers(buffer: &mut Buffer, count: usize) -> Result<u64, ExecuteError> {
+pub(super) fn numbers(buffer: &mut Buffer, count: usize) -> Result<u64, ExecuteError> {
     Ok(buffer.reserve(count.max(1) * 4)?)
 }
 
 /// Rows that a product reads, and of which tiles.
 #[derive(Clone, Copy)]
-struct Input {
-    rows: RowsOut,
-    columns: usize,
-    tokens: usize,
-}
-
-/// How the rows of experts lie: see [`GroupArguments`].
-#[derive(Clone, Copy)]
-struct Grouped {
-    kind: ProductKind,
-    tiles: u64,
-    tile_count: usize,
+pub(super) struct Input {
+    pub(super) rows: RowsOut,
+    pub(super) columns: usize,
+    pub(super) tokens: usize,
 }
 
 /// Everything that a stage needs.
-struct Step<'a> {
-    kernels: &'a Kernels,
-    pass: &'a mut CudaPass,
-    model: &'a Model,
+pub(super) struct Step<'a> {
+    pub(super) kernels: &'a Kernels,
+    pub(super) pass: &'a mut CudaPass,
+    pub(super) model: &'a Model,
     weights: &'a dyn Addresses,
 }
 
 impl Step<'_> {
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.pass.rows
     }
 
-    fn memory(&mut self) -> &mut Memory {
+    pub(super) fn memory(&mut self) -> &mut Memory {
         &mut self.pass.memory
     }
 
@@ -109,7 +105,7 @@ impl Step<'_> {
         self.pass.memory.tables.address() + offset.0
     }
 
-    fn address(&self, tensor: &Tensor) -> Result<u64, ExecuteError> {
+    pub(super) fn address(&self, tensor: &Tensor) -> Result<u64, ExecuteError> {
         checked(self.weights.tensor(tensor.index), tensor)
     }
 
@@ -225,7 +221,7 @@ impl Step<'_> {
     }
 
     /// What a block reads: the residual stream, normalised if that comes before.
-    fn block_input(&mut self, norm: &NormTensors, needs: Needs) -> Result<Input, ExecuteError> {
+    pub(super) fn block_input(&mut self, norm: &NormTensors, needs: Needs) -> Result<Input, ExecuteError> {
         let (rows, hidden) = (self.rows(), self.model.spec.hidden);
         let x = self.pass.memory.x.address();
         let out = self.memory().h.reserve(rows, hidden, needs)?;
@@ -240,7 +236,7 @@ impl Step<'_> {
     }
 
     /// `out` (`[tokens, features]`) from `input`.
-    fn product(
+    pub(super) fn product(
         &self,
         input: Input,
         linear: &LinearTensors,
@@ -322,7 +318,7 @@ impl Step<'_> {
     }
 
     /// Where a block's result goes, and whether it is added to what is there: to the residual stream, or aside.
-    fn block_output(&mut self, apart: bool) -> Result<(u64, bool), ExecuteError> {
+    pub(super) fn block_output(&mut self, apart: bool) -> Result<(u64, bool), ExecuteError> {
         let elements = self.rows() * self.model.spec.hidden;
         let block = numbers(&mut self.memory().block, elements)?;
         Ok(if apart { (block, false) } else { (self.pass.memory.x.address(), true) })
@@ -348,7 +344,7 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn apart(&self) -> bool {
+    pub(super) fn apart(&self) -> bool {
         self.model.spec.norm_placement == NormPlacement::Sandwich
     }
 
@@ -574,7 +570,13 @@ impl Step<'_> {
     }
 
     /// The activation of a feed-forward block, in place; `up` is 0 without a gate.
-    fn activate_inner(&self, rows: usize, width: usize, up: u64, out: RowsOut) -> Result<(), ExecuteError> {
+    pub(super) fn activate_inner(
+        &self,
+        rows: usize,
+        width: usize,
+        up: u64,
+        out: RowsOut,
+    ) -> Result<(), ExecuteError> {
         let activation = match self.model.spec.mlp {
             Mlp::GatedSilu => activation::SILU_GATE,
             Mlp::GatedGeluTanh => activation::GELU_TANH_GATE,
@@ -584,145 +586,6 @@ impl Step<'_> {
         };
         let width = width as u32;
         self.activate(rows, &ActivateArguments { x: out.plain, up, gather: 0, out, width, activation })
-    }
-
-    /// A feed-forward block with experts.
-    fn sparse(
-        &mut self,
-        layer: &Layer,
-        router: &LinearTensors,
-        experts: &[FeedForward],
-    ) -> Result<(), ExecuteError> {
-        let Some(settings) = &self.model.spec.experts else { return Ok(()) };
-        let (rows, hidden) = (self.rows(), self.model.spec.hidden);
-        let gates = || experts.iter().filter_map(|expert| expert.gate.as_ref());
-        let ups = || experts.iter().map(|expert| &expert.up);
-        let needs = Needs::of(gates().chain(ups()).chain([router]));
-        let input = self.block_input(&layer.mlp_norm, needs)?;
-        let scores = numbers(&mut self.memory().scores, rows * experts.len())?;
-        self.product(input, router, scores, false)?;
-        let (grouped, gather) = self.group(settings, scores)?;
-
-        let routes = rows * settings.per_token;
-        let width = settings.intermediate;
-        let needs = Needs::of(experts.iter().map(|expert| &expert.down));
-        let out = self.memory().gate.reserve(routes, width, needs)?;
-        let up = numbers(&mut self.memory().up, routes * width)?;
-        self.expert_products(input, gates(), grouped, gather, out.plain)?;
-        self.expert_products(input, ups(), grouped, gather, up)?;
-        self.activate_inner(routes, width, up, out)?;
-        let inner = Input { rows: out, columns: width, tokens: routes };
-        let results = numbers(&mut self.memory().expert_output, routes * hidden)?;
-        self.expert_products(inner, experts.iter().map(|expert| &expert.down), grouped, 0, results)?;
-
-        let (out, accumulate) = self.block_output(self.apart())?;
-        let Memory { route_places, route_weights, .. } = &self.pass.memory;
-        let arguments = CombineArguments {
-            results,
-            places: route_places.address(),
-            weights: route_weights.address(),
-            out,
-            width: hidden as u32,
-            per_token: settings.per_token as u32,
-            accumulate: u32::from(accumulate),
-            unused: 0,
-        };
-        // SAFETY: results have a row for each route, and places are below their number.
-        unsafe { self.kernels.combine(launch::rows(rows, 256), &arguments) }?;
-        Ok(())
-    }
-
-    /// Chooses experts by their scores and puts the rows of each together. Gives how they lie, and which row of the
-    /// batch each of them is.
-    fn group(&mut self, settings: &Experts, scores: u64) -> Result<(Grouped, u64), ExecuteError> {
-        let rows = self.rows();
-        let &Experts { count, per_token, normalise, .. } = settings;
-        let routes = rows * per_token;
-        let kind = ProductKind::for_tokens(routes.div_ceil(count.min(routes)));
-        // The kernel for weights in f32 has the smallest tiles.
-        let kind = if self.has_plain_experts() { ProductKind::Few8 } else { kind };
-        let tile_count = launch::most_tiles(routes, count, kind.tile_tokens());
-        let Memory { chosen, route_weights, gather, route_places, tiles, .. } = &mut self.pass.memory;
-        let chosen = numbers(chosen, routes)?;
-        let weights = numbers(route_weights, routes)?;
-        let gather = numbers(gather, routes)?;
-        let places = numbers(route_places, routes)?;
-        let tiles = numbers(tiles, tile_count * 3)?;
-        let route = RouteArguments {
-            scores,
-            chosen,
-            weights,
-            rows: rows as u32,
-            experts: count as u32,
-            per_token: per_token as u32,
-            normalise: u32::from(normalise),
-        };
-        let group = GroupArguments {
-            chosen,
-            gather,
-            places,
-            tiles,
-            routes: routes as u32,
-            per_token: per_token as u32,
-            experts: count as u32,
-            tile_rows: kind.tile_tokens() as u32,
-            most_tiles: tile_count as u32,
-            unused: 0,
-        };
-        // SAFETY: scores are `[rows, experts]`; the others have an element per route, and tiles enough for all.
-        unsafe {
-            self.kernels.route(launch::route(rows), &route)?;
-            self.kernels.group_routes(launch::group_routes(count), &group)?;
-        }
-        Ok((Grouped { kind, tiles, tile_count }, gather))
-    }
-
-    fn has_plain_experts(&self) -> bool {
-        let layers = self.model.layers.iter();
-        layers
-            .filter_map(|layer| match &layer.mlp {
-                MlpTensors::Sparse { experts, .. } => Some(experts),
-                MlpTensors::Dense(_) => None,
-            })
-            .flatten()
-            .flat_map(|expert| expert.gate.iter().chain([&expert.up, &expert.down]))
-            .any(|linear| linear.weight.dtype == DType::F32)
-    }
-
-    /// The same product for all experts, each with its rows.
-    fn expert_products<'b>(
-        &mut self,
-        input: Input,
-        linears: impl Iterator<Item = &'b LinearTensors> + Clone,
-        grouped: Grouped,
-        gather: u64,
-        out: u64,
-    ) -> Result<(), ExecuteError> {
-        let mut dtypes: Vec<DType> = Vec::new();
-        for linear in linears.clone() {
-            if !dtypes.contains(&linear.weight.dtype) {
-                dtypes.push(linear.weight.dtype);
-            }
-        }
-        for dtype in dtypes {
-            let addresses = linears.clone().map(|linear| match linear.weight.dtype == dtype {
-                true => self.address(&linear.weight),
-                false => Ok(0),
-            });
-            let addresses = addresses.collect::<Result<Vec<u64>, _>>()?;
-            let Some(linear) = linears.clone().find(|linear| linear.weight.dtype == dtype) else { continue };
-            let mut tables = Tables::default();
-            tables.push(addresses);
-            let arguments = ProductArguments {
-                weight: self.memory().expert_addresses.fill(tables.bytes())?,
-                tiles: grouped.tiles,
-                gather,
-                ..product_arguments(input, &linear.weight, out)
-            };
-            // SAFETY: as for `product`; tiles are of rows of the output, `gather` of rows of the input.
-            unsafe { launch_product(self.kernels, grouped.kind, dtype, grouped.tile_count, &arguments) }?;
-        }
-        Ok(())
     }
 
     /// The last stage: logits of the rows that want them, or one vector per chunk.
@@ -805,7 +668,7 @@ fn tile_tokens(kind: ProductKind, dtype: DType) -> usize {
 }
 
 /// Everything but the addresses of weight and bias.
-fn product_arguments(input: Input, weight: &Tensor, out: u64) -> ProductArguments {
+pub(super) fn product_arguments(input: Input, weight: &Tensor, out: u64) -> ProductArguments {
     let (x, scales) = match weight.dtype {
         DType::F32 => (input.rows.plain, 0),
         DType::BF16 => (input.rows.bf16, 0),
@@ -826,7 +689,7 @@ fn product_arguments(input: Input, weight: &Tensor, out: u64) -> ProductArgument
 
 /// # Safety
 /// As for [`Kernels::product`].
-unsafe fn launch_product(
+pub(super) unsafe fn launch_product(
     kernels: &Kernels,
     kind: ProductKind,
     dtype: DType,

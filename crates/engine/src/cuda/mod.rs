@@ -9,6 +9,7 @@
 pub mod bundle;
 mod driver;
 mod executor;
+mod experts;
 mod forward;
 mod kernels;
 pub mod launch;
