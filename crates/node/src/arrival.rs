@@ -75,7 +75,7 @@ pub(crate) fn sort_out(waiting: Vec<Waiting>) -> (Vec<TensorLoad>, Vec<Waiting>)
         } else {
             match location.load(vacancy) {
                 Ok(load) => ready.push(load),
-                Err(waits) => still.push(waits),
+                Err(waits) => still.push(*waits),
             }
         }
     }

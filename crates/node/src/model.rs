@@ -33,12 +33,12 @@ pub(crate) struct Location {
 
 impl Location {
     /// The task of filling `vacancy` from here; what waits if the bytes are not here yet.
-    pub(crate) fn load(&self, vacancy: Vacancy) -> Result<TensorLoad, Waiting> {
+    pub(crate) fn load(&self, vacancy: Vacancy) -> Result<TensorLoad, Box<Waiting>> {
         let chunks = match &self.arrival {
             None => self.chunks.clone(),
             Some((arrival, index)) => match arrival.chunks(*index) {
                 Some(chunks) => chunks,
-                None => return Err(Waiting { vacancy, location: self.clone() }),
+                None => return Err(Box::new(Waiting { vacancy, location: self.clone() })),
             },
         };
         let (file, compressed, name) = (self.file.clone(), self.compressed.clone(), self.name.clone());
@@ -64,7 +64,7 @@ pub(crate) fn loads<'a>(
         }
         match location.load(vacancy) {
             Ok(load) => ready.push(load),
-            Err(waits) => waiting.push(waits),
+            Err(waits) => waiting.push(*waits),
         }
     }
     (ready, waiting)

@@ -13,7 +13,7 @@ use super::adapters::ActiveAdapter;
 use super::step::note_arrivals;
 use super::{Active, ModelEntry, Worker};
 use crate::api::RequestError;
-use crate::arrival::{Waiting, sort_out};
+use crate::arrival::sort_out;
 use crate::forecast::LoadMeter;
 use crate::model::{Location, loads};
 use crate::sequence::Sequence;
