@@ -1,8 +1,8 @@
 //! Time to the first token of a model that is on no disk yet, beside what its link and its computation take alone.
 //!
 //! A web server in this process sends at a bounded rate. Per round, one after the other: the files are downloaded and
-//! nothing else; a resident model computes the same prompt; the model is deployed from the server to an empty data
-//! directory, and a request is sent as soon as it is accepted. Prints the ratio of the last to the larger of the others.
+//! nothing else; a resident model computes the same prompt and is removed; the model is deployed from the server, and a
+//! request is sent as soon as it is accepted. Prints the ratio of the last to the larger of the others.
 //!
 //! Usage: remote [ROUNDS] [MICROSECONDS between 16 KiB on a connection] [PROMPT TOKENS]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -61,10 +61,12 @@ fn main() {
         let start = Instant::now();
         first_token(&node, &local, &prompt);
         let prefill = start.elapsed().as_secs_f64();
-        drop(node);
+        // The node has measured its machine; nothing of the model is left on its disk or device.
+        node.remove("m").unwrap();
+        while node.status().resident_bytes > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
 
-        let dir = tempfile::tempdir().unwrap();
-        let node = open(dir.path());
         let start = Instant::now();
         let (first, deployed) = std::thread::scope(|scope| {
             let deploying = scope.spawn(|| {
