@@ -208,13 +208,13 @@ fn contents_that_get_their_own_identity_stay_where_they_are() {
     let arrived = world.model(&[entry(1, "a", 0, 5000), entry(2, "b", 5120, 900)]);
     assert_eq!(arrived, [there[0], arriving[1]]);
     // Who leased them before goes on, and what has no own identity goes with the model that brought it.
-    assert_eq!(lease.tensors()[2].bytes().unwrap(), content(103, 900));
+    assert_eq!(lease.tensors()[2].extent().unwrap().to_vec().unwrap(), content(103, 900));
     world.pool.release(lease);
     world.pool.forget(&arriving);
     assert_eq!(world.pool.stats().resident_bytes, 900);
     let activation = world.activate(&arrived).unwrap();
     assert_eq!((activation.bytes_loaded, activation.bytes_reused), (5000, 900));
-    assert_eq!(activation.lease.tensors()[1].bytes().unwrap(), content(102, 900));
+    assert_eq!(activation.lease.tensors()[1].extent().unwrap().to_vec().unwrap(), content(102, 900));
 }
 
 #[test]
