@@ -430,7 +430,9 @@ fn loads_side_by_side_take_turns() {
 
 #[test]
 fn a_request_overtakes_prefetching_and_a_hastened_prefetch_the_others() {
-    let mut world = world(&[16 << 20, 16 << 20, 12 << 20]);
+    // The prefetches are several times what may be under way, which nothing overtakes.
+    const SIZES: [usize; 3] = [48 << 20, 48 << 20, 12 << 20];
+    let mut world = world(&SIZES);
     let order = order_of(&mut world, |store, i, loads, wake| {
         if i < 2 {
             store.prefetch(loads, wake);
@@ -439,7 +441,7 @@ fn a_request_overtakes_prefetching_and_a_hastened_prefetch_the_others() {
         }
     });
     assert_eq!(order[0], 2, "{order:?}");
-    let mut world = world_of(&[16 << 20, 16 << 20, 16 << 20], SETUP);
+    let mut world = world_of(&SIZES, SETUP);
     let order = order_of(&mut world, |store, i, loads, wake| {
         let load = store.prefetch(loads, wake);
         if i == 2 {
