@@ -4,12 +4,16 @@
 //! crowded the device would be with this model as one of its own. Damage looks at the next requests, crowding at the
 //! long run: a model goes where it was last, so where a few models that do not fit together have once met they would
 //! push each other out for ever, although another device has room ([`crowding`]).
-//! A request may wait for a busy device that already has its weights, but only for a bounded time, and a
-//! request may be overtaken by ones that can start more cheaply, but only [`MAX_OVERTAKES`] times, so nobody starves.
-//! The form is that of the Tangram authors' second generation; their weight of the damage is 0.1 and their bound on the
-//! wait 150 ms. Ours are larger, because our damage counts what an eviction really costs (a reload if the tensor is used
-//! within about [`crate::retention::DAMAGE_HORIZON`] requests), and because waiting is charged in full, so a long
-//! wait is chosen only where loading would take longer. Chosen by simulation over some 90 workloads on 1 to 8 devices.
+//! A request may be overtaken by ones that can start more cheaply, but only [`MAX_OVERTAKES`] times. It may wait for a
+//! busy device that already has its weights, while others start on the idle ones, and keeps that right when it has been
+//! overtaken so often (then it is next on the device that it waits for), but not beyond [`HELD_OVERTAKES`]: then it
+//! starts on an idle device. So nobody starves.
+//! The form is that of the Tangram authors' second generation; their weight of the damage is 0.1, and a request is held
+//! back for 150 ms after it came and no longer. Ours are larger, because our damage counts what an eviction really costs
+//! (a reload if the tensor is used within about [`crate::retention::DAMAGE_HORIZON`] requests), and because waiting is
+//! charged in full, so a long wait is chosen only where loading would take longer. A bound on the time since a request
+//! came would end all waiting just where there is a queue, and there large models would be loaded on two devices at once.
+//! Chosen by simulation over some 90 workloads on 1 to 8 devices.
 
 use crate::admission::MAX_OVERTAKES;
 
@@ -19,9 +23,11 @@ pub const DAMAGE_WEIGHT: f64 = 1.0;
 /// Uses for which a model is expected to stay where it is: so often what [`crowding`] costs per use counts.
 pub const CROWDING_USES: f64 = 10.0;
 
-/// Longest predicted wait, in seconds, for a busy device that would be better than the best idle one; also the longest
-/// that a request is held back for that.
+/// Longest predicted wait, in seconds from now, for a busy device that would be better than the best idle one.
 pub const AFFINITY_WAIT: f64 = 1.0;
+
+/// How often later requests may start before one that waits for a busy device.
+pub const HELD_OVERTAKES: u32 = 2 * MAX_OVERTAKES;
 
 /// By how many seconds a busy device must beat the best idle one, or a later request an earlier one.
 pub const HYSTERESIS: f64 = 0.025;
@@ -145,8 +151,8 @@ pub enum Placement {
     Never,
 }
 
-/// Chooses a device for a request that has been waiting for `waited` seconds. Ties go to the candidate named first.
-pub fn place(candidates: &[Candidate], waited: f64) -> Placement {
+/// Chooses a device for a request before which `overtaken` later ones have started. Ties go to the candidate named first.
+pub fn place(candidates: &[Candidate], overtaken: u32) -> Placement {
     let best = |idle: bool| {
         let of = candidates.iter().filter(|candidate| candidate.fits && (candidate.wait <= 0.0) == idle);
         of.min_by(|a, b| a.cost_of_living().total_cmp(&b.cost_of_living()))
@@ -155,7 +161,7 @@ pub fn place(candidates: &[Candidate], waited: f64) -> Placement {
         (Some(idle), Some(busy))
             if busy.cost_of_living() + HYSTERESIS <= idle.cost_of_living()
                 && busy.wait <= AFFINITY_WAIT
-                && waited < AFFINITY_WAIT =>
+                && overtaken < HELD_OVERTAKES =>
         {
             Placement::Wait { device: busy.device }
         }
@@ -201,10 +207,10 @@ mod tests {
     #[test]
     fn the_cheapest_idle_device() {
         let expensive = Candidate { damage: 5.0 / DAMAGE_WEIGHT, ..candidate(1, 0.0, 0.2) };
-        let placement = place(&[candidate(0, 0.0, 0.5), expensive, candidate(2, 0.0, 0.6)], 0.0);
+        let placement = place(&[candidate(0, 0.0, 0.5), expensive, candidate(2, 0.0, 0.6)], 0);
         assert_eq!(placement, Placement::Start { device: 0, cost: 0.5 });
         let tight = Candidate { fits: false, ..candidate(0, 0.0, 0.0) };
-        assert_eq!(place(&[tight], 0.0), Placement::Never);
+        assert_eq!(place(&[tight], 0), Placement::Never);
     }
 
     #[test]
@@ -235,24 +241,26 @@ mod tests {
     fn a_model_moves_out_of_a_crowd_when_that_pays() {
         let home = Candidate { crowding: 0.2, ..candidate(0, 0.0, 0.0) };
         let away = |stall| candidate(1, 0.0, stall);
-        assert_eq!(place(&[home, away(1.9)], 0.0), Placement::Start { device: 1, cost: 1.9 });
-        assert_eq!(place(&[home, away(2.1)], 0.0), Placement::Start { device: 0, cost: 0.0 });
+        assert_eq!(place(&[home, away(1.9)], 0), Placement::Start { device: 1, cost: 1.9 });
+        assert_eq!(place(&[home, away(2.1)], 0), Placement::Start { device: 0, cost: 0.0 });
     }
 
     #[test]
     fn waiting_for_the_weights_is_bounded() {
         let (idle, start) = (candidate(0, 0.0, 2.5), Placement::Start { device: 0, cost: 2.5 });
         let near = candidate(1, AFFINITY_WAIT * 0.9, 0.0);
-        assert_eq!(place(&[idle, near], 0.0), Placement::Wait { device: 1 });
-        assert_eq!(place(&[idle, near], AFFINITY_WAIT), start, "it has waited long enough");
+        for overtaken in [0, MAX_OVERTAKES, HELD_OVERTAKES - 1] {
+            assert_eq!(place(&[idle, near], overtaken), Placement::Wait { device: 1 });
+        }
+        assert_eq!(place(&[idle, near], HELD_OVERTAKES), start, "it has been passed over often enough");
         assert_eq!(
-            place(&[idle, candidate(1, AFFINITY_WAIT * 1.1, 0.0)], 0.0),
+            place(&[idle, candidate(1, AFFINITY_WAIT * 1.1, 0.0)], 0),
             start,
             "the wait would be too long"
         );
         let hardly = candidate(1, AFFINITY_WAIT * 0.9, 2.5 - AFFINITY_WAIT * 0.9 - HYSTERESIS / 2.0);
-        assert_eq!(place(&[idle, hardly], 0.0), start, "hardly better");
-        assert_eq!(place(&[candidate(1, 9.0, 0.0)], 1.0), Placement::Wait { device: 1 });
+        assert_eq!(place(&[idle, hardly], 0), start, "hardly better");
+        assert_eq!(place(&[candidate(1, 9.0, 0.0)], HELD_OVERTAKES), Placement::Wait { device: 1 });
     }
 
     #[test]

@@ -268,9 +268,9 @@ fn b07_what_is_missing_is_told_for_any_model_and_for_a_named_device() {
     assert_eq!(pool.resident_bytes(&[TensorKey(u32::MAX)]), 0, "of one that never was");
     let candidate =
         |device, stall| Candidate { device, wait: 0.0, stall, damage: 0.0, crowding: 0.0, fits: true };
-    let placement = place(&[candidate(3, 0.5), candidate(7, 0.2)], 0.0);
+    let placement = place(&[candidate(3, 0.5), candidate(7, 0.2)], 0);
     assert_eq!(placement, Placement::Start { device: 7, cost: 0.2 });
-    assert_eq!(place(&[], 0.0), Placement::Never);
+    assert_eq!(place(&[], 0), Placement::Never);
 }
 
 /// B8: the size of the pool was what happened to be free. Here it is what was asked for, in whole pages, all free.
@@ -413,7 +413,7 @@ fn b13_placing_knows_queues_damage_and_room_and_starves_nobody() {
         ("but is busy for longer", Candidate { device: 1, stall: 0.0, wait: 0.5, ..free }),
     ];
     for (why, other) in cheaper_to_load {
-        assert_eq!(place(&[free, other], 0.0), Placement::Start { device: 0, cost: 0.3 }, "{why}");
+        assert_eq!(place(&[free, other], 0), Placement::Start { device: 0, cost: 0.3 }, "{why}");
     }
     // Somebody who can never start is overtaken so often and no more.
     let mut queue = Admission::default();

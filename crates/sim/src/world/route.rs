@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use tangram_policy::placement::{
-    AFFINITY_WAIT, Candidate, DAMAGE_WEIGHT, Placement, Startable, Tenant, crowding, next_to_start, place,
+    Candidate, DAMAGE_WEIGHT, Placement, Startable, Tenant, crowding, next_to_start, place,
 };
 use tangram_policy::stall::{Stage, predict};
 
-use super::{Event, World};
+use super::{Event, Pending, World};
 use crate::system::Route;
 use crate::trace::{nanos, seconds};
 
@@ -154,14 +154,14 @@ impl World<'_> {
             if !hold {
                 return Some((position, device));
             }
-            self.come_back(request, JOINT_WAIT);
+            self.come_back(request);
         }
         None
     }
 
     /// An event for the moment when the request will not be held back any longer.
-    fn come_back(&mut self, request: u32, wait: f64) {
-        let at = self.request(request).arrival + nanos(wait);
+    fn come_back(&mut self, request: u32) {
+        let at = self.request(request).arrival + nanos(JOINT_WAIT);
         if at > self.now && self.retry.is_none_or(|retry| at < retry) {
             self.retry = Some(at);
             self.schedule(at, Event::Retry);
@@ -193,7 +193,8 @@ impl World<'_> {
         crowding(self.tenant(model), &others, device.pool_bytes, self.scenario.profile.link.bytes_per_second)
     }
 
-    fn placement(&self, request: u32) -> Placement {
+    fn placement(&self, pending: Pending) -> Placement {
+        let Pending { request, overtaken } = pending;
         let model = self.request(request).model;
         let now = seconds(self.now);
         let cost = |device| {
@@ -218,15 +219,14 @@ impl World<'_> {
             *best = best.min(candidate.cost_of_living());
             candidates.push(candidate);
         }
-        place(&candidates, self.waited(request))
+        place(&candidates, overtaken)
     }
 
     /// Ours: the cheapest of the waiting requests within the bounds on overtaking, on the device that costs least.
-    fn predicted(&mut self) -> Option<(usize, u32)> {
+    fn predicted(&self) -> Option<(usize, u32)> {
         let window = if self.system.overtaking { WINDOW_OURS } else { 1 };
         let mut startable = Vec::new();
         let mut devices = Vec::new();
-        let mut held = Vec::new();
         // Requests for one model differ by little more than their prompts: the first speaks for all.
         let mut seen: Vec<u32> = Vec::new();
         for position in 0..self.pending.len().min(window) {
@@ -236,17 +236,14 @@ impl World<'_> {
                 continue;
             }
             seen.push(model);
-            match self.placement(pending.request) {
+            match self.placement(pending) {
                 Placement::Start { device, cost } => {
                     startable.push(Startable { position, overtaken: pending.overtaken, cost });
                     devices.push(device);
                 }
-                Placement::Wait { .. } => held.push(pending.request),
-                Placement::Never => {}
+                // What it waits for ends, and then it is asked again.
+                Placement::Wait { .. } | Placement::Never => {}
             }
-        }
-        for request in held {
-            self.come_back(request, AFFINITY_WAIT);
         }
         let next = next_to_start(&startable)?;
         Some((startable[next].position, devices[next]))
@@ -257,9 +254,9 @@ impl World<'_> {
         let began = Instant::now();
         let mut awaited: Vec<(u32, Vec<u32>)> = Vec::new();
         for position in 0..self.pending.len().min(WINDOW_JOINT) {
-            let request = self.pending[position].request;
-            let model = self.request(request).model;
-            let device = match self.placement(request) {
+            let pending = self.pending[position];
+            let model = self.request(pending.request).model;
+            let device = match self.placement(pending) {
                 Placement::Start { device, .. } | Placement::Wait { device } => device,
                 Placement::Never => continue,
             };
