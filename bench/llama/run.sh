@@ -10,6 +10,6 @@ cargo build --release
 run() { cargo run --release --quiet -- "$@"; }
 [ -f "$dir/qwen2-0.5b.q4_k_m.gguf" ] || run make "$dir"
 set -- "$smollm2" "$dir/qwen2-0.5b.bf16.gguf" "$dir/qwen2-0.5b.q8_0.gguf" "$dir/qwen2-0.5b.q4_k_m.gguf"
-run compare "$smollm2" --rounds 1 --text text.txt
+run compare "$smollm2" --rounds 1 --text text.txt,../../LICENSE
 run compare "$@" --json "$dir/idle.json"
 run compare "$@" --busy 2 --json "$dir/busy.json"

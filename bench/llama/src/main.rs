@@ -20,7 +20,7 @@ use clap::Parser;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use report::{Cell, Report};
+use report::{Cell, Losses, Report};
 
 #[derive(Parser)]
 enum Command {
@@ -44,9 +44,9 @@ enum Command {
         /// Measure decoding beside this many busy loops instead of on an idle machine.
         #[arg(long, default_value_t = 0)]
         busy: usize,
-        /// Also compare perplexities of this text, by llama.cpp's tokens.
-        #[arg(long)]
-        text: Option<PathBuf>,
+        /// Also compare perplexities of these texts, by llama.cpp's tokens, in windows of 512.
+        #[arg(long, value_name = "FILE", value_delimiter = ',')]
+        text: Vec<PathBuf>,
         /// Write the measurements here.
         #[arg(long)]
         json: Option<PathBuf>,
@@ -55,6 +55,8 @@ enum Command {
 
 /// Tokens in the cache before the first decoding step that is measured.
 const PROMPT: usize = 128;
+/// Tokens of a text that are read together, as llama.cpp's own perplexity tool does it.
+const WINDOW: usize = 512;
 /// Steps of a turn.
 const STEPS: usize = 16;
 /// Between two turns, so that the other engine's threads have gone to sleep.
@@ -96,7 +98,7 @@ fn main() -> Result<()> {
             let stop = Arc::new(AtomicBool::new(false));
             let loops: Vec<_> = (0..busy).map(|_| busy_loop(Arc::clone(&stop))).collect();
             for file in &files {
-                compare(file, threads, rounds, busy > 0, text.as_deref(), &mut report)?;
+                compare(file, threads, rounds, busy > 0, &text, &mut report)?;
             }
             stop.store(true, Ordering::Relaxed);
             for busy in loops {
@@ -124,18 +126,26 @@ fn compare(
     threads: usize,
     rounds: usize,
     busy: bool,
-    text: Option<&std::path::Path>,
+    texts: &[PathBuf],
     report: &mut Report,
 ) -> Result<()> {
     let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let library = theirs::Library::open(file)?;
     let mut ours = ours::Ours::open(file, threads)?;
     let mut theirs = library.engine(threads)?;
-    if let Some(text) = text {
+    let mut all = Losses::default();
+    for text in texts {
         let tokens = library.tokens(&std::fs::read_to_string(text)?);
-        let (a, b) = (ours.loss(&tokens)?.exp(), theirs.loss(&tokens)?.exp());
-        eprintln!("{name}: perplexity {a:.4}, llama.cpp {b:.4}, over {} tokens", tokens.len());
-        report.perplexity(&name, a, b);
+        let mut losses = Losses::default();
+        for window in tokens.chunks(WINDOW).filter(|window| window.len() > 1) {
+            losses.add(window.len() - 1, ours.loss(window)?, theirs.loss(window)?);
+        }
+        all.merge(&losses);
+        let text = text.file_name().unwrap_or_default().to_string_lossy();
+        report.perplexity(format!("{name}, {text}"), losses);
+    }
+    if texts.len() > 1 {
+        report.perplexity(format!("{name}, all texts"), all);
     }
     let cells: &[Cell] = if busy {
         &[Cell::Decode(1)]

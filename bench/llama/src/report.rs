@@ -27,7 +27,7 @@ pub struct Report {
     rounds: usize,
     busy: usize,
     rows: Vec<Row>,
-    perplexities: Vec<(String, f64, f64)>,
+    perplexities: Vec<(String, Losses)>,
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -43,6 +43,45 @@ fn ratio(a: &[f64], b: &[f64]) -> f64 {
 
 fn extremes(values: &[f64]) -> (f64, f64) {
     values.iter().fold((f64::INFINITY, 0.0), |(low, high), &x| (low.min(x), high.max(x)))
+}
+
+/// What both engines make of a text: sums of −ln of the probabilities of its tokens.
+#[derive(Clone, Debug, Default)]
+pub struct Losses {
+    tokens: usize,
+    ours: f64,
+    theirs: f64,
+}
+
+impl Losses {
+    /// Adds the mean losses over `tokens` tokens.
+    pub fn add(&mut self, tokens: usize, ours: f64, theirs: f64) {
+        self.tokens += tokens;
+        self.ours += ours * tokens as f64;
+        self.theirs += theirs * tokens as f64;
+    }
+
+    /// Adds those of another text.
+    pub fn merge(&mut self, other: &Losses) {
+        self.tokens += other.tokens;
+        self.ours += other.ours;
+        self.theirs += other.theirs;
+    }
+
+    /// Ours and llama.cpp's.
+    fn perplexities(&self) -> (f64, f64) {
+        let tokens = self.tokens as f64;
+        ((self.ours / tokens).exp(), (self.theirs / tokens).exp())
+    }
+
+    fn line(&self, what: &str) -> String {
+        let (ours, theirs) = self.perplexities();
+        let percent = (ours / theirs - 1.0) * 100.0;
+        format!(
+            "perplexity of {what}: {ours:.4}, llama.cpp {theirs:.4}, {percent:+.3} %, {} tokens",
+            self.tokens
+        )
+    }
 }
 
 impl Report {
@@ -65,9 +104,10 @@ impl Report {
         self.rows.push(row);
     }
 
-    /// Adds the perplexities of a file.
-    pub fn perplexity(&mut self, file: &str, ours: f64, theirs: f64) {
-        self.perplexities.push((file.into(), ours, theirs));
+    /// Adds the perplexities of a text.
+    pub fn perplexity(&mut self, what: String, losses: Losses) {
+        eprintln!("{}", losses.line(&what));
+        self.perplexities.push((what, losses));
     }
 
     /// As a Markdown table.
@@ -80,12 +120,7 @@ impl Report {
             "|---|---|---|---|---|---|".into(),
         ];
         lines.extend(self.rows.iter().map(Row::line));
-        for (file, ours, theirs) in &self.perplexities {
-            lines.push(format!(
-                "\nperplexity of {file}: {ours:.4}, llama.cpp {theirs:.4}, {:+.3} %",
-                (ours / theirs - 1.0) * 100.0
-            ));
-        }
+        lines.extend(self.perplexities.iter().map(|(what, losses)| format!("\n{}", losses.line(what))));
         lines.join("\n")
     }
 
@@ -109,7 +144,10 @@ impl Report {
         let perplexities: Vec<Value> = self
             .perplexities
             .iter()
-            .map(|(file, ours, theirs)| json!({ "file": file, "tangram": ours, "llama_cpp": theirs }))
+            .map(|(what, losses)| {
+                let (ours, theirs) = losses.perplexities();
+                json!({ "what": what, "tokens": losses.tokens, "tangram": ours, "llama_cpp": theirs })
+            })
             .collect();
         json!({
             "threads": self.threads,
