@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use tangram_checkpoint::{MANIFEST_FILE, import, import_in_place, open};
+use tangram_codec::{Format, encode};
 use tangram_testkit::{
     Family, Float, GgmlType, GgufOptions, RandomModel, write_gguf, write_hf_model, write_serverlessllm,
 };
@@ -78,5 +79,28 @@ fn main() {
             // The weights are at the end, and any will do.
             seed("gguf", &format!("{}-{version}", family.name()), &file[..file.len() - weights]);
         }
+    }
+    for (code, format) in Format::ALL.into_iter().enumerate() {
+        // Few exponents, so that it compresses; some rare ones, so that there are escapes; not a whole round.
+        let plain: Vec<u8> = (0u16..1900)
+            .flat_map(|i| {
+                let exponent = if i % 211 == 0 { i / 211 } else { 12 + (i % 7) / 3 };
+                let low = i.wrapping_mul(40_503);
+                let word = match format {
+                    Format::Bf16 => (exponent << 7) | (low & 0x807f),
+                    Format::F16 => (exponent << 10) | (low & 0x83ff),
+                };
+                word.to_le_bytes()
+            })
+            .collect();
+        let with = |how: usize, bytes: &[u8]| [&[how as u8], bytes].concat();
+        seed("codec", &format!("{format:?}-plain"), &with(code | 2, &plain));
+        let frame = encode(format, &plain).unwrap();
+        seed("codec", &format!("{format:?}-frame"), &with(code, &frame));
+        // One block that is stored as it is, of four elements.
+        let mut stored = vec![1, code as u8 + 1, 0, 0, 4, 0, 0, 0, 20, 0, 0, 0];
+        stored.extend([0; 12]);
+        stored.extend(1..=8);
+        seed("codec", &format!("{format:?}-stored"), &with(code, &stored));
     }
 }

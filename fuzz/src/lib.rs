@@ -1,4 +1,5 @@
-//! What the fuzz targets do with an input: a file is made of it, opened as a user's checkpoint, and read to its end.
+//! What the fuzz targets do with an input: a file is made of it, opened as a user's checkpoint, and read to its end; or it
+//! is decoded as the stored form of a compressed chunk.
 //!
 //! Nothing may panic, and nothing may allocate more than [`LIMIT`]: the allocator refuses, which ends the process. A new
 //! target is a function here, a file in `fuzz_targets` that calls it, and a `[[bin]]`.
@@ -8,9 +9,12 @@ use std::alloc::System;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{LazyLock, Mutex, OnceLock};
 
 use tangram_checkpoint::{MANIFEST_FILE, Manifest, Source, read_manifest};
+use tangram_codec::{Format, Isa, decode_with, encode};
+use tangram_device::cpu::CpuDevice;
+use tangram_device::{Arena, Extent};
 use tangram_engine::{Model, TensorDesc};
 use tangram_testkit::{Family, RandomModel, write_hf_model};
 
@@ -139,4 +143,52 @@ pub fn serverlessllm(input: &[u8]) {
     });
     write(&dir.join("tensor_index.json"), &[input], 0);
     open(dir);
+}
+
+/// Most bytes that the codec's target decodes from, and to.
+const CODEC_BYTES: usize = 1 << 18;
+
+/// Bytes with nothing mapped behind them: an access beyond their end, which only unsafe code can make, ends the process.
+fn guarded() -> Extent {
+    let page = 4096;
+    let memory = CpuDevice::open(CODEC_BYTES, page).unwrap();
+    Arena::reserve(memory, CODEC_BYTES + page).unwrap().claim(0, CODEC_BYTES).unwrap()
+}
+
+/// A compressed chunk. Of the first byte, bit 0 is the format; bit 1 says whether what follows is to be decoded, or is
+/// compressed first.
+pub fn codec(input: &[u8]) {
+    static MEMORY: LazyLock<Mutex<[Extent; 2]>> = LazyLock::new(|| Mutex::new([guarded(), guarded()]));
+    let Some((&how, input)) = input.split_first() else { return };
+    let format = Format::ALL[usize::from(how & 1)];
+    let plain = (how & 2 != 0).then_some(input);
+    let frame = match plain {
+        Some(plain) => match encode(format, plain) {
+            Some(frame) => frame,
+            None => return,
+        },
+        None => input.to_vec(),
+    };
+    // As many elements as it claims to have, or some: the manifest says how many, and need not agree.
+    let claimed = frame.get(4..8).map_or(0, |bytes| u32::from_le_bytes(bytes.try_into().unwrap()) as usize);
+    let bytes = claimed.saturating_mul(2).min(CODEC_BYTES);
+    let mut memory = MEMORY.lock().unwrap();
+    let [from, to] = &mut *memory;
+    let from = from.host_bytes_mut().unwrap();
+    let Some(start) = from.len().checked_sub(frame.len()) else { return };
+    let stored = &mut from[start..];
+    stored.copy_from_slice(&frame);
+    let mut first = None;
+    for isa in Isa::available() {
+        let to = to.host_bytes_mut().unwrap();
+        let end = to.len();
+        let result = decode_with(isa, format, stored, &mut to[end - bytes..]);
+        if let Some(plain) = plain {
+            assert_eq!(result, Ok(()), "what was compressed decodes, by {}", isa.name());
+            assert!(to[end - bytes..] == *plain, "and comes back, by {}", isa.name());
+        }
+        let outcome = result.map(|()| to[end - bytes..].to_vec());
+        let first = first.get_or_insert_with(|| outcome.clone());
+        assert!(*first == outcome, "{} decodes as the others do", isa.name());
+    }
 }
