@@ -11,6 +11,7 @@ mod disks;
 mod forecast;
 mod machine;
 mod model;
+mod observe;
 mod remote;
 mod sequence;
 mod swap;
@@ -35,7 +36,7 @@ use tangram_engine::{Model, TensorDesc};
 pub use tangram_pool::Backend;
 use tangram_pool::Pool;
 use tangram_remote::Remote;
-pub use tangram_store::Verification;
+pub use tangram_store::{Arrived, Verification};
 use tangram_store::{Damage, Options, Store};
 use tokio::sync::{mpsc, oneshot};
 
@@ -48,6 +49,7 @@ pub use forecast::{Forecast, SHOWN_PROMPT_TOKENS};
 use forecast::{footprint, weight_types};
 use machine::Machine;
 use model::ModelPlan;
+pub use observe::{Computed, Observer};
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
 use swap::HostMemory;
 pub use tangram_engine::PassShape;
@@ -75,11 +77,13 @@ pub struct NodeConfig {
     pub verification: Verification,
     /// How checkpoints are downloaded, and with whose credentials.
     pub remote: RemoteOptions,
+    /// Sees what is loaded and computed when. Passes then run stage by stage.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl NodeConfig {
-    /// A paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything verified, and
-    /// the credentials of this process's environment.
+    /// A paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything verified,
+    /// the credentials of this process's environment, and nobody who watches.
     pub fn new(data: PathBuf, device_memory: u64) -> NodeConfig {
         NodeConfig {
             data,
@@ -91,6 +95,7 @@ impl NodeConfig {
             max_waiting: 1024,
             verification: Verification::Full,
             remote: RemoteOptions::from_environment(),
+            observer: None,
         }
     }
 }
@@ -181,10 +186,14 @@ impl Node {
         let damaged = catalog.damaged().clone();
         let damaged =
             Arc::new(move |damage: &Damage| damaged.add(&damage.file, damage.offset, &damage.tensor));
-        let options = Options { verification: config.verification, damaged };
+        let observe = config.observer.clone();
+        let observe =
+            observe.map(|observer| Arc::new(move |arrived: Arrived<'_>| observer.arrived(arrived)) as _);
+        let options = Options { verification: config.verification, damaged, observe };
         let store = Store::with_options(memory.clone(), options);
         let disks = Arc::new(Disks::open(&config.data, machine.describe(), store.clone()));
         let worker = Worker::new(pool, store, host, threads, receiver, commands.clone(), shared.clone());
+        let worker = worker.observed_by(config.observer);
         let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
         let catalog = Arc::new(Mutex::new(catalog));
         let (retired, receiver) = channel::<Arc<Manifest>>();

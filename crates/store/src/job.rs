@@ -20,7 +20,7 @@ use tangram_pool::{LoadFailure, Part};
 use crate::buffer::Buffer;
 use crate::file::DataFile;
 use crate::schedule::{LoadId, Urgency};
-use crate::{Notify, Wake};
+use crate::{Arrived, Notify, Observe, Wake};
 
 /// Bytes that are copied from the page cache before they are hashed: they fit a core's own cache.
 const HOT_BYTES: usize = 256 << 10;
@@ -63,6 +63,7 @@ pub(crate) struct Job {
     pub(crate) name: Arc<str>,
     pub(crate) wake: Wake,
     pub(crate) damaged: Notify,
+    pub(crate) observe: Option<Observe>,
     /// The page cache was found not to have it.
     pub(crate) uncached: bool,
     /// What was not read straight to its place, and where in the part that belongs.
@@ -107,9 +108,15 @@ impl Job {
     }
 
     fn settle(self, result: Result<(), LoadFailure>) -> Option<Buffer> {
-        let Job { part, wake, buffer, .. } = self;
+        let Job { part, wake, buffer, observe, file, tensor_offset, .. } = self;
+        let observe = observe.filter(|_| result.is_ok());
+        let bytes = part.len();
         // On a device that the host cannot address the bytes are still on their way there.
         part.finish_then(result, move |whole| {
+            if let Some(observe) = observe {
+                let arrived = Arrived { file: file.path(), tensor: tensor_offset, bytes };
+                let _ = catch_unwind(AssertUnwindSafe(|| observe(arrived)));
+            }
             if whole {
                 // A thread that works for everybody must survive what a caller does.
                 let _ = catch_unwind(AssertUnwindSafe(|| wake()));

@@ -21,7 +21,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -89,6 +89,20 @@ pub type Wake = Arc<dyn Fn() + Send + Sync>;
 /// Called when stored bytes do not match their hash; must not block.
 pub type Notify = Arc<dyn Fn(&Damage) + Send + Sync>;
 
+/// A part of a tensor that lies in its place now, verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrived<'a> {
+    /// The file that it came from.
+    pub file: &'a Path,
+    /// First byte of the tensor in the file.
+    pub tensor: u64,
+    /// Bytes of the part in memory.
+    pub bytes: usize,
+}
+
+/// Called when a part has arrived, on a thread that copies; must not block.
+pub type Observe = Arc<dyn Fn(Arrived<'_>) + Send + Sync>;
+
 /// How much of what is loaded is compared with its hash.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verification {
@@ -106,11 +120,13 @@ pub struct Options {
     pub verification: Verification,
     /// Is told of damaged files.
     pub damaged: Notify,
+    /// Is told of every part that has arrived: for whoever draws a picture of a load.
+    pub observe: Option<Observe>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { verification: Verification::Full, damaged: Arc::new(|_| ()) }
+        Options { verification: Verification::Full, damaged: Arc::new(|_| ()), observe: None }
     }
 }
 
@@ -214,6 +230,7 @@ impl Store {
                     name: name.clone(),
                     wake: wake.clone(),
                     damaged: self.options.damaged.clone(),
+                    observe: self.options.observe.clone(),
                     uncached: false,
                     buffer: None,
                     copies: Vec::new(),

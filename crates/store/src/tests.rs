@@ -89,6 +89,7 @@ fn world_of(sizes: &[usize], setup: Setup) -> World {
     let options = Options {
         verification: setup.verification,
         damaged: Arc::new(move |damage| for_store.lock().unwrap().push(damage.clone())),
+        observe: None,
     };
     let store = Store::with_engine(memory, options, setup.engine);
     World { path, pool, store, keys, data, offsets, damage, _dir: dir }

@@ -56,6 +56,7 @@ impl Server {
             max_waiting: settings.max_waiting,
             verification: settings.verification,
             remote: RemoteOptions::from_environment(),
+            observer: None,
         };
         let node = tokio::task::spawn_blocking(move || Node::open(config)).await??;
         let running_file = settings.data.join(RUNNING_FILE);

@@ -34,6 +34,7 @@ use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
 use crate::arrival::Waiting;
 use crate::forecast::LoadMeter;
 use crate::model::ModelPlan;
+use crate::observe::Observer;
 use crate::sequence::Sequence;
 use crate::swap::HostMemory;
 
@@ -154,6 +155,7 @@ pub(crate) struct Worker {
     published: Instant,
     told: Instant,
     stopping: bool,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl Worker {
@@ -199,9 +201,15 @@ impl Worker {
             published: now,
             told: now,
             stopping: false,
+            observer: None,
         };
         worker.publish(true);
         worker
+    }
+
+    /// Tells `observer`, if there is one, what is computed when.
+    pub(crate) fn observed_by(self, observer: Option<Arc<dyn Observer>>) -> Worker {
+        Worker { observer, ..self }
     }
 
     /// Runs until told to stop.

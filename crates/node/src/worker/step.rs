@@ -12,6 +12,7 @@ use super::{Active, Step, Worker};
 use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
 use crate::forecast::Forecast;
 use crate::model::LeasedWeights;
+use crate::observe::Computed;
 use crate::sequence::{Sequence, Sink};
 
 /// Tokens per step. Bounds how long a long prompt holds up everybody else.
@@ -190,11 +191,20 @@ impl Worker {
                 kv.push(KvBlocks { shared: sequence.prefix.blocks(), own: &mut sequence.kv });
             }
         }
+        // Who watches is told of each stage by itself.
+        let ready_stages = match self.observer {
+            Some(_) => ready_stages.min(before + 1),
+            None => ready_stages,
+        };
         let started = Instant::now();
         let result =
             self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
         let spent = started.elapsed();
         step.spent += spent;
+        if let Some(observer) = &self.observer {
+            let tokens = step.shares.iter().map(|share| share.tokens).sum();
+            observer.computed(Computed { stage: before, tokens, started });
+        }
         active.meter.computed();
         for share in &step.shares {
             let sequence = &mut active.sequences[share.sequence];

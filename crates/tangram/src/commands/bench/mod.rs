@@ -1,5 +1,6 @@
 //! `tangram bench`: measurements against a running or embedded server, and of loading alone.
 
+mod cold;
 mod load;
 mod report;
 mod serve;
@@ -17,6 +18,9 @@ pub(crate) enum Bench {
     Switch(Box<switch::Options>),
     /// Load a checkpoint from disk as fast as it goes, cold and warm, beside what the disk and the memory can give.
     Load(load::Options),
+    /// Measure the time to the first token of a model that lies on the disk only, and show what was loaded and computed
+    /// when.
+    Cold(cold::Options),
     /// Put load on an OpenAI-compatible server, or on two in turn, and report rates and times to the first token.
     Serve(serve::Options),
     /// Send random requests of all kinds to the deployed models, check every answer, and look for leaks.
@@ -28,6 +32,7 @@ pub(crate) async fn run(bench: Bench) -> anyhow::Result<()> {
     match bench {
         Bench::Switch(options) => switch::run(*options).await,
         Bench::Load(options) => tokio::task::spawn_blocking(move || load::run(&options)).await?,
+        Bench::Cold(options) => tokio::task::spawn_blocking(move || cold::run(&options)).await?,
         Bench::Serve(options) => serve::run(options).await,
         Bench::Soak(options) => soak::run(options).await,
     }

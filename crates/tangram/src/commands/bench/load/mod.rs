@@ -5,8 +5,8 @@
 
 mod ours;
 mod peers;
-mod raw;
-mod report;
+pub(super) mod raw;
+pub(super) mod report;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -49,9 +49,9 @@ pub(crate) struct Options {
 
 /// How one run went.
 #[derive(Clone, Copy, Debug)]
-struct Cost {
-    bytes: u64,
-    seconds: f64,
+pub(super) struct Cost {
+    pub(super) bytes: u64,
+    pub(super) seconds: f64,
     /// User and system time of the process.
     cpu_seconds: f64,
     /// Most memory that was resident beside what was loaded into, if that is known.
@@ -155,10 +155,10 @@ fn import_compressed(
 }
 
 /// A directory that goes when this does.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
-    fn create(parent: &Path) -> anyhow::Result<Scratch> {
+    pub(super) fn create(parent: &Path) -> anyhow::Result<Scratch> {
         let dir = parent.join(format!("tangram-bench-load-{}", std::process::id()));
         std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         Ok(Scratch(dir))

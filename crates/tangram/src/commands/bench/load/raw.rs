@@ -24,7 +24,7 @@ const COPIERS: usize = 2;
 const COPIED: usize = 128 << 20;
 
 /// Takes a file out of the page cache.
-pub(super) fn drop_cache(path: &Path) -> anyhow::Result<()> {
+pub(in super::super) fn drop_cache(path: &Path) -> anyhow::Result<()> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     file.sync_all()?;
     Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
@@ -48,7 +48,7 @@ pub(super) fn cpu_time() -> Duration {
 }
 
 /// Reads a whole file with direct reads.
-pub(super) fn direct(path: &Path) -> anyhow::Result<Cost> {
+pub(in super::super) fn direct(path: &Path) -> anyhow::Result<Cost> {
     let flags = OFlags::DIRECT.bits() as i32;
     let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = file.with_context(|| format!("{} cannot be read past the page cache", path.display()))?;
