@@ -117,6 +117,7 @@ entry_points! {
             201 => c"CUDA_ERROR_INVALID_CONTEXT",
             214 => c"CUDA_ERROR_ECC_UNCORRECTABLE",
             400 => c"CUDA_ERROR_INVALID_HANDLE",
+            500 => c"CUDA_ERROR_NOT_FOUND",
             700 => c"CUDA_ERROR_ILLEGAL_ADDRESS",
             719 => c"CUDA_ERROR_LAUNCH_FAILED",
             _ => return INVALID_VALUE,
@@ -409,43 +410,43 @@ entry_points! {
     }
 
     fn cuModuleGetFunction(function: *mut *mut c_void, _module: *mut c_void, name: *const c_char) {
-        here("cuModuleGetFunction", |_| {
+        here("cuModuleGetFunction", |gpu| {
             if name.is_null() {
                 return Err(INVALID_VALUE);
             }
-            put(function, opaque(0))
+            let found = gpu.function(CStr::from_ptr(name))?;
+            put(function, opaque(found))
         })
     }
 
-    fn cuFuncSetAttribute(_function: *mut c_void, attribute: c_int, value: c_int) {
-        // What one block may have at most on a GPU of capability 9.0.
-        const MOST_SHARED_BYTES: c_int = 227 << 10;
-        here("cuFuncSetAttribute", |_| match (attribute, value) {
-            (8, 0..=MOST_SHARED_BYTES) => Ok(()),
+    fn cuFuncSetAttribute(function: *mut c_void, attribute: c_int, value: c_int) {
+        here("cuFuncSetAttribute", |gpu| match (attribute, u32::try_from(value)) {
+            // The most dynamic shared memory.
+            (8, Ok(bytes)) => gpu.allow_shared(number(function), bytes),
             _ => Err(INVALID_VALUE),
         })
     }
 
     fn cuLaunchKernel(
-        _function: *mut c_void,
+        function: *mut c_void,
         x: c_uint,
         y: c_uint,
         z: c_uint,
-        threads_x: c_uint,
+        threads: c_uint,
         threads_y: c_uint,
         threads_z: c_uint,
-        _shared_bytes: c_uint,
+        shared_bytes: c_uint,
         stream: *mut c_void,
         parameters: *mut *const c_void,
         _extra: *mut *mut c_void,
     ) {
         here("cuLaunchKernel", |gpu| {
-            let threads = u64::from(threads_x) * u64::from(threads_y) * u64::from(threads_z);
-            let blocks = u64::from(x) * u64::from(y) * u64::from(z);
-            if blocks == 0 || !(1..=1024).contains(&threads) || y.max(z) > 65_535 || parameters.is_null() {
+            // Blocks here have one dimension, and kernels one parameter.
+            if threads_y != 1 || threads_z != 1 || parameters.is_null() {
                 return Err(INVALID_VALUE);
             }
-            gpu.submit(number(stream), Work::Kernel)
+            let work = gpu.launch(number(function), [x, y, z], threads, shared_bytes, *parameters)?;
+            gpu.submit(number(stream), work)
         })
     }
 }

@@ -1,12 +1,13 @@
 //! One stand-in device: memory, mappings, pinned host ranges, faults, and the checks of all of them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 
+use crate::emulator::{self, Kernel};
 use crate::streams::{Streams, Work};
 use crate::{Delay, Left, Options};
 
@@ -16,13 +17,18 @@ pub(crate) const OUT_OF_MEMORY: i32 = 2;
 pub(crate) const INVALID_DEVICE: i32 = 101;
 pub(crate) const INVALID_CONTEXT: i32 = 201;
 pub(crate) const INVALID_HANDLE: i32 = 400;
+const NOT_FOUND: i32 = 500;
 const ILLEGAL_ADDRESS: i32 = 700;
+const LAUNCH_FAILED: i32 = 719;
 
 /// Codes after which a context answers nothing else.
 const STICKY: [i32; 11] = [214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719];
 
 /// What fresh device memory has in it. Zeros would hide that somebody forgot to write them.
 const GARBAGE: u8 = 0xa5;
+
+/// Bytes of the inaccessible page behind a plain allocation.
+const GUARD: usize = 4096;
 
 /// How a call ends that does not succeed.
 pub(crate) type Outcome = Result<(), i32>;
@@ -40,6 +46,12 @@ struct Mapping {
     accessible: bool,
 }
 
+/// A kernel as the driver hands it out.
+struct Function {
+    kernel: Option<Kernel>,
+    most_shared: u32,
+}
+
 struct Fault {
     call: String,
     left: u64,
@@ -54,9 +66,10 @@ pub(crate) struct Gpu {
     reservations: BTreeMap<usize, usize>,
     mappings: BTreeMap<usize, Mapping>,
     pinned: BTreeMap<usize, usize>,
-    /// Plain allocations: address, bytes and handle.
-    plain: BTreeMap<usize, (usize, u64)>,
+    /// Plain allocations: address and bytes.
+    plain: BTreeMap<usize, usize>,
     pub(crate) modules: usize,
+    functions: Vec<Function>,
     pub(crate) streams: Streams,
     next: u64,
     sticky: i32,
@@ -82,6 +95,7 @@ impl Gpu {
             pinned: BTreeMap::new(),
             plain: BTreeMap::new(),
             modules: 0,
+            functions: Vec::new(),
             streams: Streams::default(),
             next: 1,
             sticky: SUCCESS,
@@ -126,6 +140,7 @@ impl Gpu {
             streams: self.streams.count(),
             events: self.streams.events(),
             modules: self.modules,
+            allocations: self.plain.len(),
         }
     }
 
@@ -215,6 +230,7 @@ impl Gpu {
         self.sticky = SUCCESS;
         self.streams = Streams::default();
         self.modules = 0;
+        self.functions.clear();
         for address in self.plain.keys().copied().collect::<Vec<_>>() {
             let _ = self.free_plain(address);
         }
@@ -234,7 +250,8 @@ impl Gpu {
 
     pub(crate) fn free(&self) -> usize {
         let taken: usize = self.handles.values().map(|physical| physical.bytes).sum();
-        self.options.memory_bytes.saturating_sub(taken + self.occupied)
+        let plain: usize = self.plain.values().sum();
+        self.options.memory_bytes.saturating_sub(taken + plain + self.occupied)
     }
 
     fn is_granular(&self, value: usize) -> bool {
@@ -437,24 +454,91 @@ impl Gpu {
         Ok(())
     }
 
-    /// A plain allocation is a reservation with a handle mapped into it, of which nobody is told.
+    /// Takes memory that ends, but for alignment to 16, at an inaccessible page. It is full of numbers that are none.
     pub(crate) fn allocate(&mut self, bytes: usize) -> Result<usize, i32> {
-        let bytes = bytes.max(1).next_multiple_of(self.options.granularity);
-        let handle = self.create(bytes)?;
-        let address = self.reserve(bytes, 0)?;
-        self.map(address, bytes, 0, handle)?;
-        self.set_access(address, bytes)?;
-        self.plain.insert(address, (bytes, handle));
+        if bytes == 0 {
+            self.violation("no bytes are allocated".to_owned())?;
+        }
+        if bytes > self.free() {
+            return Err(OUT_OF_MEMORY);
+        }
+        let whole = bytes.next_multiple_of(GUARD);
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe {
+            let protection = ProtFlags::READ | ProtFlags::WRITE;
+            mmap_anonymous(std::ptr::null_mut(), whole + GUARD, protection, MapFlags::PRIVATE)
+        }
+        .map_err(|_| OUT_OF_MEMORY)? as usize;
+        let address = start + whole - bytes.next_multiple_of(16);
+        // SAFETY: both ranges are of the mapping made above.
+        unsafe {
+            mprotect((start + whole) as *mut c_void, GUARD, MprotectFlags::empty())
+                .map_err(|_| OUT_OF_MEMORY)?;
+            std::ptr::write_bytes(address as *mut u8, 0xff, bytes);
+        }
+        self.plain.insert(address, bytes);
         Ok(address)
     }
 
     pub(crate) fn free_plain(&mut self, address: usize) -> Outcome {
-        let Some((bytes, handle)) = self.plain.remove(&address) else {
+        let Some(&bytes) = self.plain.get(&address) else {
             return self.violation(format!("{address:#x} is freed and was not allocated"));
         };
-        self.unmap(address, bytes)?;
-        self.unreserve(address, bytes)?;
-        self.release_handle(handle)
+        if self.streams.touches(address, bytes) {
+            return self.violation(format!("{address:#x} is freed under work that has not been done"));
+        }
+        self.plain.remove(&address);
+        let start = address / GUARD * GUARD;
+        // SAFETY: this is the mapping that `allocate` made; whoever still uses it faults.
+        let _ = unsafe { munmap(start as *mut c_void, bytes.next_multiple_of(GUARD) + GUARD) };
+        Ok(())
+    }
+
+    /// Finds a kernel. Without an emulator there is every kernel.
+    pub(crate) fn function(&mut self, name: &CStr) -> Result<usize, i32> {
+        let kernel = match emulator::get() {
+            Some(emulator) => Some(emulator.find(name).ok_or(NOT_FOUND)?),
+            None => None,
+        };
+        self.functions.push(Function { kernel, most_shared: 48 << 10 });
+        Ok(self.functions.len() - 1)
+    }
+
+    /// Allows a kernel so much shared memory.
+    pub(crate) fn allow_shared(&mut self, function: usize, bytes: u32) -> Outcome {
+        // What one block may have at most on a GPU of capability 9.0.
+        const MOST_SHARED_BYTES: u32 = 227 << 10;
+        let function = self.functions.get_mut(function).ok_or(INVALID_HANDLE)?;
+        if bytes > MOST_SHARED_BYTES {
+            return Err(INVALID_VALUE);
+        }
+        function.most_shared = bytes;
+        Ok(())
+    }
+
+    /// The work of a launch with these threads per block.
+    ///
+    /// # Safety
+    /// `arguments` must point to the kernel's argument structure.
+    pub(crate) unsafe fn launch(
+        &self,
+        function: usize,
+        blocks: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        arguments: *const c_void,
+    ) -> Result<Work, i32> {
+        let &Function { kernel, most_shared } = self.functions.get(function).ok_or(INVALID_HANDLE)?;
+        let [x, y, z] = blocks;
+        let grid = x > 0 && x <= i32::MAX as u32 && y > 0 && z > 0 && y.max(z) <= 65_535;
+        let wanted = kernel.map_or(threads, |kernel| kernel.threads);
+        if !grid || !(1..=1024).contains(&threads) || threads != wanted || shared_bytes > most_shared {
+            return Err(INVALID_VALUE);
+        }
+        let bytes = kernel.map_or(0, |kernel| kernel.argument_bytes) as usize;
+        // SAFETY: the structure has so many bytes.
+        let arguments = unsafe { std::slice::from_raw_parts(arguments.cast::<u8>(), bytes) }.to_vec();
+        Ok(Work::Kernel { kernel, blocks, shared_bytes, arguments })
     }
 
     /// Whether copies read and write this host range later, and not at once.
@@ -465,6 +549,10 @@ impl Gpu {
 
     /// Whether the device may access all of a device range.
     pub(crate) fn is_accessible(&self, address: usize, bytes: usize) -> bool {
+        let plain = self.plain.range(..=address).next_back();
+        if plain.is_some_and(|(&start, &size)| address + bytes <= start + size) {
+            return true;
+        }
         let mut at = address;
         while at < address + bytes {
             match self.mappings.range(..=at).next_back() {
@@ -520,9 +608,13 @@ impl Gpu {
             self.end_with(ILLEGAL_ADDRESS);
             return false;
         }
-        // SAFETY: the device ranges are mapped and accessible and the host ranges pinned, as was just checked.
-        unsafe { work.run() };
-        true
+        // SAFETY: the device ranges are mapped and accessible and the host ranges pinned, as was just checked; what a
+        // kernel accesses is for whoever launched it to know.
+        let done = unsafe { work.run() };
+        if !done {
+            self.end_with(LAUNCH_FAILED);
+        }
+        done
     }
 }
 

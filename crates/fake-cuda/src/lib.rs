@@ -1,21 +1,22 @@
 //! A stand-in for NVIDIA's driver library: strict, deterministic, without a GPU. For tests only.
 //!
-//! It has the entry points that `tangram-device` uses, under their names; kernels do nothing. Physical memory is a memory file per handle,
+//! It has the entry points that `tangram-device` uses, under their names. Physical memory is a memory file per handle,
 //! mapped where `cuMemMap` says and accessible only after `cuMemSetAccess`, so that a stray access faults. What a
 //! stream is given runs as late as it may, or at moments that a seed chooses, never on its own: whoever reads before
-//! synchronising reads old bytes, and reads them every time. What the driver leaves undefined is an error here, and
+//! synchronising reads old bytes, and reads them every time. Kernels are run by an emulator where there is one
+//! ([`run_kernels`]), else they do nothing. What the driver leaves undefined is an error here, and
 //! is remembered ([`StandIn::violations`]).
 //!
 //! Every [`StandIn`] is a device of its own with its own faults and counts, so that tests run side by side. As a
 //! shared library it has as many devices from the start as `FAKE_CUDA_DEVICES` says (none if unset), each of
-//! `FAKE_CUDA_MEMORY` bytes.
+//! `FAKE_CUDA_MEMORY` bytes, with the emulator that `FAKE_CUDA_KERNELS` names.
 //!
-//! It must never be more lenient than the driver is documented to be, and it is no simulator: it computes nothing and
-//! its times mean nothing.
+//! It must never be more lenient than the driver is documented to be, and it is no simulator: its times mean nothing.
 
 #![allow(unsafe_code)]
 
 mod api;
+mod emulator;
 mod gpu;
 mod streams;
 
@@ -23,6 +24,8 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use gpu::Gpu;
+
+pub use emulator::{build_emulator, order_threads, run_kernels};
 
 /// When the work of a stream is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +79,8 @@ pub struct Left {
     pub events: usize,
     /// Loaded modules.
     pub modules: usize,
+    /// Plain allocations.
+    pub allocations: usize,
 }
 
 static DEVICES: OnceLock<Mutex<Vec<Arc<Mutex<Gpu>>>>> = OnceLock::new();

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::emulator::{self, Kernel};
+
 /// Something that a stream was given to do. Addresses and sizes are in bytes.
 #[derive(Debug)]
 pub(crate) enum Work {
@@ -15,8 +17,8 @@ pub(crate) enum Work {
     ToHost { from: usize, to: usize, bytes: usize },
     /// Within the device.
     Within { from: usize, to: usize, bytes: usize },
-    /// A kernel, which does nothing.
-    Kernel,
+    /// A kernel, if there is an emulator to run it: its blocks, bytes of shared memory and arguments.
+    Kernel { kernel: Option<Kernel>, blocks: [u32; 3], shared_bytes: u32, arguments: Vec<u8> },
 }
 
 impl Work {
@@ -26,7 +28,8 @@ impl Work {
             Work::Write { ref from, to } => (Some((to, from.len())), None),
             Work::ToHost { from, bytes, .. } => (Some((from, bytes)), None),
             Work::Within { from, to, bytes } => (Some((from, bytes)), Some((to, bytes))),
-            Work::Kernel => (None, None),
+            // What a kernel accesses only it knows; what is not accessible faults.
+            Work::Kernel { .. } => (None, None),
         };
         first.into_iter().chain(second)
     }
@@ -45,13 +48,19 @@ impl Work {
         matches!(*self, Work::Within { from, to, bytes } if from < to + bytes && to < from + bytes)
     }
 
+    /// `false` if it failed.
+    ///
     /// # Safety
-    /// The device ranges must be accessible and the host ranges pinned.
-    pub(crate) unsafe fn run(self) {
+    /// The device ranges must be accessible and the host ranges pinned, and so must all that a kernel accesses.
+    pub(crate) unsafe fn run(self) -> bool {
         // SAFETY: the caller has checked all ranges; `copy` allows overlap, which is refused earlier.
         unsafe {
             match self {
-                Work::Kernel => {}
+                Work::Kernel { kernel, blocks, shared_bytes, arguments } => {
+                    return kernel.zip(emulator::get()).is_none_or(|(kernel, emulator)| {
+                        emulator.run(kernel, blocks, shared_bytes, &arguments)
+                    });
+                }
                 Work::Fill { to, bytes, value } => std::ptr::write_bytes(to as *mut u8, value, bytes),
                 Work::Write { from, to } => {
                     std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len());
@@ -63,6 +72,7 @@ impl Work {
                 }
             }
         }
+        true
     }
 }
 

@@ -15,10 +15,11 @@ pub struct Program {
     gpu: Arc<Gpu>,
     queue: Queue,
     module: ModuleHandle,
+    multiprocessors: u32,
 }
 
 /// A kernel of a [`Program`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kernel(usize);
 
 /// How many threads run a kernel, and with what.
@@ -52,12 +53,14 @@ impl Program {
             // SAFETY: the pointers are to a live variable and to an image that is whole, as the caller says.
             unsafe { (driver.cuModuleLoadData)(&mut module, image.as_ptr().cast()) }
         })?;
-        Ok(Program { gpu: gpu.clone(), queue, module })
+        let multiprocessors = gpu.attribute(attribute::MULTIPROCESSORS);
+        let multiprocessors = multiprocessors.and_then(|count| count.try_into().ok()).unwrap_or(1);
+        Ok(Program { gpu: gpu.clone(), queue, module, multiprocessors })
     }
 
     /// How many multiprocessors the GPU has.
     pub fn multiprocessors(&self) -> u32 {
-        self.gpu.attribute(attribute::MULTIPROCESSORS).and_then(|count| count.try_into().ok()).unwrap_or(1)
+        self.multiprocessors
     }
 
     /// The kernel of this name, allowed to use up to `shared_bytes` of shared memory.

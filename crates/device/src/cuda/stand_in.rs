@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub use tangram_fake_cuda::{Delay, Left, Options, StandIn};
+pub use tangram_fake_cuda::{Delay, Left, Options, StandIn, build_emulator, order_threads, run_kernels};
 
 use super::{ALIGNMENT, CudaConfig, CudaDevice, Driver};
 use crate::cpu::CpuDevice;

@@ -8,17 +8,15 @@
 mod speed;
 mod suite;
 
-use std::sync::Arc;
-
-use tangram_engine::cuda::{Driver, Gpu, bundle};
+use tangram_device::cuda::{Driver, Gpu};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1).map(|argument| argument.parse::<u64>());
     let rounds = arguments.next().transpose()?.unwrap_or(50);
     let seed = arguments.next().transpose()?.unwrap_or(1);
-    let driver = Driver::open(0, bundle::IMAGE)?;
-    println!("{}, {rounds} rounds from seed {seed}", driver.name());
-    let gpu: Arc<dyn Gpu> = driver;
+    let gpu = Gpu::open(&Driver::load()?, 0)?;
+    println!("{}, {rounds} rounds from seed {seed}", gpu.name());
+    let gpu = tangram_engine::cuda::load(&gpu)?;
     let mut bench = suite::Bench::new(gpu.clone(), seed, 10);
     for (name, check) in suite::CHECKS {
         (0..rounds).for_each(|_| check(&mut bench));

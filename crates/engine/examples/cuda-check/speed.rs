@@ -12,6 +12,7 @@ use half::bf16;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
 use tangram_checkpoint::DType;
+use tangram_device::DeviceError;
 use tangram_engine::cuda::*;
 
 /// Bytes that the copies of a matrix should have together.
@@ -19,7 +20,7 @@ const ROTATION: usize = 512 << 20;
 const LAUNCHES: usize = 20;
 const ROUNDS: usize = 7;
 
-pub fn run(gpu: &Arc<dyn Gpu>) -> Result<(), Box<dyn Error>> {
+pub fn run(gpu: &Arc<dyn Launcher>) -> Result<(), Box<dyn Error>> {
     let kernels = Kernels::load(gpu.clone())?;
     println!("{:>6} {:>14} {:>7} {:>10} {:>9} {:>9}", "type", "matrix", "tokens", "us", "GB/s", "TFLOP/s");
     for dtype in [DType::BF16, DType::Q8_0, DType::Q4K] {
@@ -35,7 +36,10 @@ pub fn run(gpu: &Arc<dyn Gpu>) -> Result<(), Box<dyn Error>> {
 }
 
 /// Seconds of one launch.
-fn time(done: &Buffer, mut launch: impl FnMut(usize) -> Result<(), GpuError>) -> Result<f64, Box<dyn Error>> {
+fn time(
+    done: &Buffer,
+    mut launch: impl FnMut(usize) -> Result<(), DeviceError>,
+) -> Result<f64, Box<dyn Error>> {
     let mut seconds = Vec::new();
     for round in 0..ROUNDS + 2 {
         done.read(&mut [0; 4])?;
@@ -73,7 +77,7 @@ fn numbers(dtype: DType, bytes: usize) -> Vec<u8> {
 }
 
 fn products(
-    gpu: &Arc<dyn Gpu>,
+    gpu: &Arc<dyn Launcher>,
     kernels: &Kernels,
     dtype: DType,
     rows: usize,
@@ -118,7 +122,7 @@ fn products(
 
 /// Sequences that go on by `tokens` tokens from `position` on: 32 heads of 128, eight key/value heads.
 fn attention(
-    gpu: &Arc<dyn Gpu>,
+    gpu: &Arc<dyn Launcher>,
     kernels: &Kernels,
     sequences: usize,
     position: usize,

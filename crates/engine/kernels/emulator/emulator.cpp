@@ -1,5 +1,5 @@
-// The kernels on the host, behind the driver's own functions: what a program that opens the CUDA driver library finds
-// here is a device that runs them one thread at a time. See emulator.h. x86-64 only.
+// The kernels on the host: a shared library that runs them one thread at a time, for the stand-in of the driver
+// (`crates/fake-cuda`), which owns memory, streams and errors. See emulator.h. x86-64 only.
 #include "../cuda/all.cu"
 
 #include <signal.h>
@@ -289,8 +289,8 @@ static void release(const void* memory, size_t bytes) {
     munmap(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(memory) / page * page), (pages + 1) * page);
 }
 
-static int launch(
-    const Entry& kernel, const char* name, u32 gx, u32 gy, u32 gz, u32 threads, u32 bytes, const void* a) {
+static bool launch(const Entry& kernel, const char* name, u32 gx, u32 gy, u32 gz, u32 bytes, const void* a) {
+    const u32 threads = kernel.threads;
     watch_for_faults();
     snprintf(running, sizeof running, "%s", name);
     failure = nullptr;
@@ -316,138 +316,32 @@ static int launch(
     for (Fiber& fiber : spare) fibers.push_back(std::move(fiber));
     release(shared, bytes);
     here = nullptr;
-    return failure ? 719 : 0;
+    return failure == nullptr;
 }
-
-// What a driver's function handle points to.
-struct Function {
-    std::string name;
-    Entry entry;
-    u32 most_shared = 48 << 10;
-};
-
-static std::map<std::string, Function>& functions() {
-    static std::map<std::string, Function> all;
-    return all;
-}
-
-static std::map<u64, size_t>& allocations() {
-    static std::map<u64, size_t> all;
-    return all;
-}
-
-// After a failed launch every call fails, as with the driver.
-static int broken = 0;
 
 }  // namespace emulator
 
 using namespace emulator;
 
+// One caller at a time, on any thread.
 extern "C" {
 
 // The order in which threads and blocks run from now on.
 void emulator_order(u64 value) { order = value; }
 
-int cuInit(u32) { return 0; }
-int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
-int cuDeviceGetCount(int* count) { return *count = 1, 0; }
-int cuDeviceGet(int* device, int index) { return *device = index, index == 0 ? 0 : 101; }
-
-int cuDeviceGetName(char* name, int length, int) {
-    snprintf(name, static_cast<size_t>(length), "emulated");
-    return 0;
-}
-
-int cuDeviceGetAttribute(int* value, int attribute, int) {
-    switch (attribute) {
-        case 16: return *value = 8, 0;         // multiprocessors
-        case 75: return *value = 8, 0;         // compute capability 8.6
-        case 76: return *value = 6, 0;
-        case 97: return *value = 101376, 0;    // most shared memory of a block
-        default: return 1;
-    }
-}
-
-int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &broken, 0; }
-int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-int cuCtxSetCurrent(void*) { return 0; }
-int cuModuleLoadData(void** module, const void*) { return *module = &broken, 0; }
-int cuModuleUnload(void*) { return 0; }
-
-int cuModuleGetFunction(void** function, void*, const char* name) {
+// A kernel, its threads per block and the bytes of its argument structure; null if there is none.
+const void* emulator_find(const char* name, u32* threads, u32* argument_bytes) {
     auto found = kernels().find(name);
-    if (found == kernels().end()) return 500;
-    *function = &functions().try_emplace(name, Function{name, found->second}).first->second;
-    return 0;
+    if (found == kernels().end()) return nullptr;
+    *threads = found->second.threads;
+    *argument_bytes = found->second.argument_bytes;
+    return &*found;
 }
 
-int cuFuncSetAttribute(void* function, int attribute, int value) {
-    // The most dynamic shared memory.
-    if (attribute != 8 || value > 101376) return 1;
-    static_cast<Function*>(function)->most_shared = static_cast<u32>(value);
-    return 0;
-}
-
-int cuMemAlloc_v2(u64* address, size_t bytes) {
-    if (broken) return broken;
-    unsigned char* memory = guarded(bytes);
-    if (!memory) return 2;
-    allocations()[*address = reinterpret_cast<u64>(memory)] = bytes;
-    return 0;
-}
-
-int cuMemFree_v2(u64 address) {
-    auto found = allocations().find(address);
-    if (found == allocations().end()) return 1;
-    // Whoever still uses it faults.
-    release(reinterpret_cast<void*>(address), found->second);
-    allocations().erase(found);
-    return 0;
-}
-
-int cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t bytes, void*) {
-    if (broken) return broken;
-    memcpy(reinterpret_cast<void*>(to), from, bytes);
-    return 0;
-}
-
-int cuMemcpyDtoHAsync_v2(void* to, u64 from, size_t bytes, void*) {
-    if (broken) return broken;
-    memcpy(to, reinterpret_cast<const void*>(from), bytes);
-    return 0;
-}
-
-int cuMemsetD8Async(u64 to, u8 value, size_t bytes, void*) {
-    if (broken) return broken;
-    memset(reinterpret_cast<void*>(to), value, bytes);
-    return 0;
-}
-
-int cuStreamCreate(void** stream, u32) { return *stream = &broken, 0; }
-int cuStreamDestroy_v2(void*) { return 0; }
-int cuStreamSynchronize(void*) { return broken; }
-
-int cuLaunchKernel(
-    void* handle, u32 gx, u32 gy, u32 gz, u32 bx, u32 by, u32 bz, u32 shared_memory, void*, void** parameters, void**) {
-    if (broken) return broken;
-    const Function& function = *static_cast<Function*>(handle);
-    bool grid = gx > 0 && gx <= 0x7fffffff && gy > 0 && gy <= 65535 && gz > 0 && gz <= 65535;
-    if (!grid || bx != function.entry.threads || by != 1 || bz != 1 || shared_memory > function.most_shared) {
-        const char* name = function.name.c_str();
-        fprintf(stderr, "emulator: %s: grid (%u, %u, %u), %u threads, %u bytes\n", name, gx, gy, gz, bx, shared_memory);
-        return 1;
-    }
-    return broken = launch(function.entry, function.name.c_str(), gx, gy, gz, bx, shared_memory, parameters[0]);
-}
-
-int cuGetErrorName(int error, const char** text) {
-    switch (error) {
-        case 1: return *text = "CUDA_ERROR_INVALID_VALUE", 0;
-        case 2: return *text = "CUDA_ERROR_OUT_OF_MEMORY", 0;
-        case 500: return *text = "CUDA_ERROR_NOT_FOUND", 0;
-        case 719: return *text = "CUDA_ERROR_LAUNCH_FAILED", 0;
-        default: return *text = "CUDA_ERROR_UNKNOWN", 0;
-    }
+// Runs all blocks; 0 if the kernel did nothing that is forbidden.
+int emulator_launch(const void* kernel, u32 gx, u32 gy, u32 gz, u32 shared_memory, const void* a) {
+    const auto& [name, found] = *static_cast<const std::pair<const std::string, Entry>*>(kernel);
+    return launch(found, name.c_str(), gx, gy, gz, shared_memory, a) ? 0 : 1;
 }
 
 }  // extern "C"

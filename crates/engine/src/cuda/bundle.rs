@@ -10,7 +10,7 @@ struct Aligned<T: ?Sized>(T);
 
 static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!("../../kernels/cuda.fatbin"));
 
-/// What [`super::Driver::open`] loads.
+/// What [`super::load`] loads.
 pub static IMAGE: &[u8] = &ALIGNED.0;
 
 #[cfg(test)]

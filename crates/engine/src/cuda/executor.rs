@@ -6,23 +6,24 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tangram_checkpoint::Output;
+use tangram_device::DeviceError;
 
 use super::plan::{Cut, Offset, Tables};
-use super::{Buffer, Gpu, GpuError, Kernels, launch};
+use super::{Buffer, Kernels, Launcher, launch};
 use crate::adapter::Adapter;
 use crate::executor::{Chunk, PassError, Place, check, places};
 use crate::kernels::kv::{BLOCK_TOKENS, KvBlocks, KvElement, KvProblem};
 use crate::model::Model;
 
 /// Why a pass cannot go on.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ExecuteError {
     /// What was asked for does not fit the model.
     #[error(transparent)]
     Pass(#[from] PassError),
     /// The GPU cannot.
     #[error(transparent)]
-    Gpu(#[from] GpuError),
+    Gpu(#[from] DeviceError),
     /// A tensor does not start at a multiple of [`ALIGNMENT`].
     #[error("tensor {index} starts at {address:#x}")]
     Misaligned {
@@ -72,7 +73,7 @@ pub(crate) struct Operands {
 }
 
 impl Operands {
-    fn new(gpu: &Arc<dyn Gpu>) -> Operands {
+    fn new(gpu: &Arc<dyn Launcher>) -> Operands {
         let buffer = || Buffer::new(gpu);
         Operands { plain: buffer(), bf16: buffer(), f16: buffer(), scales: buffer() }
     }
@@ -118,7 +119,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    fn new(gpu: &Arc<dyn Gpu>) -> Memory {
+    fn new(gpu: &Arc<dyn Launcher>) -> Memory {
         let (buffer, operands) = (|| Buffer::new(gpu), || Operands::new(gpu));
         Memory {
             tables: buffer(),
@@ -240,8 +241,8 @@ impl CudaExecutor {
     /// An executor on this GPU.
     ///
     /// # Errors
-    /// [`GpuError::Driver`] if a kernel is missing.
-    pub fn new(gpu: Arc<dyn Gpu>) -> Result<CudaExecutor, GpuError> {
+    /// [`DeviceError::Cuda`] if a kernel is missing.
+    pub fn new(gpu: Arc<dyn Launcher>) -> Result<CudaExecutor, DeviceError> {
         Ok(CudaExecutor { kernels: Kernels::load(gpu)?, spare: Mutex::default() })
     }
 
@@ -249,7 +250,7 @@ impl CudaExecutor {
     /// Nothing is computed yet.
     ///
     /// # Errors
-    /// As [`crate::Executor::begin_adapted`]; [`GpuError`] when there is not enough memory;
+    /// As [`crate::Executor::begin_adapted`]; [`DeviceError`] when there is not enough memory;
     /// [`ExecuteError::Unsupported`] for scores of text pairs and for contexts beyond longrope's original one.
     pub fn begin(
         &self,
@@ -342,7 +343,7 @@ impl CudaExecutor {
     /// [`crate::Executor::advance`].
     ///
     /// # Errors
-    /// As [`crate::Executor::advance`]; [`GpuError`] when the GPU fails; [`ExecuteError::Misaligned`].
+    /// As [`crate::Executor::advance`]; [`DeviceError`] when the GPU fails; [`ExecuteError::Misaligned`].
     pub fn advance(
         &self,
         pass: &mut CudaPass,

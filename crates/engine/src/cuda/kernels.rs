@@ -6,8 +6,9 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
 use tangram_checkpoint::DType;
+use tangram_device::DeviceError;
 
-use super::{Function, Gpu, GpuError, Launch, ProductKind, launch};
+use super::{Kernel, Launch, Launcher, ProductKind, launch};
 
 /// Defines argument structures whose size the sources assert too.
 macro_rules! arguments {
@@ -147,11 +148,11 @@ pub mod activation {
 /// Kernels without variants: function, shared memory that it may need at most, argument structure.
 macro_rules! kernels {
     ($($(#[$doc:meta])* $name:ident($arguments:ty), $shared:expr;)*) => {
-        struct Single { $($name: Function,)* }
+        struct Single { $($name: Kernel,)* }
 
         impl Single {
-            fn load(gpu: &dyn Gpu) -> Result<Single, GpuError> {
-                Ok(Single { $($name: function(gpu, stringify!($name), $shared)?,)* })
+            fn load(gpu: &dyn Launcher) -> Result<Single, DeviceError> {
+                Ok(Single { $($name: kernel(gpu, stringify!($name), $shared)?,)* })
             }
         }
 
@@ -160,11 +161,11 @@ macro_rules! kernels {
                 $(#[$doc])*
                 ///
                 /// # Errors
-                /// [`GpuError::Driver`] when the driver refuses.
+                /// [`DeviceError::Cuda`] when the driver refuses.
                 ///
                 /// # Safety
                 /// The addresses in `arguments` must be of what the sources say, for this launch.
-                pub unsafe fn $name(&self, launch: Launch, arguments: &$arguments) -> Result<(), GpuError> {
+                pub unsafe fn $name(&self, launch: Launch, arguments: &$arguments) -> Result<(), DeviceError> {
                     // SAFETY: as the caller says.
                     unsafe { self.launch(self.single.$name, launch, arguments) }
                 }
@@ -219,25 +220,25 @@ kernels! {
 
 /// All kernels, ready to be launched.
 pub struct Kernels {
-    gpu: Arc<dyn Gpu>,
+    gpu: Arc<dyn Launcher>,
     single: Single,
     /// By [`ProductKind`] and weight type; none for f32.
-    products: [[Option<Function>; WEIGHT_TYPES.len()]; 3],
+    products: [[Option<Kernel>; WEIGHT_TYPES.len()]; 3],
     /// For few and many query rows, by size.
-    attention: [[Function; launch::HEAD_DIMS.len()]; 2],
+    attention: [[Kernel; launch::HEAD_DIMS.len()]; 2],
 }
 
-fn function(gpu: &dyn Gpu, name: &str, shared_bytes: u32) -> Result<Function, GpuError> {
+fn kernel(gpu: &dyn Launcher, name: &str, shared_bytes: u32) -> Result<Kernel, DeviceError> {
     let c_name = CString::new(name).unwrap_or_default();
-    gpu.function(&c_name, shared_bytes)
+    gpu.kernel(&c_name, shared_bytes)
 }
 
 impl Kernels {
     /// Finds all kernels.
     ///
     /// # Errors
-    /// [`GpuError::Driver`] if one is missing.
-    pub fn load(gpu: Arc<dyn Gpu>) -> Result<Kernels, GpuError> {
+    /// [`DeviceError::Cuda`] if one is missing.
+    pub fn load(gpu: Arc<dyn Launcher>) -> Result<Kernels, DeviceError> {
         let single = Single::load(&*gpu)?;
         let mut products = [[None; WEIGHT_TYPES.len()]; 3];
         let kinds = [
@@ -247,27 +248,27 @@ impl Kernels {
         ];
         for (products, (kind, name)) in products.iter_mut().zip(kinds) {
             for (product, dtype) in products.iter_mut().zip(WEIGHT_TYPES).skip(1) {
-                *product = Some(function(&*gpu, &format!("{name}_{}", dtype.name()), kind.shared_bytes())?);
+                *product = Some(kernel(&*gpu, &format!("{name}_{}", dtype.name()), kind.shared_bytes())?);
             }
         }
-        let mut attention = [[Function(0); launch::HEAD_DIMS.len()]; 2];
+        let mut attention = [[Kernel::default(); launch::HEAD_DIMS.len()]; 2];
         for (many, (functions, name)) in attention.iter_mut().zip(["few", "many"]).enumerate() {
             for (size, (attend, dims)) in functions.iter_mut().zip(launch::HEAD_DIMS).enumerate() {
                 let shared_bytes = launch::attention_shared_bytes(size, many == 1);
-                *attend = function(&*gpu, &format!("attend_{name}_{dims}"), shared_bytes)?;
+                *attend = kernel(&*gpu, &format!("attend_{name}_{dims}"), shared_bytes)?;
             }
         }
         Ok(Kernels { gpu, single, products, attention })
     }
 
     /// The GPU they run on.
-    pub fn gpu(&self) -> &Arc<dyn Gpu> {
+    pub fn gpu(&self) -> &Arc<dyn Launcher> {
         &self.gpu
     }
 
     /// # Safety
-    /// `arguments` must be of the structure of `function`; its addresses as [`Gpu::launch`] says.
-    unsafe fn launch<A>(&self, function: Function, launch: Launch, arguments: &A) -> Result<(), GpuError> {
+    /// `arguments` must be of the structure of `function`; its addresses as [`Launcher::launch`] says.
+    unsafe fn launch<A>(&self, function: Kernel, launch: Launch, arguments: &A) -> Result<(), DeviceError> {
         // SAFETY: as the caller says.
         unsafe { self.gpu.launch(function, launch, (&raw const *arguments).cast::<c_void>()) }
     }
@@ -275,7 +276,7 @@ impl Kernels {
     /// A product with weights of `dtype`, which is not f32, on `tiles` tiles of tokens.
     ///
     /// # Errors
-    /// [`GpuError::Driver`] when the driver refuses, or there is no kernel for the type.
+    /// [`DeviceError::Cuda`] when the driver refuses, or there is no kernel for the type.
     ///
     /// # Safety
     /// As for the other kernels.
@@ -285,12 +286,10 @@ impl Kernels {
         dtype: DType,
         tiles: usize,
         arguments: &ProductArguments,
-    ) -> Result<(), GpuError> {
+    ) -> Result<(), DeviceError> {
         let function = self.products[kind as usize][weight_type(dtype) as usize];
-        let function = function.ok_or_else(|| GpuError::Driver {
-            operation: "choosing a product",
-            error: format!("none for {dtype}"),
-        })?;
+        let function =
+            function.ok_or_else(|| DeviceError::BadConfig(format!("no kernel multiplies with {dtype}")))?;
         let launch = launch::product(kind, arguments.rows as usize, tiles);
         // SAFETY: as the caller says.
         unsafe { self.launch(function, launch, arguments) }
@@ -299,7 +298,7 @@ impl Kernels {
     /// Attention of `items` items by the kernel for heads of `size`.
     ///
     /// # Errors
-    /// [`GpuError::Driver`] when the driver refuses.
+    /// [`DeviceError::Cuda`] when the driver refuses.
     ///
     /// # Safety
     /// As for the other kernels.
@@ -309,7 +308,7 @@ impl Kernels {
         many: bool,
         items: usize,
         arguments: &AttendArguments,
-    ) -> Result<(), GpuError> {
+    ) -> Result<(), DeviceError> {
         let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
         let launch = launch::attend(size, many, items, heads, kv_heads);
         // SAFETY: as the caller says.

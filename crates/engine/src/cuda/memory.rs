@@ -2,26 +2,28 @@
 
 use std::sync::Arc;
 
-use super::{Gpu, GpuError};
+use tangram_device::DeviceError;
+
+use super::Launcher;
 
 /// Memory on a GPU, freed when it is dropped.
 pub struct Buffer {
-    gpu: Arc<dyn Gpu>,
+    gpu: Arc<dyn Launcher>,
     address: u64,
     bytes: usize,
 }
 
 impl Buffer {
     /// An empty buffer; allocates nothing.
-    pub fn new(gpu: &Arc<dyn Gpu>) -> Buffer {
+    pub fn new(gpu: &Arc<dyn Launcher>) -> Buffer {
         Buffer { gpu: gpu.clone(), address: 0, bytes: 0 }
     }
 
     /// Makes room for at least `bytes` and gives the address. Contents are lost when it grows.
     ///
     /// # Errors
-    /// [`GpuError::Driver`] when there is not enough memory; the buffer is then empty.
-    pub fn reserve(&mut self, bytes: usize) -> Result<u64, GpuError> {
+    /// [`DeviceError::Cuda`] when there is not enough memory; the buffer is then empty.
+    pub fn reserve(&mut self, bytes: usize) -> Result<u64, DeviceError> {
         if self.bytes < bytes {
             self.release();
             self.address = self.gpu.allocate(bytes)?;
@@ -34,7 +36,7 @@ impl Buffer {
     ///
     /// # Errors
     /// As [`Buffer::reserve`].
-    pub fn with(gpu: &Arc<dyn Gpu>, bytes: &[u8]) -> Result<Buffer, GpuError> {
+    pub fn with(gpu: &Arc<dyn Launcher>, bytes: &[u8]) -> Result<Buffer, DeviceError> {
         let mut buffer = Buffer::new(gpu);
         buffer.fill(bytes)?;
         Ok(buffer)
@@ -44,7 +46,7 @@ impl Buffer {
     ///
     /// # Errors
     /// As [`Buffer::reserve`].
-    pub fn fill(&mut self, bytes: &[u8]) -> Result<u64, GpuError> {
+    pub fn fill(&mut self, bytes: &[u8]) -> Result<u64, DeviceError> {
         self.reserve(bytes.len())?;
         if !bytes.is_empty() {
             // SAFETY: there is room for them.
@@ -56,8 +58,8 @@ impl Buffer {
     /// Reads the beginning; waits for everything submitted so far. Panics if it is not that long.
     ///
     /// # Errors
-    /// [`GpuError::Driver`] when the driver refuses, or an earlier launch failed.
-    pub fn read(&self, bytes: &mut [u8]) -> Result<(), GpuError> {
+    /// [`DeviceError::Cuda`] when the driver refuses, or an earlier launch failed.
+    pub fn read(&self, bytes: &mut [u8]) -> Result<(), DeviceError> {
         assert!(bytes.len() <= self.bytes, "{} bytes of a buffer of {}", bytes.len(), self.bytes);
         if bytes.is_empty() {
             return Ok(());

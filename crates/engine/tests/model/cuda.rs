@@ -1,109 +1,54 @@
-//! The GPU's executor and kernels, run by the emulator (`kernels/emulator`): the same sources compiled as C++, behind
-//! the driver's own functions. Needs a C++ compiler with `_Float16` (GCC 12, Clang 15) on x86-64; says so otherwise.
+//! The GPU's executor and kernels on the stand-in of the driver, which runs them by the emulator (`kernels/emulator`): the
+//! same sources compiled as C++. Needs a C++ compiler with `_Float16` (GCC 12, Clang 15) on x86-64; says so otherwise.
 //!
 //! What this proves and what it cannot is said in `kernels/emulator/emulator.h`.
 #![allow(unsafe_code)]
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 #[path = "../../examples/cuda-check/suite/mod.rs"]
 mod suite;
 
 use tangram_checkpoint::{DType, Output, Pooling};
-use tangram_engine::cuda::{Addresses, Buffer, CudaExecutor, Driver, Gpu, GpuError, Region, bundle};
+use tangram_device::cuda::Gpu;
+use tangram_device::cuda::stand_in::{self, Options, StandIn};
+use tangram_engine::cuda::{self, Addresses, Buffer, CudaExecutor, Launcher, Region};
 use tangram_engine::{Chunk, KvBlocks, LogitRows};
 
 use crate::adapter::{Stored, merged, random_adapter};
 use crate::support::{Blocks, Sample, reference_embedding, reference_logits, sample, spec};
 use crate::{DECODERS, bits, tokens};
 
-const FLAGS: [&str; 8] =
-    ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"];
-
-/// The compiled emulator, kept for later runs until a source changes.
-fn library() -> Option<&'static PathBuf> {
-    static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let build = || {
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let kernels = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("kernels");
-        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-        let library = folder.join(format!("libtangram-emulator-{:016x}.so", identity(&kernels, &compiler)));
-        if library.exists() {
-            return Some(library);
-        }
-        // Under its final name only when it is whole: other processes may want it too.
-        let unfinished = library.with_extension(std::process::id().to_string());
-        let source = kernels.join("emulator/emulator.cpp");
-        let run = Command::new(&compiler).args(FLAGS).arg(&source).arg("-o").arg(&unfinished).output();
-        match run {
-            Ok(run) if run.status.success() => {
-                std::fs::rename(&unfinished, &library).expect("a name for the emulator");
-                Some(library)
-            }
-            // A compiler that is there must be able to compile the kernels.
-            Ok(run) if compiles_half_floats(&compiler) => {
-                panic!("{compiler}: {}", String::from_utf8_lossy(&run.stderr))
-            }
-            _ => None,
-        }
-    };
-    LIBRARY.get_or_init(|| if cfg!(target_arch = "x86_64") { build() } else { None }).as_ref()
-}
-
-/// A number that is different for other sources, another compiler or other flags.
-fn identity(kernels: &Path, compiler: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (compiler, FLAGS).hash(&mut hasher);
-    for folder in ["cuda", "emulator"] {
-        let files = kernels.join(folder).read_dir().expect("the sources");
-        let mut paths: Vec<PathBuf> = files.map(|file| file.expect("a source").path()).collect();
-        paths.sort();
-        for path in paths {
-            (path.file_name(), std::fs::read(&path).expect("a source")).hash(&mut hasher);
-        }
-    }
-    hasher.finish()
-}
-
-fn compiles_half_floats(compiler: &str) -> bool {
-    let source = tempfile::Builder::new().suffix(".cpp").tempfile().expect("a file");
-    std::fs::write(&source, "_Float16 half(float x) { return static_cast<_Float16>(x); }").expect("a file");
-    let run = Command::new(compiler).args(["-std=c++17", "-fsyntax-only"]).arg(source.path()).output();
-    run.is_ok_and(|run| run.status.success())
-}
-
 /// The emulated GPU. It is one for the process, so tests take turns.
 pub(crate) struct Emulated {
-    pub(crate) gpu: Arc<dyn Gpu>,
-    library: libloading::Library,
+    pub(crate) gpu: Arc<dyn Launcher>,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Emulated {
     pub(crate) fn open() -> Option<Emulated> {
         static TURN: Mutex<()> = Mutex::new(());
+        static GPU: OnceLock<Option<Arc<dyn Launcher>>> = OnceLock::new();
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(path) = library() else {
+        let open = || {
+            let emulator = stand_in::build_emulator(Path::new(env!("CARGO_TARGET_TMPDIR")))?;
+            stand_in::run_kernels(&emulator);
+            let options = Options { memory_bytes: 1 << 30, abort_on_misuse: true, ..Options::default() };
+            let device = StandIn::new(options);
+            let gpu = Gpu::open(&stand_in::driver(), device.ordinal()).expect("the stand-in");
+            Some(cuda::load(&gpu).expect("the kernels"))
+        };
+        let Some(gpu) = GPU.get_or_init(open).clone() else {
             println!("skipped: no C++ compiler here that can compile the emulator");
             return None;
         };
-        // SAFETY: the emulator does what the driver does, as far as it is used.
-        let gpu = unsafe { Driver::open_library(path, 0, &[]) }.expect("the emulator");
-        // SAFETY: it has no initialisation to speak of.
-        let library = unsafe { libloading::Library::new(path) }.expect("the emulator");
-        Some(Emulated { gpu, library, _turn: turn })
+        Some(Emulated { gpu, _turn: turn })
     }
 
     /// The order in which threads and blocks run: 0 ascending, 1 descending, else random.
     pub(crate) fn order(&self, order: u64) {
-        // SAFETY: this is the signature in emulator.cpp.
-        unsafe {
-            let set = self.library.get::<unsafe extern "C" fn(u64)>(b"emulator_order").expect("a function");
-            set(order);
-        }
+        stand_in::order_threads(order);
     }
 }
 
@@ -127,12 +72,12 @@ unsafe impl Addresses for OnGpu<'_> {
 }
 
 impl<'a> OnGpu<'a> {
-    fn new(gpu: &Arc<dyn Gpu>, sample: &'a Sample) -> OnGpu<'a> {
+    fn new(gpu: &Arc<dyn Launcher>, sample: &'a Sample) -> OnGpu<'a> {
         let tensors = sample.bytes.iter().map(|bytes| Buffer::with(gpu, bytes).expect("memory"));
         OnGpu { sample, tensors: tensors.collect(), adapters: Vec::new() }
     }
 
-    fn with_adapter(mut self, gpu: &Arc<dyn Gpu>, stored: &'a Stored) -> OnGpu<'a> {
+    fn with_adapter(mut self, gpu: &Arc<dyn Launcher>, stored: &'a Stored) -> OnGpu<'a> {
         let buffers = stored.bytes.iter().map(|bytes| Buffer::with(gpu, bytes).expect("memory")).collect();
         self.adapters.push((stored, buffers));
         self
@@ -310,17 +255,9 @@ fn sequences_on_the_gpu_go_on_together_as_alone() {
 }
 
 #[test]
-fn without_a_gpu_the_reason_is_said() {
-    match Driver::open(0, bundle::IMAGE) {
-        Ok(driver) => println!("this machine has {}", driver.name()),
-        Err(GpuError::Missing(reason)) => assert!(!reason.is_empty()),
-        Err(error) => panic!("there is a GPU, but {error}"),
-    }
-    // SAFETY: nothing is called in a library that is not there.
-    let missing = unsafe { Driver::open_library("/nowhere/libcuda.so".as_ref(), 0, bundle::IMAGE) };
-    assert!(matches!(missing, Err(GpuError::Missing(_))));
+fn a_kernel_that_is_missing_is_named() {
     let Some(emulated) = Emulated::open() else { return };
-    let refused = emulated.gpu.function(c"no_such_kernel", 0).expect_err("there is none");
+    let refused = emulated.gpu.kernel(c"no_such_kernel", 0).expect_err("there is none");
     assert!(refused.to_string().contains("NOT_FOUND"), "{refused}");
 }
 

@@ -1,5 +1,5 @@
 //! Every kernel against its twin: plain f64 arithmetic on the same stored numbers, over random shapes; and the bitwise
-//! rules, kernel against kernel. Runs on whatever is behind [`Gpu`]: a real one (`cuda-check`), or the emulator (a test).
+//! rules, kernel against kernel. Runs on whatever is behind [`Launcher`]: a real one (`cuda-check`), or the emulator (a test).
 //!
 //! A check panics with its case when a kernel is wrong. Outputs start as NaN, so an element that is not written shows.
 #![allow(unsafe_code)]
@@ -19,7 +19,7 @@ mod others;
 
 /// Where checks run, and the numbers they run on.
 pub struct Bench {
-    gpu: Arc<dyn Gpu>,
+    gpu: Arc<dyn Launcher>,
     kernels: Kernels,
     random: Xoshiro256PlusPlus,
     /// Sizes are at most these many times the smallest interesting ones.
@@ -47,7 +47,7 @@ pub const CHECKS: [(&str, Check); 13] = [
 ];
 
 impl Bench {
-    pub fn new(gpu: Arc<dyn Gpu>, seed: u64, scale: usize) -> Bench {
+    pub fn new(gpu: Arc<dyn Launcher>, seed: u64, scale: usize) -> Bench {
         let kernels = Kernels::load(gpu.clone()).expect("kernels");
         Bench { gpu, kernels, random: Xoshiro256PlusPlus::seed_from_u64(seed), scale, worst: 0.0 }
     }

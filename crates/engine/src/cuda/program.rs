@@ -1,0 +1,59 @@
+//! The embedded kernels on a GPU of the device crate.
+
+use std::ffi::{CStr, c_void};
+use std::sync::Arc;
+
+use tangram_device::DeviceError;
+use tangram_device::cuda::{self, Grid, Program};
+
+use super::{Kernel, Launch, Launcher, bundle};
+
+/// Loads the embedded kernels on a GPU, with a stream of their own.
+///
+/// # Errors
+/// [`DeviceError::Cuda`] when the driver has no use for them or not enough memory.
+pub fn load(gpu: &Arc<cuda::Gpu>) -> Result<Arc<dyn Launcher>, DeviceError> {
+    // SAFETY: the image is a whole container, as the tests of `bundle` check.
+    Ok(Arc::new(unsafe { Program::load(gpu, bundle::IMAGE) }?))
+}
+
+// SAFETY: the driver gives memory of its own, which stays until it is freed.
+unsafe impl Launcher for Program {
+    fn multiprocessors(&self) -> u32 {
+        Program::multiprocessors(self)
+    }
+
+    fn kernel(&self, name: &CStr, shared_bytes: u32) -> Result<Kernel, DeviceError> {
+        Program::kernel(self, name, shared_bytes)
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        launch: Launch,
+        arguments: *const c_void,
+    ) -> Result<(), DeviceError> {
+        let Launch { grid, threads, shared_bytes } = launch;
+        // SAFETY: as the caller says.
+        unsafe { Program::launch(self, kernel, Grid { blocks: grid, threads, shared_bytes }, arguments) }
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {
+        Ok(Program::allocate(self, bytes)? as u64)
+    }
+
+    unsafe fn free(&self, address: u64) {
+        // SAFETY: as the caller says.
+        unsafe { Program::free(self, address as usize) }
+    }
+
+    unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { Program::upload(self, to as usize, bytes) }
+    }
+
+    unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { Program::download(self, from as usize, bytes) }
+    }
+}
