@@ -442,11 +442,16 @@ fn fill_angles(angles: &mut Buffer, rotations: [&Rotation; 2], places: &[Place],
     }
 }
 
-/// Checks that the model can compute these chunks.
-pub(crate) fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
+/// Positions that the model can compute.
+pub(crate) fn longest(model: &Model) -> usize {
     let spec = model.spec();
     let learned = spec.learned_positions.map_or(usize::MAX, |rows| rows.saturating_sub(spec.position_offset));
-    let context = spec.context.min(learned);
+    spec.context.min(learned)
+}
+
+/// Checks that the model can compute these chunks.
+pub(crate) fn check(model: &Model, batch: &[Chunk<'_>]) -> Result<(), PassError> {
+    let (spec, context) = (model.spec(), longest(model));
     if batch.is_empty() {
         return Err(PassError::EmptyBatch);
     }

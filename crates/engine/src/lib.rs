@@ -8,6 +8,7 @@ mod adapter;
 pub mod constraint;
 mod cost;
 pub mod cuda;
+mod device;
 mod executor;
 mod forward;
 pub mod kernels;
@@ -18,6 +19,7 @@ pub mod sampling;
 
 pub use adapter::Adapter;
 pub use cost::{PassShape, StageWork, WeightWork};
+pub use device::{DeviceExecutor, DevicePass, Tensors};
 pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights, Whole};
 pub use kernels::kv::KvBlocks;
 pub use model::{KvLayout, Model, ModelError, TensorDesc};

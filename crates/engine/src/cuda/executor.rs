@@ -6,14 +6,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tangram_checkpoint::Output;
-use tangram_device::DeviceError;
+use tangram_device::{DeviceError, Extent};
 
 use super::plan::{Cut, Offset, Tables};
-use super::{Buffer, Kernels, Launcher, launch};
+use super::working::Memory;
+use super::{Kernels, Launcher, launch, room};
 use crate::adapter::Adapter;
+use crate::device::Tensors;
 use crate::executor::{Chunk, PassError, Place, check, places};
 use crate::kernels::kv::{BLOCK_TOKENS, KvBlocks, KvElement, KvProblem};
-use crate::model::Model;
+use crate::model::{Model, Tensor};
 
 /// Why a pass cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +37,9 @@ pub enum ExecuteError {
     /// There are no kernels for what the model needs.
     #[error("{0} is not supported on GPUs yet; serve the model on the CPU")]
     Unsupported(&'static str),
+    /// The pass was begun on another device.
+    #[error("the pass belongs to another device")]
+    OtherDevice,
 }
 
 /// What tensors must be aligned to, in bytes.
@@ -64,93 +69,54 @@ pub unsafe trait Addresses {
     }
 }
 
-/// Rows as products read them: f32, and operands in bf16 and f16 (with a factor per row).
-pub(crate) struct Operands {
-    pub(crate) plain: Buffer,
-    pub(crate) bf16: Buffer,
-    pub(crate) f16: Buffer,
-    pub(crate) scales: Buffer,
+/// Where a pass finds its tensors.
+#[derive(Clone, Copy)]
+pub(crate) enum Addressed<'a> {
+    /// At addresses that somebody vouches for.
+    At(&'a dyn Addresses),
+    /// Under extents of the pool.
+    Lent(&'a dyn Tensors),
+    /// Nowhere: nothing is computed.
+    Nowhere,
 }
 
-impl Operands {
-    fn new(gpu: &Arc<dyn Launcher>) -> Operands {
-        let buffer = || Buffer::new(gpu);
-        Operands { plain: buffer(), bf16: buffer(), f16: buffer(), scales: buffer() }
+impl Addressed<'_> {
+    pub(crate) fn tensor(self, tensor: &Tensor) -> Result<u64, ExecuteError> {
+        match self {
+            Addressed::At(addresses) => checked(addresses.tensor(tensor.index), tensor),
+            Addressed::Lent(tensors) => checked(region(tensors.tensor(tensor.index)), tensor),
+            Addressed::Nowhere => Ok(ALIGNMENT),
+        }
+    }
+
+    pub(crate) fn adapter_tensor(self, adapter: usize, tensor: &Tensor) -> Result<u64, ExecuteError> {
+        match self {
+            Addressed::At(addresses) => checked(addresses.adapter_tensor(adapter, tensor.index), tensor),
+            Addressed::Lent(tensors) => {
+                checked(region(tensors.adapter_tensor(adapter, tensor.index)), tensor)
+            }
+            Addressed::Nowhere => Ok(ALIGNMENT),
+        }
     }
 }
 
-/// The working memory of a pass, reused by later passes.
-pub(crate) struct Memory {
-    pub(crate) tables: Buffer,
-    pub(crate) blocks: Buffer,
-    /// Residual stream, `[rows, hidden]`.
-    pub(crate) x: Buffer,
-    /// Normalised input of a block.
-    pub(crate) h: Operands,
-    pub(crate) query: Buffer,
-    pub(crate) query_f16: Buffer,
-    pub(crate) key: Buffer,
-    pub(crate) value: Buffer,
-    /// Result of attention.
-    pub(crate) attended: Operands,
-    pub(crate) partials: Buffer,
-    /// The activated inside of a feed-forward block.
-    pub(crate) gate: Operands,
-    pub(crate) up: Buffer,
-    pub(crate) angles: Buffer,
-    pub(crate) local_angles: Buffer,
-    pub(crate) frequencies: Buffer,
-    pub(crate) local_frequencies: Buffer,
-    /// The result of a block before it is added to the residual stream.
-    pub(crate) block: Buffer,
-    pub(crate) scores: Buffer,
-    /// Experts of rows, their weights, and the tables of [`super::GroupArguments`].
-    pub(crate) chosen: Buffer,
-    pub(crate) route_weights: Buffer,
-    pub(crate) gather: Buffer,
-    pub(crate) route_places: Buffer,
-    pub(crate) tiles: Buffer,
-    pub(crate) expert_addresses: Buffer,
-    pub(crate) expert_output: Buffer,
-    /// Low-rank products.
-    pub(crate) factors: Buffer,
-    pub(crate) inner: Buffer,
-    pub(crate) output: Buffer,
+/// Where an extent is. While it is lent its bytes stay there, and nobody writes them.
+fn region(extent: Option<&Extent>) -> Region {
+    extent.map_or(Region { address: 0, bytes: 0 }, |extent| Region {
+        address: extent.address() as u64,
+        bytes: extent.len(),
+    })
 }
 
-impl Memory {
-    fn new(gpu: &Arc<dyn Launcher>) -> Memory {
-        let (buffer, operands) = (|| Buffer::new(gpu), || Operands::new(gpu));
-        Memory {
-            tables: buffer(),
-            blocks: buffer(),
-            x: buffer(),
-            h: operands(),
-            query: buffer(),
-            query_f16: buffer(),
-            key: buffer(),
-            value: buffer(),
-            attended: operands(),
-            partials: buffer(),
-            gate: operands(),
-            up: buffer(),
-            angles: buffer(),
-            local_angles: buffer(),
-            frequencies: buffer(),
-            local_frequencies: buffer(),
-            block: buffer(),
-            scores: buffer(),
-            chosen: buffer(),
-            route_weights: buffer(),
-            gather: buffer(),
-            route_places: buffer(),
-            tiles: buffer(),
-            expert_addresses: buffer(),
-            expert_output: buffer(),
-            factors: buffer(),
-            inner: buffer(),
-            output: buffer(),
-        }
+/// The address of a tensor that has its bytes.
+fn checked(region: Region, tensor: &Tensor) -> Result<u64, ExecuteError> {
+    let index = tensor.index;
+    if region.bytes != tensor.bytes {
+        return Err(PassError::TensorBytes { index, expected: tensor.bytes, found: region.bytes }.into());
+    }
+    match region.address.is_multiple_of(ALIGNMENT) {
+        true => Ok(region.address),
+        false => Err(ExecuteError::Misaligned { index, address: region.address }),
     }
 }
 
@@ -246,6 +212,46 @@ impl CudaExecutor {
         Ok(CudaExecutor { kernels: Kernels::load(gpu)?, spare: Mutex::default() })
     }
 
+    /// Whether there are kernels for all that a model needs.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Unsupported`] for scores of text pairs and for contexts beyond longrope's original one.
+    pub fn supports(model: &Model) -> Result<(), ExecuteError> {
+        match (&model.spec().output, model.short_context()) {
+            (Output::Score { .. }, _) => Err(ExecuteError::Unsupported("scoring pairs of texts")),
+            (_, Some(_)) => Err(ExecuteError::Unsupported("longrope beyond its original context")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes room for all passes of a model, as [`crate::DeviceExecutor::prepare`].
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::begin`].
+    pub fn prepare(
+        &self,
+        model: &Model,
+        adapter: Option<&Arc<Adapter>>,
+        step: (usize, usize),
+        cached_tokens: usize,
+    ) -> Result<(), ExecuteError> {
+        CudaExecutor::supports(model)?;
+        let gpu = self.kernels.gpu();
+        let sizes = room::needed(model, adapter, gpu.multiprocessors(), step, cached_tokens)?;
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        while spare.len() < SPARE_MEMORY {
+            spare.push(Memory::new(gpu));
+        }
+        spare.iter_mut().try_for_each(|memory| memory.reserve(&sizes))?;
+        Ok(())
+    }
+
+    /// Bytes of working memory that it holds between passes.
+    pub fn scratch_bytes(&self) -> usize {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        spare.iter().map(|memory| memory.sizes().iter().sum::<usize>()).sum()
+    }
+
     /// Begins a pass over one step's chunks, chunk `i` with adapter `adapters[of_chunk[i]]` or by the model alone.
     /// Nothing is computed yet.
     ///
@@ -259,14 +265,9 @@ impl CudaExecutor {
         adapters: Vec<Arc<Adapter>>,
         of_chunk: &[Option<usize>],
     ) -> Result<CudaPass, ExecuteError> {
+        CudaExecutor::supports(model)?;
         check(model, batch)?;
         let spec = model.spec();
-        if matches!(spec.output, Output::Score { .. }) {
-            return Err(ExecuteError::Unsupported("scoring pairs of texts"));
-        }
-        if model.short_context().is_some() {
-            return Err(ExecuteError::Unsupported("longrope beyond its original context"));
-        }
         check_adapters(model, batch.len(), &adapters, of_chunk)?;
         let mut of_batch = Vec::new();
         let output_rows = places(model, batch, &[], &mut of_batch);
@@ -352,10 +353,38 @@ impl CudaExecutor {
         kv: &mut [KvBlocks<'_>],
         ready_stages: usize,
     ) -> Result<bool, ExecuteError> {
+        let blocks = block_addresses(model, &pass.places, kv)?;
+        self.advance_at(pass, model, Addressed::At(weights), blocks, ready_stages)
+    }
+
+    /// [`CudaExecutor::advance`] with tensors that the pool lends.
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::advance`].
+    pub fn advance_on(
+        &self,
+        pass: &mut CudaPass,
+        model: &Model,
+        tensors: &dyn Tensors,
+        kv: &mut [KvBlocks<'_>],
+        ready_stages: usize,
+    ) -> Result<bool, ExecuteError> {
+        let blocks = block_addresses(model, &pass.places, kv)?;
+        self.advance_at(pass, model, Addressed::Lent(tensors), blocks, ready_stages)
+    }
+
+    /// `blocks` are the addresses of the KV blocks of all chunks.
+    pub(super) fn advance_at(
+        &self,
+        pass: &mut CudaPass,
+        model: &Model,
+        weights: Addressed<'_>,
+        blocks: Vec<u64>,
+        ready_stages: usize,
+    ) -> Result<bool, ExecuteError> {
         if pass.model != model.id {
             return Err(PassError::OtherModel.into());
         }
-        let blocks = block_addresses(model, &pass.places, kv)?;
         if !blocks.is_empty() {
             let mut tables = Tables::default();
             tables.push(blocks);

@@ -4,9 +4,10 @@
 
 use tangram_checkpoint::{DType, Experts};
 
-use super::executor::{ExecuteError, Memory};
+use super::executor::ExecuteError;
 use super::forward::{Input, Needs, Step, launch_product, numbers, product_arguments};
 use super::plan::Tables;
+use super::working::Memory;
 use super::{CombineArguments, GroupArguments, ProductArguments, ProductKind, RouteArguments, launch};
 use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors};
 

@@ -5,14 +5,14 @@
 
 use tangram_checkpoint::{Attention, DType, LayerRole, Mlp, Norm, NormPlacement, Output, Pooling};
 
-use super::executor::{ALIGNMENT, Addresses, CudaPass, ExecuteError, Memory, Operands, Region};
+use super::executor::{Addressed, CudaPass, ExecuteError};
 use super::plan::{Offset, Tables};
+use super::working::{Memory, Operands};
 use super::{
     ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, CapArguments, EmbedArguments,
     FactorsEntry, Kernels, LowRankArguments, MergeArguments, NormArguments, PlainAttendArguments,
     PoolArguments, PrepareArguments, ProductArguments, ProductKind, RowsOut, activation, launch, weight_type,
 };
-use crate::executor::PassError;
 use crate::kernels::kv::KvElement;
 use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Rotation, Tensor};
 
@@ -21,7 +21,7 @@ pub(crate) fn run(
     kernels: &Kernels,
     pass: &mut CudaPass,
     model: &Model,
-    weights: &dyn Addresses,
+    weights: Addressed<'_>,
     ready_stages: usize,
 ) -> Result<(), ExecuteError> {
     while pass.stage < ready_stages.min(model.spec.stages()) {
@@ -89,7 +89,7 @@ pub(super) struct Step<'a> {
     pub(super) kernels: &'a Kernels,
     pub(super) pass: &'a mut CudaPass,
     pub(super) model: &'a Model,
-    weights: &'a dyn Addresses,
+    weights: Addressed<'a>,
 }
 
 impl Step<'_> {
@@ -106,7 +106,7 @@ impl Step<'_> {
     }
 
     pub(super) fn address(&self, tensor: &Tensor) -> Result<u64, ExecuteError> {
-        checked(self.weights.tensor(tensor.index), tensor)
+        self.weights.tensor(tensor)
     }
 
     /// Address and type of a tensor that may be missing.
@@ -278,8 +278,7 @@ impl Step<'_> {
                     entries.push(FactorsEntry::default());
                     continue;
                 };
-                let factor =
-                    |tensor: &Tensor| checked(self.weights.adapter_tensor(slot, tensor.index), tensor);
+                let factor = |tensor: &Tensor| self.weights.adapter_tensor(slot, tensor);
                 most_rank = most_rank.max(a.rows);
                 entries.push(FactorsEntry {
                     a: factor(a)?,
@@ -647,18 +646,6 @@ impl Step<'_> {
         // SAFETY: sequences are of rows of the batch; the output has a row for each.
         unsafe { self.kernels.pool(launch::rows(sequences, 256), &arguments) }?;
         Ok(())
-    }
-}
-
-/// The address of a tensor that has its bytes.
-fn checked(region: Region, tensor: &Tensor) -> Result<u64, ExecuteError> {
-    let index = tensor.index;
-    if region.bytes != tensor.bytes {
-        return Err(PassError::TensorBytes { index, expected: tensor.bytes, found: region.bytes }.into());
-    }
-    match region.address.is_multiple_of(ALIGNMENT) {
-        true => Ok(region.address),
-        false => Err(ExecuteError::Misaligned { index, address: region.address }),
     }
 }
 

@@ -15,6 +15,8 @@ pub mod launch;
 mod memory;
 mod plan;
 mod program;
+mod room;
+mod working;
 
 pub use executor::{ALIGNMENT, Addresses, CudaExecutor, CudaPass, ExecuteError, Region};
 pub use kernels::*;

@@ -302,3 +302,44 @@ fn adapters_on_the_gpu_share_a_batch() {
         }
     }
 }
+
+#[test]
+fn prepared_passes_on_the_gpu_allocate_nothing() {
+    let Some(emulated) = Emulated::open() else { return };
+    for (family, adapted) in [("qwen2", false), ("llama", true), ("mixtral", false), ("bert", false)] {
+        let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+        let sample = sample(spec(family), DType::Q8_0, 8);
+        let model = &sample.model;
+        let stored = adapted.then(|| random_adapter(model.spec(), 9));
+        let adapter = stored.as_ref().map(|stored| &stored.adapter);
+        executor.prepare(model, adapter, (8, 32), 400).expect("room");
+        let prepared = executor.scratch_bytes();
+        assert!(prepared > 0);
+        let mut weights = OnGpu::new(&emulated.gpu, &sample);
+        if let Some(stored) = &stored {
+            weights = weights.with_adapter(&emulated.gpu, stored);
+        }
+        let causal = model.kv().is_some();
+        // One prompt, several together, and single tokens far behind.
+        let steps: [Vec<usize>; 3] = [vec![32], vec![9, 1, 3, 7, 2, 4, 1, 5], vec![1; 8]];
+        for (step, lengths) in steps.iter().enumerate() {
+            let ids = tokens(64, 3);
+            let position = if step == 2 && causal { 30 } else { 0 };
+            let chunk = |&length: &usize| Chunk { tokens: &ids[..length], position, logits: LogitRows::Last };
+            let batch: Vec<Chunk<'_>> = lengths.iter().map(chunk).collect();
+            let of = vec![Some(0); if adapted { batch.len() } else { 0 }];
+            let adapters = adapter.cloned().into_iter().collect();
+            let mut pass = executor.begin(model, &batch, adapters, &of).expect("a pass");
+            let mut blocks = Blocks::aligned(model, 16);
+            let mut taken: Vec<_> = lengths
+                .iter()
+                .map(|length| if causal { blocks.take(position + length) } else { vec![] })
+                .collect();
+            let mut kv: Vec<KvBlocks<'_>> =
+                taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
+            assert!(executor.advance(&mut pass, model, &weights, &mut kv, usize::MAX).expect("success"));
+            executor.recycle(pass);
+            assert_eq!(executor.scratch_bytes(), prepared, "{family}, step {step}");
+        }
+    }
+}

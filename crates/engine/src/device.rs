@@ -1,0 +1,174 @@
+//! Passes on whichever device a node has: the executor for processors and the one for GPUs behind one interface.
+//!
+//! Only passes the calls on. Both keep the promise of this crate, each with the bits of its own arithmetic.
+
+use std::sync::Arc;
+
+use tangram_device::Extent;
+
+use crate::adapter::Adapter;
+use crate::cuda::{CudaExecutor, CudaPass, ExecuteError};
+use crate::executor::{Chunk, Executor, Pass, Weights, Whole};
+use crate::kernels::kv::KvBlocks;
+use crate::model::Model;
+
+/// Where the tensors of a model, and of the adapters of a pass, lie on the device.
+pub trait Tensors: Sync {
+    /// As [`Weights::tensor`]; `None` for what is not there.
+    fn tensor(&self, index: usize) -> Option<&Extent>;
+
+    /// As [`Weights::adapter_tensor`]; `None` for what is not there.
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> Option<&Extent> {
+        let _ = (adapter, index);
+        None
+    }
+}
+
+/// Tensors where the host can address them; what is not there has no bytes, which executors refuse.
+struct OnHost<'a>(&'a dyn Tensors);
+
+impl Weights for OnHost<'_> {
+    fn tensor(&self, index: usize) -> &[u8] {
+        self.0.tensor(index).and_then(Extent::host_bytes).unwrap_or_default()
+    }
+
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> &[u8] {
+        self.0.adapter_tensor(adapter, index).and_then(Extent::host_bytes).unwrap_or_default()
+    }
+}
+
+/// Runs passes on a device.
+pub enum DeviceExecutor {
+    /// On the processor.
+    Cpu(Executor),
+    /// On a GPU.
+    Cuda(Box<CudaExecutor>),
+}
+
+/// A pass under way on a device.
+pub enum DevicePass {
+    /// Of [`DeviceExecutor::Cpu`].
+    Cpu(Box<Pass>),
+    /// Of [`DeviceExecutor::Cuda`].
+    Cuda(Box<CudaPass>),
+}
+
+impl DeviceExecutor {
+    /// Makes ready for passes of a model, and of an adapter on it, with up to `sequences` sequences of `tokens` tokens
+    /// in a step, so that no later pass has to allocate. `cached_tokens` is what the device has room for in KV blocks.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Unsupported`]; [`ExecuteError::Gpu`] when there is not enough memory.
+    pub fn prepare(
+        &self,
+        model: &Model,
+        adapter: Option<&Arc<Adapter>>,
+        (sequences, tokens): (usize, usize),
+        cached_tokens: usize,
+    ) -> Result<(), ExecuteError> {
+        match self {
+            DeviceExecutor::Cpu(_) => Ok(()),
+            DeviceExecutor::Cuda(cuda) => cuda.prepare(model, adapter, (sequences, tokens), cached_tokens),
+        }
+    }
+
+    /// As [`Executor::begin_adapted`]; without adapters chunks are computed by the model alone.
+    ///
+    /// # Errors
+    /// As [`Executor::begin_adapted`] and [`CudaExecutor::begin`].
+    pub fn begin(
+        &self,
+        model: &Model,
+        batch: &[Chunk<'_>],
+        wholes: &[Whole],
+        adapters: Vec<Arc<Adapter>>,
+        of_chunk: &[Option<usize>],
+    ) -> Result<DevicePass, ExecuteError> {
+        Ok(match self {
+            DeviceExecutor::Cpu(cpu) if adapters.is_empty() => {
+                DevicePass::Cpu(Box::new(cpu.begin_parts(model, batch, wholes)?))
+            }
+            DeviceExecutor::Cpu(cpu) => {
+                DevicePass::Cpu(Box::new(cpu.begin_adapted(model, batch, wholes, adapters, of_chunk)?))
+            }
+            DeviceExecutor::Cuda(cuda) => {
+                DevicePass::Cuda(Box::new(cuda.begin(model, batch, adapters, of_chunk)?))
+            }
+        })
+    }
+
+    /// As [`Executor::advance`]. What is lent is free again when it returns.
+    ///
+    /// # Errors
+    /// As [`Executor::advance`] and [`CudaExecutor::advance`]; [`ExecuteError::OtherDevice`].
+    pub fn advance(
+        &self,
+        pass: &mut DevicePass,
+        model: &Model,
+        tensors: &dyn Tensors,
+        kv: &mut [KvBlocks<'_>],
+        ready_stages: usize,
+    ) -> Result<bool, ExecuteError> {
+        match (self, pass) {
+            (DeviceExecutor::Cpu(cpu), DevicePass::Cpu(pass)) => {
+                Ok(cpu.advance(pass, model, &OnHost(tensors), kv, ready_stages)?)
+            }
+            (DeviceExecutor::Cuda(cuda), DevicePass::Cuda(pass)) => {
+                cuda.advance_on(pass, model, tensors, kv, ready_stages)
+            }
+            _ => Err(ExecuteError::OtherDevice),
+        }
+    }
+
+    /// Bytes of working memory that it holds between passes.
+    pub fn scratch_bytes(&self) -> usize {
+        match self {
+            DeviceExecutor::Cpu(cpu) => cpu.scratch_bytes(),
+            DeviceExecutor::Cuda(cuda) => cuda.scratch_bytes(),
+        }
+    }
+
+    /// Takes the memory of a pass back for later ones.
+    pub fn recycle(&self, pass: DevicePass) {
+        match (self, pass) {
+            (DeviceExecutor::Cpu(cpu), DevicePass::Cpu(pass)) => cpu.recycle(*pass),
+            (DeviceExecutor::Cuda(cuda), DevicePass::Cuda(pass)) => cuda.recycle(*pass),
+            // Begun on another device, which is gone; its memory goes too.
+            _ => {}
+        }
+    }
+}
+
+impl DevicePass {
+    /// The stage that runs next.
+    pub fn stage(&self) -> usize {
+        match self {
+            DevicePass::Cpu(pass) => pass.stage(),
+            DevicePass::Cuda(pass) => pass.stage(),
+        }
+    }
+
+    /// Rows of its output.
+    pub fn output_rows(&self) -> usize {
+        match self {
+            DevicePass::Cpu(pass) => pass.output_rows(),
+            DevicePass::Cuda(pass) => pass.output_rows(),
+        }
+    }
+
+    /// The logits of a chunk, as [`Pass::logits_mut`].
+    pub fn logits_mut(&mut self, chunk: usize) -> &mut [f32] {
+        match self {
+            DevicePass::Cpu(pass) => pass.logits_mut(chunk),
+            DevicePass::Cuda(pass) => pass.logits_mut(chunk),
+        }
+    }
+
+    /// The vector or score of a chunk, as [`Pass::embedding`].
+    pub fn embedding(&self, chunk: usize) -> &[f32] {
+        match self {
+            DevicePass::Cpu(pass) => pass.embedding(chunk),
+            DevicePass::Cuda(pass) => pass.embedding(chunk),
+        }
+    }
+}
