@@ -4,7 +4,9 @@
 //! - Uses are counted per tensor over all models that share it and decay with a half-life. The logarithm of the
 //!   decayed count is kept relative to time zero ("forward decay", Cormode et al. 2009), so that the order between two
 //!   tensors does not change while neither is used and an ordered set suffices: O(log n) per decision.
-//! - Time saved per byte = 1/bandwidth of the tier it would come back from + a fixed cost per tensor / its bytes.
+//! - Time saved per byte = 1/bandwidth of the tier it would come back from + a fixed cost per tensor / its bytes. What
+//!   host memory has too ([`Event::Hosted`], decided by [`crate::host`]) is cheaper to bring back, so it goes earlier than
+//!   an equal one that is only on disk.
 //! - Exposure falls with the layer: what comes late in the forward pass can be loaded behind the computation of what
 //!   comes early, so its absence costs less. Until somebody who knows the model's timing says what a tensor's absence
 //!   would expose ([`Event::Appraised`], computed by [`crate::stall`]), its depth stands in for that.
@@ -28,11 +30,15 @@ pub struct TensorKey(pub u32);
 /// Seconds in which the remembered demand for a tensor halves.
 const HALF_LIFE_SECONDS: f64 = 600.0;
 
-/// Bytes per second of the tier below. Only ratios between tensors matter until there is more than one tier.
+/// Bytes per second of the disk, until somebody appraises. Only ratios between tensors matter.
 const TIER_BYTES_PER_SECOND: f64 = 2e9;
 
 /// Seconds that bringing in one tensor costs beside its bytes (request, mapping).
 const TENSOR_SECONDS: f64 = 20e-6;
+
+/// What bringing a tensor in from host memory takes of what it takes from disk, until somebody appraises: a PCIe link
+/// against a fast disk.
+pub(crate) const HOST_SHARE: f64 = 0.1;
 
 /// Part of the last layer's load time that the pipeline is expected to hide; the first layer's is never hidden.
 const HIDDEN_AT_THE_END: f64 = 0.5;
@@ -66,7 +72,7 @@ pub enum Event {
         /// Seconds since any fixed moment.
         at: f64,
     },
-    /// A further lease-worthy use by a request that finds the tensor leased already.
+    /// A further lease-worthy use by a request that finds the tensor leased already, or one that leaves it where it is.
     Used {
         /// Which tensor.
         tensor: TensorKey,
@@ -89,6 +95,20 @@ pub enum Event {
         tensor: TensorKey,
         /// Seconds by which the next use would be delayed if only it were absent, above 0.
         seconds: f64,
+    },
+    /// As [`Event::Appraised`], for while host memory has the tensor.
+    AppraisedFromHost {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Seconds by which the next use would then be delayed if only it were absent, above 0.
+        seconds: f64,
+    },
+    /// Host memory has the tensor from now on, or has it no longer.
+    Hosted {
+        /// Which tensor.
+        tensor: TensorKey,
+        /// Whether it has.
+        hosted: bool,
     },
     /// A forecast for the tensor, in place of the one before.
     Expected {
@@ -115,9 +135,13 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     bytes: u64,
-    /// Seconds saved per byte times exposure.
-    saved: f64,
-    /// Its log2.
+    /// Seconds saved per byte times exposure, if it would come from disk...
+    from_disk: f64,
+    /// ...and from host memory, where that was appraised.
+    from_host: Option<f64>,
+    /// Whether host memory has it.
+    hosted: bool,
+    /// log2 of what is saved per byte.
     value: f64,
     /// Whether `value` was appraised and no longer follows from the depth.
     appraised: bool,
@@ -129,8 +153,17 @@ struct Entry {
 }
 
 impl Entry {
-    fn save(&mut self, seconds_per_byte: f64) {
-        (self.saved, self.value) = (seconds_per_byte, seconds_per_byte.log2());
+    /// Seconds per byte that having it saves at its next use.
+    fn saved(&self) -> f64 {
+        match (self.hosted, self.from_host) {
+            (false, _) => self.from_disk,
+            (true, Some(seconds)) => seconds,
+            (true, None) => self.from_disk * HOST_SHARE,
+        }
+    }
+
+    fn per_byte(&self, seconds: f64) -> f64 {
+        (seconds / self.bytes.max(1) as f64).max(f64::MIN_POSITIVE)
     }
 }
 
@@ -192,7 +225,11 @@ impl Retention {
                 self.set_state(tensor, State::Leased);
                 self.count_use(tensor, at);
             }
-            Event::Used { tensor, at } => self.count_use(tensor, at),
+            Event::Used { tensor, at } => {
+                self.unlist(tensor);
+                self.count_use(tensor, at);
+                self.list(tensor);
+            }
             Event::Fetched { tensor } => {
                 debug_assert!(matches!(self.entry(tensor), Some(Entry { state: State::Absent, .. })));
                 self.unlist(tensor);
@@ -209,9 +246,13 @@ impl Retention {
                 self.list(tensor);
             }
             Event::Appraised { tensor, seconds } => self.revalue(tensor, |entry| {
-                entry.save((seconds / entry.bytes.max(1) as f64).max(f64::MIN_POSITIVE));
+                entry.from_disk = entry.per_byte(seconds);
                 entry.appraised = true;
             }),
+            Event::AppraisedFromHost { tensor, seconds } => {
+                self.revalue(tensor, |entry| entry.from_host = Some(entry.per_byte(seconds)));
+            }
+            Event::Hosted { tensor, hosted } => self.revalue(tensor, |entry| entry.hosted = hosted),
             Event::Expected { tensor, log2 } => {
                 let Some((demand, expected)) = self.history(tensor) else { return };
                 if expected != log2 {
@@ -275,7 +316,7 @@ impl Retention {
                 let share = ((demand - now / self.half_life).exp2() / requests.max(1.0)).min(1.0);
                 soon = share / (share + (1.0 - share) / DAMAGE_HORIZON);
             }
-            damage += soon * entry.saved * entry.bytes as f64;
+            damage += soon * entry.saved() * entry.bytes as f64;
             left = left.saturating_sub(entry.bytes);
         }
         damage
@@ -297,7 +338,9 @@ impl Retention {
         if self.entries[index].is_none() {
             self.entries[index] = Some(Entry {
                 bytes,
-                saved: 1.0,
+                from_disk: 1.0,
+                from_host: None,
+                hosted: false,
                 value: 0.0,
                 appraised: false,
                 depth: 1.0,
@@ -310,7 +353,7 @@ impl Retention {
             if !entry.appraised {
                 let seconds_per_byte =
                     1.0 / TIER_BYTES_PER_SECOND + TENSOR_SECONDS / entry.bytes.max(1) as f64;
-                entry.save(seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth));
+                entry.from_disk = seconds_per_byte * (1.0 - HIDDEN_AT_THE_END * entry.depth);
             }
         });
     }
@@ -320,13 +363,13 @@ impl Retention {
         self.unlist(tensor);
         if let Some(entry) = self.entry_mut(tensor) {
             change(entry);
+            entry.value = entry.saved().log2();
         }
         self.list(tensor);
     }
 
     fn count_use(&mut self, tensor: TensorKey, at: f64) {
         let now = at / self.half_life;
-        debug_assert!(matches!(self.entry(tensor), None | Some(Entry { state: State::Leased, .. })));
         let Some((old, expected)) = self.history(tensor) else { return };
         // The tensors of a model mostly have the same history, one after the other.
         let (of, sum) = self.last_sum;
@@ -465,6 +508,18 @@ mod tests {
     }
 
     #[test]
+    fn what_host_memory_has_too_goes_first() {
+        let mut retention = with_idle(&[(MIB, 0.5, &[0.0, 0.0]), (MIB, 0.5, &[0.0])]);
+        retention.apply(Event::Hosted { tensor: key(0), hosted: true });
+        assert_eq!(retention.least_worth(), Some(key(0)), "although it is used more");
+        retention.apply(Event::AppraisedFromHost { tensor: key(0), seconds: 1.0 });
+        assert_eq!(retention.least_worth(), Some(key(1)), "that link is slower than the disk");
+        retention.apply(Event::AppraisedFromHost { tensor: key(0), seconds: 1e-9 });
+        retention.apply(Event::Hosted { tensor: key(0), hosted: false });
+        assert_eq!(eviction_order(retention), [1, 0]);
+    }
+
+    #[test]
     fn a_forecast_moves_a_tensor_and_goes_again() {
         let mut retention = with_idle(&[(MIB, 0.5, &[0.0]), (MIB, 0.5, &[0.0, 0.0, 0.0])]);
         retention.apply(Event::Expected { tensor: key(0), log2: 3.0 });
@@ -533,6 +588,8 @@ mod tests {
     struct Naive {
         bytes: u64,
         seconds: Option<f64>,
+        from_host: Option<f64>,
+        hosted: bool,
         depth: f64,
         demand: f64,
         expected: f64,
@@ -547,6 +604,11 @@ mod tests {
                 Some(seconds) => seconds / bytes,
                 None => tier * (1.0 - HIDDEN_AT_THE_END * self.depth),
             };
+            let saved = match (self.hosted, self.from_host) {
+                (false, _) => saved,
+                (true, Some(seconds)) => seconds / bytes,
+                (true, None) => saved * HOST_SHARE,
+            };
             self.demand + self.expected + saved.log2()
         }
     }
@@ -556,13 +618,14 @@ mod tests {
         /// sorting by worth gives.
         #[test]
         fn the_orders_are_those_of_a_naive_ranking(
-            steps in proptest::collection::vec((0u32..12, 0u32..5, 0u8..9, 0.0f64..900.0), 1..250)
+            steps in proptest::collection::vec((0u32..12, 0u32..5, 0u8..12, 0.0f64..900.0), 1..250)
         ) {
             const TENSORS: u32 = 48;
             let mut retention = Retention::new();
             let mut naive: Vec<Naive> = (0..TENSORS)
                 .map(|i| Naive {
-                    bytes: 1000 * (1 + u64::from(i % 5)), seconds: None, depth: f64::from(i % 4) / 3.0,
+                    bytes: 1000 * (1 + u64::from(i % 5)), seconds: None, from_host: None, hosted: false,
+                    depth: f64::from(i % 4) / 3.0,
                     demand: f64::NEG_INFINITY, expected: 0.0, state: State::Absent,
                 })
                 .collect();
@@ -597,9 +660,22 @@ mod tests {
                             known.seconds = Some(1e-6 * (1.0 + number.floor()));
                             (Event::Appraised { tensor, seconds: known.seconds.unwrap() }, state)
                         }
+                        (9, state) => {
+                            known.hosted = number < 500.0;
+                            (Event::Hosted { tensor, hosted: known.hosted }, state)
+                        }
+                        (10, state) => {
+                            known.from_host = Some(1e-7 * (1.0 + number.floor()));
+                            (Event::AppraisedFromHost { tensor, seconds: known.from_host.unwrap() }, state)
+                        }
+                        (11, state) => {
+                            known.demand = log2_sum(now / HALF_LIFE_SECONDS, known.demand);
+                            (Event::Used { tensor, at: now }, state)
+                        }
                         (8, State::Absent) if number < 100.0 => {
                             retention.apply(Event::Forgotten { tensor });
                             (known.demand, known.expected, known.seconds) = (f64::NEG_INFINITY, 0.0, None);
+                            (known.from_host, known.hosted) = (None, false);
                             (Event::Catalogued { tensor, bytes: known.bytes, depth: known.depth }, State::Absent)
                         }
                         _ => continue,
