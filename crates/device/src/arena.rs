@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::cuda::Transfer;
 use crate::pages::FreePages;
-use crate::{Device, DeviceError, Mapping, Pinned, Staging, Stream};
+use crate::{Device, DeviceError, HostBytes, HostPool, Mapping, Pinned, Staging, Stream};
 
 /// A device with its free physical pages.
 pub struct Memory {
@@ -54,6 +54,12 @@ impl Memory {
         self.device.staging()
     }
 
+    /// Pinned host memory that keeps bytes for this device, none of it taken yet. `None` where the device's memory is the
+    /// host's own.
+    pub fn host_pool(&self) -> Option<HostPool> {
+        self.device.host_pool()
+    }
+
     /// Why the device works no more, if that is so: [`DeviceError::Lost`].
     pub fn lost(&self) -> Option<DeviceError> {
         self.device.lost()
@@ -84,6 +90,26 @@ impl Memory {
         let extents: Vec<Extent> = pieces.into_iter().map(|piece| piece.extent).collect();
         // SAFETY: the destinations are under these extents, which `done` holds until it is called.
         unsafe { staging.upload(buffer, &transfers, Box::new(move |result| done(extents, result))) };
+    }
+
+    /// Fills an extent of this memory with the bytes from `at` on that host memory keeps. `done` gets the extent back when
+    /// they are there, or with an error; it is called once, perhaps on a thread that other copies wait for, and must not
+    /// ask for another copy.
+    ///
+    /// # Panics
+    /// When so many bytes are not there, or bytes or extent are of another device.
+    pub fn upload_kept(
+        self: &Arc<Self>,
+        bytes: Arc<HostBytes>,
+        at: usize,
+        extent: Extent,
+        done: impl FnOnce(Extent, Result<(), DeviceError>) + Send + 'static,
+    ) {
+        let Some(staging) = self.staging() else { panic!("host memory of another device") };
+        assert!(Arc::ptr_eq(&extent.arena.memory, self), "an extent of another device");
+        let (to, len) = (extent.address(), extent.len);
+        // SAFETY: the destination is under this extent, which `done` holds until it is called.
+        unsafe { staging.upload_kept(bytes, at, to, len, Box::new(move |result| done(extent, result))) };
     }
 }
 

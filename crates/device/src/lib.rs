@@ -21,7 +21,7 @@ mod pages;
 mod stream;
 
 pub use arena::{Arena, Claim, Contents, Extent, Memory, Piece};
-pub use cuda::{Pinned, Staging};
+pub use cuda::{HostBytes, HostPool, Pinned, Staging};
 pub use stream::{Copy, Event, Stream};
 
 /// What can go wrong on a device.
@@ -205,6 +205,11 @@ pub unsafe trait Device: Send + Sync {
 
     /// Where a load puts its bytes on a device that the host cannot address.
     fn staging(&self) -> Option<&Staging> {
+        None
+    }
+
+    /// Pinned host memory for this device, none of it taken yet, where the host's memory is not the device's own.
+    fn host_pool(&self) -> Option<HostPool> {
         None
     }
 

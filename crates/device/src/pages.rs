@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The free physical pages of one device, as maximal runs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct FreePages {
     by_start: BTreeMap<u32, u32>,
     by_length: BTreeSet<(u32, u32)>,

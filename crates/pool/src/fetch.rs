@@ -38,6 +38,13 @@ impl Pool {
         }
     }
 
+    /// As [`Pool::appraise`], for while host memory has a copy of them.
+    pub fn appraise_from_host(&mut self, tensors: impl Iterator<Item = (TensorKey, f64)>) {
+        for (tensor, seconds) in tensors {
+            self.apply(Event::AppraisedFromHost { tensor, seconds });
+        }
+    }
+
     /// Makes room for the absent tensors that would be worth most, in memory that is free or over what is worth clearly
     /// less, until they are `bytes` together. `None` if nothing is worth bringing in.
     pub fn fetch(&mut self, bytes: u64) -> Option<Fetch> {
@@ -65,6 +72,7 @@ impl Pool {
             fetch.lease.push(tensor);
             fetch.missing.push(vacancy);
         }
+        self.supply(&mut fetch.missing);
         (!fetch.missing.is_empty()).then_some(fetch)
     }
 

@@ -7,6 +7,7 @@
 //! The pool has one owner and no locks; only filling a tensor happens on other threads, through [`Part`]s.
 
 mod fetch;
+mod host;
 mod kv;
 mod paged;
 mod pages;
@@ -17,6 +18,7 @@ mod segment;
 mod tensor;
 
 pub use fetch::Fetch;
+pub use host::HostStats;
 pub use kv::{BlockHash, KvKey, Prefix};
 pub use pool::{Activation, CatalogueEntry, Lease, Logged, Pool, PoolStats, Refusal, Shortage, pages_alone};
 pub use room::{ALIGNMENT, Backend, KvReserve};

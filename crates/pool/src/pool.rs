@@ -10,6 +10,7 @@ use tangram_device::{DeviceError, Extent, Memory};
 use tangram_policy::eviction::{self, Candidate};
 use tangram_policy::{Event, Retention, TensorKey};
 
+use crate::host::HostTier;
 use crate::paged::Paged;
 use crate::prefix::PublishedBlock;
 use crate::room::{Backend, Home, KvReserve, KvSpace, Place, Room};
@@ -168,6 +169,8 @@ pub struct PoolStats {
     pub loaded_total: u64,
     /// Brought in before anybody asked, since the start.
     pub fetched_total: u64,
+    /// Of both, from copies in host memory.
+    pub from_host_total: u64,
     /// Found resident since the start.
     pub reused_total: u64,
     /// Evicted since the start.
@@ -188,6 +191,8 @@ pub struct Pool {
     unsettled: Vec<TensorKey>,
     pub(crate) kv: Vec<Option<KvSpace>>,
     pub(crate) published: HashMap<TensorKey, PublishedBlock>,
+    /// Copies of tensors in host memory, where that is not the device's own.
+    pub(crate) host: Option<HostTier>,
     pub(crate) stats: PoolStats,
     log: Option<Vec<Logged>>,
 }
@@ -212,6 +217,7 @@ impl Pool {
             unsettled: Vec::new(),
             kv: Vec::new(),
             published: HashMap::new(),
+            host: None,
             stats: PoolStats::default(),
             log: None,
         })
@@ -277,6 +283,7 @@ impl Pool {
             log.push(Logged::Learned(event));
         }
         self.retention.apply(event);
+        self.tell_host(event);
     }
 
     /// A key that nothing has. Goes back by `vacant_keys`.
@@ -486,6 +493,7 @@ impl Pool {
                 vacancies.push(vacancy);
             }
         }
+        self.supply(&mut vacancies);
         self.stats.loaded_total += bytes_loaded;
         self.stats.reused_total += bytes_reused;
         Ok(Activation { lease: Lease { tensors }, missing: vacancies, bytes_loaded, bytes_reused })
@@ -558,6 +566,7 @@ impl Pool {
                     self.stats.resident_bytes -= self.slot(key).map_or(0, |slot| slot.bytes as u64);
                 }
                 self.apply(Event::Evicted { tensor: key });
+                self.drop_failed_copy(key);
                 self.forget_if_unused(key);
             } else {
                 self.unsettled.push(key);

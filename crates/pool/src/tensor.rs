@@ -5,8 +5,10 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 
-use tangram_device::{DeviceError, Extent, Piece, Pinned, cuda};
+use tangram_device::{DeviceError, Extent, HostBytes, Piece, Pinned, cuda};
 use tangram_policy::TensorKey;
+
+use crate::host::{HostCopy, Supply};
 
 /// Why a tensor did not arrive.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,11 +124,12 @@ pub struct Vacancy {
     tensor: Arc<Tensor>,
     /// Until it is cut into parts.
     extent: Option<Extent>,
+    pub(crate) supply: Supply,
 }
 
 impl Vacancy {
     pub(crate) fn new(key: TensorKey, extent: Extent) -> Vacancy {
-        Vacancy { tensor: Tensor::new(key, extent.len()), extent: Some(extent) }
+        Vacancy { tensor: Tensor::new(key, extent.len()), extent: Some(extent), supply: Supply::Disk }
     }
 
     /// The tensor that waits for these bytes.
@@ -137,6 +140,12 @@ impl Vacancy {
     /// Whether filling it would be for nothing, because no lease wants the tensor; from then on it cannot be joined.
     pub fn is_unwanted(&self) -> bool {
         self.tensor.abandon_if_unwanted()
+    }
+
+    /// Whether host memory has the bytes: parts are then filled by [`Part::copy_from_host`], and nothing has to be read or
+    /// verified.
+    pub fn is_in_host(&self) -> bool {
+        matches!(self.supply, Supply::Host(_))
     }
 
     /// Gives the room back and makes known why the tensor will not arrive.
@@ -157,17 +166,30 @@ impl Vacancy {
             extents.push(std::mem::replace(&mut rest, tail));
         }
         extents.push(rest);
+        let (mut room, copy, source) = match std::mem::take(&mut self.supply) {
+            Supply::Disk => (None, None, None),
+            Supply::Kept(room, copy) => (Some(room), Some(copy), None),
+            Supply::Host(source) => (None, None, Some(source)),
+        };
         let filled = std::iter::repeat_with(|| None).take(extents.len()).collect();
+        let copied = std::iter::repeat_with(|| None).take(extents.len()).collect();
         let filling = Arc::new(Filling {
             tensor: self.tensor.clone(),
-            state: Mutex::new(FillingState { filled, missing: extents.len(), failure: None }),
+            copy,
+            state: Mutex::new(FillingState { filled, copied, missing: extents.len(), failure: None }),
         });
+        let mut take_room = |bytes: usize| {
+            let rest = room.as_mut()?.split_off(bytes);
+            room.replace(rest)
+        };
         extents
             .into_iter()
             .enumerate()
             .map(|(index, extent)| Part {
                 filling: Some(filling.clone()),
                 index,
+                room: take_room(extent.len()),
+                source: source.as_ref().map(|source| (source.clone(), index * part_bytes)),
                 extent: Some(extent),
                 staged: None,
                 prepared: false,
@@ -192,12 +214,16 @@ fn interrupted() -> LoadFailure {
 #[derive(Debug)]
 struct Filling {
     tensor: Arc<Tensor>,
+    /// What the parts leave in host memory.
+    copy: Option<Arc<HostCopy>>,
     state: Mutex<FillingState>,
 }
 
 #[derive(Debug)]
 struct FillingState {
     filled: Vec<Option<Extent>>,
+    /// The parts' copies in host memory. Kept until the end whatever comes of them: then their memory is free at once.
+    copied: Vec<Option<HostBytes>>,
     missing: usize,
     failure: Option<LoadFailure>,
 }
@@ -212,6 +238,10 @@ pub struct Part {
     extent: Option<Extent>,
     /// On a device that the host cannot address, the buffer with the bytes, which begin this far into it.
     staged: Option<(Pinned, usize)>,
+    /// Where its copy in host memory goes.
+    room: Option<HostBytes>,
+    /// Where host memory has its bytes.
+    source: Option<(Arc<HostBytes>, usize)>,
     /// Whether the bytes have been prepared for writing, which takes as long as a copy does even where it finds nothing
     /// to do.
     prepared: bool,
@@ -232,6 +262,11 @@ impl Part {
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.extent.as_ref().map_or(0, Extent::len)
+    }
+
+    /// Whether [`Part::copy_from_host`] fills it.
+    pub fn is_in_host(&self) -> bool {
+        self.source.is_some()
     }
 
     /// Makes [`Part::bytes_mut`] give the bytes: at once where the host can address the device, otherwise with a pinned
@@ -315,6 +350,9 @@ impl Part {
     pub fn finish_then(mut self, result: Result<(), LoadFailure>, then: impl FnOnce(bool) + Send + 'static) {
         match (result, self.staged.take(), self.extent.take()) {
             (Ok(()), Some((buffer, skew)), Some(extent)) => {
+                if let Some((room, bytes)) = self.room.as_mut().zip(buffer.get(skew..skew + extent.len())) {
+                    room.write(0, bytes);
+                }
                 let memory = extent.memory().clone();
                 memory.upload(buffer, vec![Piece { from: skew, extent }], move |mut extents, copied| {
                     self.extent = extents.pop();
@@ -329,12 +367,28 @@ impl Part {
         }
     }
 
+    /// Fills the part with the copy that host memory has of it. `then` is as in [`Part::finish_then`]. Waits while many such
+    /// copies are under way.
+    pub fn copy_from_host(mut self, then: impl FnOnce(bool) + Send + 'static) {
+        let (Some((source, at)), Some(extent)) = (self.source.take(), self.extent.take()) else {
+            let missing = LoadFailure::Failed("host memory does not have it".to_owned());
+            return then(self.settle(Err(missing)));
+        };
+        let memory = extent.memory().clone();
+        memory.upload_kept(source, at, extent, move |extent, copied| {
+            self.extent = Some(extent);
+            then(self.settle(copied.map_err(|error| LoadFailure::Failed(error.to_string()))));
+        });
+    }
+
     fn settle(&mut self, result: Result<(), LoadFailure>) -> bool {
         let Some(filling) = self.filling.take() else { return false };
         let result = result.and_then(|()| self.extent.take().ok_or_else(interrupted));
         let extent = self.extent.take();
         let mut state = filling.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.missing -= 1;
+        state.copied[self.index] = self.room.take();
+        self.source = None;
         match result {
             Ok(extent) => state.filled[self.index] = Some(extent),
             Err(failure) => {
@@ -348,17 +402,25 @@ impl Part {
         if state.missing > 0 {
             return false;
         }
+        let mut copied = std::mem::take(&mut state.copied).into_iter().flatten();
+        let copied = copied.next().map(|mut whole| {
+            copied.for_each(|part| whole.join(part));
+            whole
+        });
         let mut parts = std::mem::take(&mut state.filled).into_iter().flatten();
         // A tensor that was given up cannot be joined, so it is of no use even if its loader went on.
         let given_up = filling.tensor.is_given_up().then_some(LoadFailure::Abandoned);
         let outcome = match (state.failure.take().or(given_up), parts.next()) {
             (None, Some(mut whole)) => {
                 parts.for_each(|part| whole.join(part));
+                if let Some((copy, copied)) = filling.copy.as_ref().zip(copied) {
+                    copy.complete(copied);
+                }
                 Ok(whole)
             }
             (failure, first) => {
                 // Whoever sees the failure may ask for this room again at once, so it is free before that.
-                drop(first);
+                drop((first, copied));
                 parts.for_each(drop);
                 Err(failure.unwrap_or(LoadFailure::Abandoned))
             }

@@ -1,13 +1,15 @@
-//! Moves tensor bytes from disk to the device, verified, in execution order.
+//! Moves tensor bytes from disk, or from host memory that has them already, to the device, verified, in execution order.
 //!
 //! A load is a list of tensors in the order in which the forward pass needs them, cut into parts of a chunk. Each disk has a
 //! queue ([`schedule`]) and threads that read ([`source`]): past the page cache and straight to the part's place where
 //! that can be, several reads at a time. What the page cache has is copied from there instead. Copying and verifying are
-//! done on the device's copy streams ([`landing`]), so a slow disk holds up no other. What is under way is limited, whatever
+//! done on the device's copy streams ([`landing`]), so a slow disk holds up no other. What a copy is kept of in host memory
+//! (the pool settles that) comes by a queue of its own ([`host`]) and needs no disk. What is under way is limited, whatever
 //! the size of a model. The store decides nothing about what is loaded, and nobody can read a part before it is complete.
 
 mod buffer;
 mod file;
+mod host;
 mod job;
 mod landing;
 mod plan;
@@ -35,6 +37,7 @@ pub use probe::{Measured, Tuning, disk_of, measure};
 pub use schedule::LoadId;
 
 use file::DataFile;
+use host::{HostJob, HostSource};
 use job::{Frame, Job};
 use landing::Landings;
 use schedule::Urgency;
@@ -145,6 +148,8 @@ struct Disks {
     /// By number of the file system.
     sources: HashMap<u64, Arc<Source>>,
     tunings: HashMap<u64, Tuning>,
+    /// From the first load of something that host memory has.
+    host: Option<Arc<HostSource>>,
 }
 
 impl Store {
@@ -188,7 +193,13 @@ impl Store {
         let load = LoadId(self.loads.fetch_add(1, Ordering::Relaxed));
         let mut files: HashMap<PathBuf, Result<Arc<DataFile>, String>> = HashMap::new();
         let mut jobs: HashMap<u64, VecDeque<Job>> = HashMap::new();
+        let mut copies = VecDeque::new();
         for tensor in tensors {
+            if tensor.vacancy.is_in_host() {
+                let parts = tensor.vacancy.into_parts(CHUNK_BYTES as usize);
+                copies.extend(parts.into_iter().map(|part| HostJob { part, wake: wake.clone() }));
+                continue;
+            }
             let open = |path: &PathBuf| {
                 let problem = |error: io::Error| {
                     let path = path.display();
@@ -237,6 +248,19 @@ impl Store {
                 });
             }
         }
+        if !copies.is_empty() {
+            match self.host() {
+                Ok(host) => host.push(load, urgency, copies),
+                Err(error) => {
+                    for HostJob { part, wake } in copies {
+                        let problem = format!("no thread that copies can be started: {error}");
+                        if part.finish(Err(LoadFailure::Failed(problem))) {
+                            wake();
+                        }
+                    }
+                }
+            }
+        }
         for (disk, jobs) in jobs {
             match self.source(disk) {
                 Ok(source) => source.push(load, urgency, jobs),
@@ -252,9 +276,14 @@ impl Store {
 
     /// What is left of a load is wanted by a request from now on.
     pub fn hasten(&self, load: LoadId) {
-        for source in self.disks().sources.values() {
-            source.hasten(load);
-        }
+        let disks = self.disks();
+        disks.sources.values().for_each(|source| source.hasten(load));
+        disks.host.iter().for_each(|host| host.hasten(load));
+    }
+
+    /// Bytes per second at which tensors come from host memory, once that has been seen.
+    pub fn host_rate(&self) -> Option<f64> {
+        self.disks().host.as_ref()?.rate()
     }
 
     /// Whether a load verifies the part at this offset.
@@ -267,6 +296,15 @@ impl Store {
 
     fn disks(&self) -> MutexGuard<'_, Disks> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn host(&self) -> io::Result<Arc<HostSource>> {
+        let mut disks = self.disks();
+        if let Some(host) = &disks.host {
+            return Ok(host.clone());
+        }
+        let host = HostSource::start()?;
+        Ok(disks.host.insert(host).clone())
     }
 
     fn source(&self, disk: u64) -> io::Result<Arc<Source>> {
@@ -284,9 +322,9 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        for source in self.disks().sources.values() {
-            source.close();
-        }
+        let disks = self.disks();
+        disks.sources.values().for_each(|source| source.close());
+        disks.host.iter().for_each(|host| host.close());
     }
 }
 

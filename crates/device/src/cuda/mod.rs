@@ -9,6 +9,7 @@
 
 mod driver;
 mod gpu;
+mod host;
 mod numa;
 mod program;
 mod queue;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 
 pub use driver::{Driver, NoGpu};
 pub use gpu::{Gpu, MemoryInfo};
+pub use host::{HostBytes, HostPool};
 pub use program::{Grid, Kernel, Program};
 pub(crate) use staging::Transfer;
 pub use staging::{ALIGNMENT, Pinned, Staging};
@@ -332,6 +334,10 @@ unsafe impl Device for CudaDevice {
 
     fn staging(&self) -> Option<&Staging> {
         Some(&self.staging)
+    }
+
+    fn host_pool(&self) -> Option<HostPool> {
+        Some(HostPool::new(&self.gpu))
     }
 
     fn lost(&self) -> Option<DeviceError> {

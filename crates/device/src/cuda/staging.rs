@@ -2,7 +2,8 @@
 //!
 //! A ring of buffers of one size is all the host memory that loading takes, however much is loaded: whoever wants one
 //! more waits until a copy has ended. A buffer is filled by a reader, then handed over with the extents that its bytes
-//! are for; a thread of its own waits for the copy's event and reports. Nothing is made or freed on the way.
+//! are for; a thread of its own waits for the copy's event and reports. What host memory keeps is copied the same way, from
+//! where it is. Nothing is made or freed on the way.
 
 use std::ffi::c_void;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -11,12 +12,16 @@ use std::thread::JoinHandle;
 
 use super::driver::{EVENT_FLAGS, EventHandle, HOST_PORTABLE};
 use super::gpu::Gpu;
+use super::host::HostBytes;
 use super::numa;
 use super::queue::Queue;
 use crate::DeviceError;
 
 /// Where buffers begin, bytes: what reading past the page cache asks of its destination.
 pub const ALIGNMENT: usize = 4096;
+
+/// Copies from memory that is kept which may be under way at once; whoever wants one more waits.
+const KEPT_COPIES: usize = 32;
 
 /// Called once, when a copy has ended or failed; must not wait for another copy.
 pub(crate) type Done = Box<dyn FnOnce(Result<(), DeviceError>) + Send>;
@@ -37,11 +42,17 @@ struct Shared {
     queue: Queue,
     base: usize,
     buffer_bytes: usize,
-    /// One per buffer.
+    /// All events that there are: one per buffer, and for copies of what is kept.
     events: Vec<EventHandle>,
-    /// Buffers that nobody has.
-    free: Mutex<Vec<usize>>,
+    free: Mutex<Free>,
     freed: Condvar,
+}
+
+/// What nobody has.
+struct Free {
+    buffers: Vec<usize>,
+    /// Indices of events for copies of what is kept.
+    events: Vec<usize>,
 }
 
 // SAFETY: the events are names that the driver takes from any thread; everything else is synchronised by itself.
@@ -50,8 +61,43 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 struct InFlight {
-    buffer: Pinned,
+    source: InUse,
     done: Done,
+}
+
+/// What a copy reads, and whose event tells its end.
+enum InUse {
+    Buffer(Pinned),
+    Kept { event: KeptEvent, _bytes: Arc<HostBytes> },
+}
+
+/// An event that is somebody's until dropped.
+struct KeptEvent {
+    shared: Arc<Shared>,
+    index: usize,
+}
+
+impl Drop for KeptEvent {
+    fn drop(&mut self) {
+        self.shared.free().events.push(self.index);
+        self.shared.freed.notify_all();
+    }
+}
+
+impl InUse {
+    fn shared(&self) -> &Arc<Shared> {
+        match self {
+            InUse::Buffer(buffer) => &buffer.shared,
+            InUse::Kept { event, .. } => &event.shared,
+        }
+    }
+
+    fn event(&self) -> EventHandle {
+        match self {
+            InUse::Buffer(buffer) => buffer.shared.events[buffer.index],
+            InUse::Kept { event, .. } => event.shared.events[event.index],
+        }
+    }
 }
 
 /// The buffers of one GPU.
@@ -77,7 +123,10 @@ impl Staging {
             base: 0,
             buffer_bytes,
             events: Vec::new(),
-            free: Mutex::new((0..buffers).collect()),
+            free: Mutex::new(Free {
+                buffers: (0..buffers).collect(),
+                events: (buffers..buffers + KEPT_COPIES).collect(),
+            }),
             freed: Condvar::new(),
         };
         numa::near(gpu.numa_node(), || {
@@ -88,7 +137,7 @@ impl Staging {
             });
             pinned.map(|()| shared.base = base as usize)
         })?;
-        for _ in 0..buffers {
+        for _ in 0..buffers + KEPT_COPIES {
             let mut event = std::ptr::null_mut();
             gpu.call("making an event", |driver| {
                 // SAFETY: the pointer is to a live variable.
@@ -119,7 +168,7 @@ impl Staging {
             if let Some(lost) = self.shared.gpu.lost() {
                 return Err(lost);
             }
-            if let Some(index) = free.pop() {
+            if let Some(index) = free.buffers.pop() {
                 return Ok(Pinned { shared: self.shared.clone(), index });
             }
             free = self.shared.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
@@ -134,7 +183,7 @@ impl Staging {
         if let Some(lost) = self.shared.gpu.lost() {
             return Err(lost);
         }
-        let index = self.shared.free().pop();
+        let index = self.shared.free().buffers.pop();
         Ok(index.map(|index| Pinned { shared: self.shared.clone(), index }))
     }
 
@@ -143,28 +192,76 @@ impl Staging {
     /// # Safety
     /// The destinations must be mapped and nobody else's until `done` is called, and `buffer` of this ring.
     pub(crate) unsafe fn upload(&self, buffer: Pinned, transfers: &[Transfer], done: Done) {
-        let shared = &self.shared;
-        let event = shared.events[buffer.index];
-        let enqueued = transfers
-            .iter()
-            .try_for_each(|transfer| {
-                assert!(transfer.from + transfer.bytes <= shared.buffer_bytes, "more than the buffer has");
-                let from =
-                    (shared.base + buffer.index * shared.buffer_bytes + transfer.from) as *const c_void;
-                // SAFETY: the source is part of a pinned buffer that stays taken until the event has come, the
-                // destination as the caller says.
-                unsafe { shared.queue.to_device(from, transfer.to, transfer.bytes) }
+        let base = self.shared.base + buffer.index * self.shared.buffer_bytes;
+        let copies = transfers.iter().map(|&Transfer { from, to, bytes }| {
+            assert!(from + bytes <= self.shared.buffer_bytes, "more than the buffer has");
+            (base + from, to, bytes)
+        });
+        let copies: Vec<_> = copies.collect();
+        // SAFETY: the sources are parts of the buffer, the destinations as the caller says.
+        unsafe { self.start(copies.into_iter(), InUse::Buffer(buffer), done) };
+    }
+
+    /// Copies `len` bytes from `at` on of what is kept to the GPU; `done` is called when they are there, or on an error.
+    /// Waits while many such copies are under way.
+    ///
+    /// # Safety
+    /// The destination must be mapped and nobody else's until `done` is called.
+    pub(crate) unsafe fn upload_kept(
+        &self,
+        bytes: Arc<HostBytes>,
+        at: usize,
+        to: usize,
+        len: usize,
+        done: Done,
+    ) {
+        assert!(bytes.is_of(&self.shared.gpu), "host memory of another device");
+        let mut free = self.shared.free();
+        let index = loop {
+            match free.events.pop() {
+                Some(index) => break index,
+                None => free = self.shared.freed.wait(free).unwrap_or_else(PoisonError::into_inner),
+            }
+        };
+        drop(free);
+        let mut gone = 0;
+        let copies: Vec<_> = bytes
+            .spans(at, len)
+            .map(|(from, bytes)| {
+                gone += bytes;
+                (from, to + gone - bytes, bytes)
             })
-            .and_then(|()| shared.queue.record(event));
+            .collect();
+        let event = KeptEvent { shared: self.shared.clone(), index };
+        // SAFETY: the sources are kept by `bytes`, the destination is as the caller says.
+        unsafe { self.start(copies.into_iter(), InUse::Kept { event, _bytes: bytes }, done) };
+    }
+
+    /// Puts copies (from, to, bytes) in the queue.
+    ///
+    /// # Safety
+    /// The sources must be pinned and unchanged while `source` lives, the destinations mapped and nobody else's until
+    /// `done` is called.
+    unsafe fn start(
+        &self,
+        mut copies: impl Iterator<Item = (usize, usize, usize)>,
+        source: InUse,
+        done: Done,
+    ) {
+        let queue = &self.shared.queue;
+        let enqueued = copies
+            // SAFETY: as the caller says; `source` lives until the event has come.
+            .try_for_each(|(from, to, bytes)| unsafe { queue.to_device(from as *const c_void, to, bytes) })
+            .and_then(|()| queue.record(source.event()));
         if let Err(error) = enqueued {
-            // What was enqueued before the error still uses the buffer.
-            let _ = shared.queue.wait();
-            drop(buffer);
+            // What was enqueued before the error still reads the source.
+            let _ = queue.wait();
+            drop(source);
             return done(Err(error));
         }
         if let Some(in_flight) = &self.in_flight {
             // The thread ends only after the sender is gone.
-            let _ = in_flight.send(InFlight { buffer, done });
+            let _ = in_flight.send(InFlight { source, done });
         }
     }
 }
@@ -182,21 +279,21 @@ impl Drop for Staging {
 }
 
 fn wait_for_copies(in_flight: &Receiver<InFlight>) {
-    for InFlight { buffer, done } in in_flight {
-        let event = buffer.shared.events[buffer.index];
+    for InFlight { source, done } in in_flight {
+        let event = source.event();
         // An error leaves unknown whether the copy still runs, so it loses the GPU, and with it the copy.
-        let copied = buffer.shared.gpu.must("copying to the GPU", |driver| {
-            // SAFETY: the event is the buffer's own and lives as long as the ring.
+        let copied = source.shared().gpu.must("copying to the GPU", |driver| {
+            // SAFETY: the event is the copy's own and lives as long as the ring.
             unsafe { (driver.cuEventSynchronize)(event) }
         });
-        drop(buffer);
+        drop(source);
         // Whoever is told may panic; the copies after this one must be reported all the same.
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| done(copied)));
     }
 }
 
 impl Shared {
-    fn free(&self) -> MutexGuard<'_, Vec<usize>> {
+    fn free(&self) -> MutexGuard<'_, Free> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -253,7 +350,7 @@ impl std::ops::DerefMut for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.shared.free().push(self.index);
+        self.shared.free().buffers.push(self.index);
         // All wake: on a lost GPU each of them has to hear of it.
         self.shared.freed.notify_all();
     }

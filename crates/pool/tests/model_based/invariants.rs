@@ -71,6 +71,7 @@ impl Program {
             kv_cached_bytes: reference.cached_bytes,
             loaded_total: reference.loaded_total,
             fetched_total: reference.fetched_total,
+            from_host_total: reference.from_host_total,
             reused_total: reference.reused_total,
             evicted_total: reference.evicted_total,
             moved_total: reference.moved_total,
@@ -83,6 +84,9 @@ impl Program {
         let shared = |slot: &Slot| if slot.models > 1 { slot.len as u64 } else { 0 };
         for slot in reference.slots.values() {
             assert_eq!(self.pool.shared_bytes(&[slot.key]), shared(slot));
+            let hosted = self.pool.hosted_bytes(&[slot.key]);
+            let possible = slot.was_ready && slot.resident.is_none();
+            assert!(hosted == 0 || possible && hosted == slot.len as u64, "{hosted} bytes of {slot:?}");
         }
     }
 

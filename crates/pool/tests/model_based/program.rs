@@ -16,7 +16,7 @@ use tangram_pool::{
 };
 
 use crate::reference::{Blocks, Failure, Reference, Slot};
-use crate::universe::{Universe, pool};
+use crate::universe::{Universe, fill, pool};
 use crate::{paged, segment};
 
 /// Operations that are shown when something is wrong.
@@ -91,7 +91,7 @@ pub struct Counts(pub BTreeMap<&'static str, u64>);
 
 impl Counts {
     /// What must have happened in a run of any length.
-    pub const ALL: [&str; 16] = [
+    pub const ALL: [&str; 17] = [
         "activations",
         "refused although the bytes would do",
         "fetches",
@@ -104,6 +104,7 @@ impl Counts {
         "bytes reused",
         "bytes evicted",
         "bytes failed",
+        "bytes from host memory",
         "blocks taken",
         "blocks refused",
         "cached blocks found",
@@ -167,6 +168,10 @@ impl Program {
         }
         self.drain();
         let memory = self.pool.memory().clone();
+        if let Some(host) = self.pool.host() {
+            self.counts.add("bytes from host memory", self.reference.from_host_total);
+            assert_eq!(host.tensors == 0, host.used_bytes == 0, "{host:?}");
+        }
         drop(std::mem::replace(&mut self.pool, pool(self.universe.backend, self.universe.page_bytes, 1)));
         assert_eq!(Arc::strong_count(&memory), 1, "an arena outlived everything in it");
         let mut counts = std::mem::take(&mut self.counts);
@@ -252,6 +257,7 @@ impl Program {
                         resident: None,
                         used: false,
                         damaged: false,
+                        was_ready: false,
                         last_address: None,
                     };
                     self.reference.slots.insert(content, slot);
@@ -400,6 +406,10 @@ impl Program {
     /// Room for a tensor was made: it is cut into parts, or now and then dropped as it is.
     fn begin_load(&mut self, content: usize, vacancy: Vacancy, fetched: bool) {
         let len = vacancy.tensor().len();
+        if vacancy.is_in_host() {
+            self.reference.from_host_total += len as u64;
+            assert!(self.reference.slots[&content].was_ready, "a copy of what has never been there");
+        }
         if self.random.random_bool(0.02) {
             self.reference.arriving(content, None, len, fetched);
             self.reference.dropped_whole(content);
@@ -452,6 +462,7 @@ impl Program {
             log2 / f64::from(models)
         });
         if appraised {
+            self.pool.appraise_from_host(keys.iter().map(|&key| (key, f64::exp2(-log2) * 0.3)));
             self.pool.appraise(keys.iter().map(|&key| (key, f64::exp2(-log2))));
         }
         let model = *model;
@@ -546,7 +557,7 @@ impl Program {
         }
         let part = self.random.random_range(0..self.loads[load].parts.len());
         let (content, part_bytes) = (self.loads[load].content, self.loads[load].part_bytes);
-        let mut part = self.loads[load].parts.swap_remove(part);
+        let part = self.loads[load].parts.swap_remove(part);
         if self.loads[load].parts.is_empty() {
             self.loads.swap_remove(load);
         }
@@ -563,18 +574,12 @@ impl Program {
         let failure = failure.or(self.random.random_bool(0.03).then_some(Failure::Failed));
         self.note(|| format!("part {index} of content {content}: {failure:?}"));
         let settles = self.reference.part_finished(content, index, failure);
-        let result = match failure {
-            None => {
-                let from = index * part_bytes;
-                part.stage(from).unwrap();
-                let bytes = part.bytes_mut().unwrap();
-                bytes.copy_from_slice(&self.universe.contents[content].bytes[from..from + bytes.len()]);
-                Ok(())
-            }
-            Some(Failure::Abandoned) => Err(LoadFailure::Abandoned),
-            Some(Failure::Failed) => Err(LoadFailure::Failed("the program says so".to_owned())),
+        let settled = match failure {
+            None => fill(part, &self.universe.contents[content].bytes, part_bytes),
+            Some(Failure::Abandoned) => part.finish(Err(LoadFailure::Abandoned)),
+            Some(Failure::Failed) => part.finish(Err(LoadFailure::Failed("the program says so".to_owned()))),
         };
-        assert_eq!(part.finish(result), settles, "whether part {index} settles content {content}");
+        assert_eq!(settled, settles, "whether part {index} settles content {content}");
         Some(Evictions::Forbidden)
     }
 
@@ -597,12 +602,8 @@ impl Program {
         std::thread::scope(|scope| {
             for share in shares {
                 scope.spawn(move || {
-                    for (content, part_bytes, mut part) in share {
-                        let from = part.index() * part_bytes;
-                        part.stage(from).unwrap();
-                        let bytes = part.bytes_mut().unwrap();
-                        bytes.copy_from_slice(&contents[content].bytes[from..from + bytes.len()]);
-                        part.finish(Ok(()));
+                    for (content, part_bytes, part) in share {
+                        fill(part, &contents[content].bytes, part_bytes);
                     }
                 });
             }
@@ -622,13 +623,9 @@ impl Program {
     fn finish_all_loads(&mut self) {
         self.note(|| "finish all loads".to_owned());
         for Load { content, part_bytes, parts } in std::mem::take(&mut self.loads) {
-            for mut part in parts {
-                let from = part.index() * part_bytes;
-                part.stage(from).unwrap();
-                let bytes = part.bytes_mut().unwrap();
-                bytes.copy_from_slice(&self.universe.contents[content].bytes[from..from + bytes.len()]);
+            for part in parts {
                 let settles = self.reference.part_finished(content, part.index(), None);
-                assert_eq!(part.finish(Ok(())), settles);
+                assert_eq!(fill(part, &self.universe.contents[content].bytes, part_bytes), settles);
             }
         }
     }

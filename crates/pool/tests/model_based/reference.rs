@@ -53,6 +53,8 @@ pub struct Slot {
     pub used: bool,
     /// Whether its bytes could not be read the last time.
     pub damaged: bool,
+    /// Whether its bytes have been there since it was catalogued.
+    pub was_ready: bool,
     /// Where it was last, for backends with stable addresses.
     pub last_address: Option<usize>,
 }
@@ -83,6 +85,7 @@ pub struct Reference {
     pub kv: [Kv; 3],
     pub loaded_total: u64,
     pub fetched_total: u64,
+    pub from_host_total: u64,
     pub reused_total: u64,
     pub evicted_total: u64,
     /// Bytes of tensors that had room and never arrived.
@@ -225,6 +228,8 @@ impl Reference {
         }
         resident.parts.clear();
         resident.stage = resident.failure.map_or(Stage::Ready, Stage::Failed);
+        let ready = resident.stage == Stage::Ready;
+        self.slots.get_mut(&content).expect("catalogued").was_ready |= ready;
         true
     }
 

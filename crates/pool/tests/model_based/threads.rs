@@ -35,6 +35,9 @@ fn load(mut part: Part, from: usize, content: usize, universe: &Universe, fails:
         part.finish(Err(LoadFailure::Abandoned));
         return;
     }
+    if part.is_in_host() {
+        return part.copy_from_host(drop);
+    }
     part.stage(from).unwrap();
     let room = part.bytes_mut().unwrap();
     room.copy_from_slice(&universe.contents[content].bytes[from..from + room.len()]);

@@ -5,11 +5,35 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, RngExt};
 use tangram_checkpoint::{ContentId, Hash};
 use tangram_device::cuda::stand_in;
-use tangram_pool::{Backend, CatalogueEntry, Pool};
+use tangram_pool::{Backend, CatalogueEntry, Part, Pool};
+
+/// Host memory beside a device that the host cannot address: room for a third of the contents or so.
+const HOST_BYTES: usize = 1 << 20;
 
 /// The pool under test, over `pages` pages of `page_bytes`.
 pub fn pool(backend: Backend, page_bytes: usize, pages: usize) -> Pool {
-    Pool::new(stand_in::memory_under_test(pages * page_bytes, page_bytes), backend).unwrap()
+    let memory = stand_in::memory_under_test(pages * page_bytes, page_bytes);
+    let mut pool = Pool::new(memory.clone(), backend).unwrap();
+    if let Some(host) = memory.host_pool() {
+        host.grow(HOST_BYTES).unwrap();
+        pool.keep_in_host(host);
+    }
+    pool
+}
+
+/// Fills a part as a loader does, from host memory if the bytes are there, else with the `content` of the tensor. Gives
+/// whether that settled the tensor.
+pub fn fill(mut part: Part, content: &[u8], part_bytes: usize) -> bool {
+    if part.is_in_host() {
+        let (sender, settled) = std::sync::mpsc::channel();
+        part.copy_from_host(move |whole| sender.send(whole).unwrap());
+        return settled.recv().unwrap();
+    }
+    let from = part.index() * part_bytes;
+    part.stage(from).unwrap();
+    let bytes = part.bytes_mut().unwrap();
+    bytes.copy_from_slice(&content[from..from + bytes.len()]);
+    part.finish(Ok(()))
 }
 
 /// A tensor: what is in it, and in which files it can be found.
