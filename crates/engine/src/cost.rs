@@ -7,10 +7,10 @@ use std::ops::Range;
 
 use tangram_checkpoint::{Attention, DType, Output};
 
-use crate::kernels::Buffer;
 use crate::kernels::attention::{piece_scratch, pieces};
 use crate::kernels::kv::BLOCK_TOKENS;
 use crate::kernels::matmul::{Packing, scratch_elements, token_blocks};
+use crate::kernels::{Buffer, Isa};
 use crate::model::{FeedForward, Layer, MlpTensors, Model, NormTensors, Scorer, Tensor};
 
 /// The size of a pass.
@@ -69,7 +69,8 @@ impl StageWork {
             1 => self.weights(tensor.dtype).single += weights,
             tokens => {
                 let work = self.weights(tensor.dtype);
-                work.widened += weights * token_blocks(tensor.dtype, tensor.columns, tokens) as f64;
+                work.widened +=
+                    weights * token_blocks(Isa::detect(), tensor.dtype, tensor.columns, tokens) as f64;
                 work.products += weights * tokens as f64;
             }
         }
@@ -255,9 +256,11 @@ impl Model {
     fn thread_elements(&self, shape: PassShape) -> usize {
         let PassShape { tokens, longest, .. } = shape;
         let spec = &self.spec;
+        let isa = Isa::detect();
         let products = self.most_of_products(shape, |tensors, tokens| {
-            let of =
-                |tensor: &&Tensor| scratch_elements(tensor.dtype, tensor.row_bytes(), tensor.columns, tokens);
+            let of = |tensor: &&Tensor| {
+                scratch_elements(isa, tensor.dtype, tensor.row_bytes(), tensor.columns, tokens)
+            };
             tensors.iter().map(of).max().unwrap_or(0)
         });
         let group = spec.heads / spec.kv_heads;
@@ -313,7 +316,7 @@ impl Model {
 /// How the input of matrices that are multiplied together is rearranged.
 fn packing(tensors: &[&Tensor], tokens: usize) -> Packing {
     let columns = tensors.first().map_or(0, |tensor| tensor.columns);
-    Packing::new(tensors.iter().map(|tensor| tensor.dtype), columns, tokens)
+    Packing::new(Isa::detect(), tensors.iter().map(|tensor| tensor.dtype), columns, tokens)
 }
 
 /// The work of a feed-forward block, or of `times` such blocks.

@@ -1,7 +1,7 @@
 //! Matrix products: `out[t][n] (+)= Σ_k weight[n][k] · x[t][k] + bias[n]` with the weights as stored.
 //!
-//! Every output element has one order of additions, whatever the number of tokens, rows and threads; `plain` and
-//! `quantised` say which. Activations are rearranged first; then tasks take some rows of a matrix and a block of
+//! Every output element has one order of additions, whatever the number of tokens, rows and threads; `plain`,
+//! `pairs` and `quantised` say which. Activations are rearranged first; then tasks take some rows of a matrix and a block of
 //! tokens each (`panels`).
 #![allow(unsafe_code)]
 
@@ -14,7 +14,7 @@ use super::panels::{Layout, MOST_ROWS, Task};
 use super::plain::PlainSums;
 use super::quantised::QuantisedSums;
 use super::simd::LANES;
-use super::{Isa, blocks, plain, quantised};
+use super::{Isa, blocks, pairs, plain, quantised};
 use crate::pool::Pool;
 
 /// Weights that make a task worth handing to another thread.
@@ -47,7 +47,8 @@ struct Product<'a> {
     accumulate: bool,
     rows_per_task: usize,
     row_tasks: usize,
-    /// Where its activations are.
+    /// How its activations are rearranged, and where they are.
+    form: Form,
     layout: Layout,
 }
 
@@ -66,7 +67,7 @@ pub fn matmul<const N: usize>(
     if tokens == 0 {
         return;
     }
-    let packing = Packing::new(linears.each_ref().map(|linear| linear.dtype), columns, tokens);
+    let packing = Packing::new(isa, linears.each_ref().map(|linear| linear.dtype), columns, tokens);
     let products = linears.map(|linear| {
         let bytes = linear.dtype.tensor_bytes(&[linear.rows as u64, columns as u64]);
         assert_eq!(bytes, Some(linear.weight.len() as u64), "bytes of a {} matrix", linear.dtype);
@@ -83,22 +84,30 @@ pub fn matmul<const N: usize>(
             accumulate: linear.accumulate,
             rows_per_task,
             row_tasks: linear.rows.div_ceil(rows_per_task),
-            layout: layout(linear.dtype, columns, tokens),
+            form: Form::of(isa, linear.dtype),
+            layout: Form::of(isa, linear.dtype).layout(columns, tokens),
         }
     });
 
-    let quantised_elements = packing.quantised.as_ref().map_or(0, Layout::elements);
-    let (records, packed) = packed.get_mut(packing.elements()).split_at_mut(quantised_elements);
+    let elements = |layout: &Option<Layout>| layout.as_ref().map_or(0, Layout::elements);
+    let packed = packed.get_mut(packing.elements());
+    let (pairs, packed) = packed.split_at_mut(elements(&packing.pairs));
+    let (records, packed) = packed.split_at_mut(elements(&packing.quantised));
+    if let (Some(layout), Some(proof)) = (packing.pairs, isa.pairs()) {
+        pairs::pack(proof, pool, layout, x, columns, pairs);
+    }
     if let Some(layout) = packing.quantised {
         quantised::pack(isa, pool, layout, x, columns, records);
     }
     if let Some(layout) = packing.plain {
         plain::pack(pool, layout, x, columns, packed);
     }
-    let (records, packed) = (&*records, if packing.plain.is_some() { &*packed } else { x });
+    let (pairs, records) = (&*pairs, &*records);
+    let packed = if packing.plain.is_some() { &*packed } else { x };
 
     let tasks = products.iter().map(|product| product.row_tasks * product.layout.blocks).sum();
-    let scratch = products.iter().map(|product| product.layout.scratch(product.row_bytes)).max().unwrap_or(0);
+    let scratch = |product: &Product<'_>| product.form.scratch(&product.layout, product.row_bytes, columns);
+    let scratch = products.iter().map(scratch).max().unwrap_or(0);
     let work = products.iter().map(|product| product.rows * columns * tokens / LANES).sum();
     pool.run(tasks, scratch, work, &|mut task, scratch| {
         for product in &products {
@@ -106,7 +115,11 @@ pub fn matmul<const N: usize>(
             if task < product_tasks {
                 let first = task % product.row_tasks * product.rows_per_task;
                 let rows = first..product.rows.min(first + product.rows_per_task);
-                let x = if product.dtype.is_quantised() { records } else { packed };
+                let x = match product.form {
+                    Form::Plain => packed,
+                    Form::Pairs => pairs,
+                    Form::Records => records,
+                };
                 // SAFETY: tasks take disjoint rows or disjoint tokens.
                 unsafe { product.run(isa, rows, task / product.row_tasks, x, scratch) };
                 return;
@@ -116,31 +129,79 @@ pub fn matmul<const N: usize>(
     });
 }
 
-/// How activations are rearranged for a [`matmul`]: once for all its matrices of quantised types and once for those of
-/// plain types.
+/// How the activations are rearranged that weights of a type are multiplied with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// As they are: `plain`.
+    Plain,
+    /// Rounded to sixteen bits: `pairs`.
+    Pairs,
+    /// Rounded to twice eight bits: `quantised`.
+    Records,
+}
+
+impl Form {
+    fn of(isa: Isa, dtype: DType) -> Form {
+        if dtype.is_quantised() {
+            Form::Records
+        } else if dtype == DType::BF16 && isa.pairs().is_some() {
+            Form::Pairs
+        } else {
+            Form::Plain
+        }
+    }
+
+    /// How the tokens of a product are divided.
+    fn layout(self, columns: usize, tokens: usize) -> Layout {
+        let token_elements = match self {
+            Form::Plain => plain::token_elements(columns),
+            Form::Pairs => pairs::token_elements(columns),
+            Form::Records => quantised::token_elements(columns),
+        };
+        Layout::new(token_elements, tokens)
+    }
+
+    /// Scratch elements of a task.
+    fn scratch(self, layout: &Layout, row_bytes: usize, columns: usize) -> usize {
+        match self {
+            Form::Pairs => pairs::scratch(layout, columns),
+            Form::Plain | Form::Records => layout.scratch(row_bytes),
+        }
+    }
+}
+
+/// How activations are rearranged for a [`matmul`]: once for all its matrices that want the same form.
 pub(crate) struct Packing {
-    quantised: Option<Layout>,
     plain: Option<Layout>,
+    pairs: Option<Layout>,
+    quantised: Option<Layout>,
 }
 
 impl Packing {
     /// For matrices of these types that share their input of `tokens` rows of `columns`.
-    pub(crate) fn new(dtypes: impl IntoIterator<Item = DType>, columns: usize, tokens: usize) -> Packing {
-        let mut packing = Packing { quantised: None, plain: None };
+    pub(crate) fn new(
+        isa: Isa,
+        dtypes: impl IntoIterator<Item = DType>,
+        columns: usize,
+        tokens: usize,
+    ) -> Packing {
+        let mut packing = Packing { plain: None, pairs: None, quantised: None };
         for dtype in dtypes {
-            let layout = layout(dtype, columns, tokens);
-            if dtype.is_quantised() {
-                packing.quantised = Some(layout);
-            } else if tokens > 1 || layout.elements() > columns {
-                packing.plain = Some(layout);
+            let form = Form::of(isa, dtype);
+            let layout = form.layout(columns, tokens);
+            match form {
+                Form::Pairs => packing.pairs = Some(layout),
+                Form::Records => packing.quantised = Some(layout),
+                Form::Plain if tokens > 1 || layout.elements() > columns => packing.plain = Some(layout),
+                // Plain weights read the only token as it is: nothing is to be filled up.
+                Form::Plain => {}
             }
-            // Else plain weights read the only token as it is: nothing is to be filled up.
         }
         packing
     }
 
     fn layouts(&self) -> impl Iterator<Item = &Layout> {
-        self.quantised.iter().chain(&self.plain)
+        self.pairs.iter().chain(&self.quantised).chain(&self.plain)
     }
 
     /// Elements of the rearranged activations; never fewer for more tokens.
@@ -154,21 +215,22 @@ impl Packing {
     }
 }
 
-/// How the tokens of a product with weights of this type are divided.
-fn layout(dtype: DType, columns: usize, tokens: usize) -> Layout {
-    let token_elements = if dtype.is_quantised() { quantised::token_elements } else { plain::token_elements };
-    Layout::new(token_elements(columns), tokens)
-}
-
 /// Blocks into which tokens are divided; every weight of this type is read and unpacked once for each.
-pub(crate) fn token_blocks(dtype: DType, columns: usize, tokens: usize) -> usize {
-    layout(dtype, columns, tokens).blocks
+pub(crate) fn token_blocks(isa: Isa, dtype: DType, columns: usize, tokens: usize) -> usize {
+    Form::of(isa, dtype).layout(columns, tokens).blocks
 }
 
 /// Scratch elements of each thread in a [`matmul`] with a matrix of this type whose rows have `row_bytes`; never fewer
 /// for more tokens.
-pub(crate) fn scratch_elements(dtype: DType, row_bytes: usize, columns: usize, tokens: usize) -> usize {
-    layout(dtype, columns, tokens).scratch(row_bytes)
+pub(crate) fn scratch_elements(
+    isa: Isa,
+    dtype: DType,
+    row_bytes: usize,
+    columns: usize,
+    tokens: usize,
+) -> usize {
+    let form = Form::of(isa, dtype);
+    form.scratch(&form.layout(columns, tokens), row_bytes, columns)
 }
 
 /// Rows of a task: whole panels, enough work to be worth it, and some tasks per thread to level out.
@@ -199,6 +261,9 @@ impl Product<'_> {
         };
         // SAFETY: the contract is the same.
         unsafe {
+            if let (Form::Pairs, Some(proof)) = (self.form, isa.pairs()) {
+                return task.run_pairs(proof);
+            }
             match self.dtype {
                 DType::F32 => task.run::<PlainSums<plain::F32>>(isa),
                 DType::F16 => task.run::<PlainSums<plain::F16>>(isa),

@@ -22,6 +22,9 @@ mod lanes_avx2;
 mod lanes_avx512;
 pub mod low_rank;
 pub mod matmul;
+mod pairs;
+#[cfg(target_arch = "x86_64")]
+mod pairs_avx512;
 mod panels;
 mod plain;
 mod quantised;

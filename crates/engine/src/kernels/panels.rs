@@ -25,7 +25,7 @@ pub(super) struct Layout {
     token_elements: usize,
     pub(super) tokens: usize,
     /// Tokens of a block at most.
-    most: usize,
+    pub(super) most: usize,
     pub(super) blocks: usize,
 }
 
@@ -106,7 +106,7 @@ impl Task<'_> {
 
     /// What happens to the finished sums of `count` rows from `first` on.
     #[inline(always)]
-    fn finish(&self, first: usize, count: usize, sums: &[f32], sums_step: usize) {
+    pub(super) fn finish(&self, first: usize, count: usize, sums: &[f32], sums_step: usize) {
         let row = self.rows.start + first;
         for (token, sums) in self.tokens.clone().zip(sums.chunks_exact(sums_step)) {
             // SAFETY: these rows of these tokens are this task's by the contract of `run`.

@@ -168,6 +168,26 @@ fn activation_rounding(weights: &[f64], x: &[f32]) -> f64 {
     groups.map(most).sum()
 }
 
+/// Whether weights of this type are multiplied as integers of sixteen bits.
+fn is_pairs(isa: Isa, dtype: DType) -> bool {
+    dtype == DType::BF16 && isa.pairs().is_some()
+}
+
+/// The most by which a product with bf16 weights can differ because both sides are rounded to integers: half a step, and
+/// the largest of a group of 128 has at least 2¹² steps as a weight, 2¹⁴ as an activation.
+fn pairs_rounding(weights: &[f64], x: &[f32]) -> f64 {
+    let groups = weights.chunks(128).zip(x.chunks(128));
+    let most = |(weights, x): (&[f64], &[f32])| {
+        let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, |a: f64, x| a.max(x.abs()));
+        let sum = |values: &mut dyn Iterator<Item = f64>| values.map(f64::abs).sum::<f64>();
+        let mut x = x.iter().map(|&x| f64::from(x));
+        let weight_part = largest(&mut weights.iter().copied()) / 4096.0 * sum(&mut x.clone());
+        let x_part = largest(&mut x) / 16384.0 * sum(&mut weights.iter().copied());
+        (weight_part + x_part) / 2.0 * 1.001
+    };
+    groups.map(most).sum()
+}
+
 #[test]
 fn every_vector_operation_equals_the_portable_one() {
     struct All<'a> {
@@ -391,7 +411,9 @@ fn avx512_and_avx2_give_the_same_bits() {
         let mut random = Random::new(4);
         let (weight, _) = random.weights(dtype, rows * columns);
         let x = random.values(tokens * columns);
-        let products = fused.iter().map(|&isa| {
+        // Not where only one of them multiplies integers.
+        let fused = fused.iter().filter(|&&isa| !is_pairs(isa, dtype));
+        let products = fused.map(|&isa| {
             let mut out = vec![0.0; tokens * rows];
             let linear =
                 Linear { weight: &weight, dtype, rows, bias: None, out: &mut out, accumulate: false };
@@ -400,6 +422,102 @@ fn avx512_and_avx2_give_the_same_bits() {
         });
         let products: Vec<Vec<f32>> = products.collect();
         assert!(products.windows(2).all(|pair| pair[0] == pair[1]), "{dtype}");
+    }
+}
+
+/// The product of a row of bf16 weights with a token, as `pairs` says.
+fn pairs_product(weights: &[f64], x: &[f32]) -> f32 {
+    let exponent = |largest: f64| largest.log2().floor();
+    let mut sums = [0.0f32; 16];
+    for (weights, x) in weights.chunks(128).zip(x.chunks(128)) {
+        let weight_step = exponent(weights.iter().fold(0.0, |a, w| a.max(w.abs()))) - 12.0;
+        let x_step = exponent(x.iter().fold(0.0, |a, &x| a.max(f64::from(x).abs()))) - 14.0;
+        let integers =
+            |v: f64, step: f64| (v / step.exp2()).round_ties_even().clamp(-32768.0, 32767.0) as i32;
+        let mut products = [0i32; 16];
+        for (i, (&w, &x)) in weights.iter().zip(x).enumerate() {
+            products[i / 2 % 16] += integers(w, weight_step) * integers(f64::from(x), x_step);
+        }
+        for (sum, product) in sums.iter_mut().zip(products) {
+            *sum = (product as f32).mul_add((weight_step + x_step).exp2() as f32, *sum);
+        }
+    }
+    let quarters: [f32; 4] = std::array::from_fn(|q| {
+        let s = &sums[4 * q..4 * q + 4];
+        // Lanes 0 and 2, then 1 and 3: what two unpackings bring together.
+        (s[0] + s[2]) + (s[1] + s[3])
+    });
+    (quarters[0] + quarters[2]) + (quarters[1] + quarters[3])
+}
+
+#[test]
+fn bf16_products_are_those_of_integers() {
+    let mut random = Random::new(6);
+    for isa in Isa::available().into_iter().filter(|&isa| is_pairs(isa, DType::BF16)) {
+        for (columns, largest) in [(128, 1.0), (300, 1e-20), (1100, 1e9)] {
+            let rows = 6;
+            let (bytes, weights) = random.weights(DType::BF16, rows * columns);
+            let x: Vec<f32> = random.values(5 * columns).iter().map(|x| x * largest).collect();
+            let mut out = vec![0.0; 5 * rows];
+            let linear = Linear {
+                weight: &bytes,
+                dtype: DType::BF16,
+                rows,
+                bias: None,
+                out: &mut out,
+                accumulate: false,
+            };
+            matmul(isa, &Pool::new(1), &mut Buffer::new(), &x, columns, 5, [linear]);
+            for (at, found) in out.iter().enumerate() {
+                let (row, x) =
+                    (&weights[at % rows * columns..][..columns], &x[at / rows * columns..][..columns]);
+                assert_eq!(found.to_bits(), pairs_product(row, x).to_bits(), "{columns} {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_bf16_products_do_not_overflow_and_infinities_are_nan() {
+    let (rows, columns) = (5, 256);
+    for isa in Isa::available() {
+        let product = |weights: &[bf16], x: &[f32], tokens: usize| {
+            let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
+            let mut out = vec![0.0; tokens * rows];
+            let linear = Linear {
+                weight: &bytes,
+                dtype: DType::BF16,
+                rows,
+                bias: None,
+                out: &mut out,
+                accumulate: false,
+            };
+            matmul(isa, &Pool::new(1), &mut Buffer::new(), x, columns, tokens, [linear]);
+            out
+        };
+        let weight = bf16::from_f32(1.992_187_5);
+        for tokens in [1, 4] {
+            for sign in [1.0f32, -1.0] {
+                let x = vec![sign * 1.999_999_9; tokens * columns];
+                let expected = f64::from(weight.to_f32()) * f64::from(x[0]) * columns as f64;
+                for found in product(&vec![weight; rows * columns], &x, tokens) {
+                    assert!(
+                        (f64::from(found) - expected).abs() < 1e-4 * expected.abs(),
+                        "{found} {expected}"
+                    );
+                }
+            }
+            for strange in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let (mut weights, mut x) = (vec![weight; rows * columns], vec![1.0; tokens * columns]);
+                x[7] = strange;
+                weights[2 * columns + 200] = bf16::from_f32(strange);
+                for (at, found) in product(&weights, &x, tokens).into_iter().enumerate() {
+                    assert_eq!(found.is_finite(), at >= rows && at % rows != 2, "{strange} {at}");
+                }
+            }
+            let (tiny, zeros) = (vec![bf16::from_f32(1e-38); rows * columns], vec![0.0; tokens * columns]);
+            assert!(product(&tiny, &zeros, tokens).iter().all(|&found| found == 0.0));
+        }
     }
 }
 
@@ -469,6 +587,8 @@ proptest! {
                 let error = (f64::from(out[token * rows + row]) - expected).abs();
                 let allowed = if dtype.is_quantised() {
                     activation_rounding(weights, x) + 3e-6 * scale.max(1e-3)
+                } else if is_pairs(isa, dtype) {
+                    pairs_rounding(weights, x) + 3e-6 * scale.max(1e-3)
                 } else {
                     1e-5 * scale.max(1e-3)
                 };
