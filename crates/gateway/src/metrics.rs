@@ -152,6 +152,9 @@ impl Collector for NodeCollector {
             ("kv_blocks", "KV blocks in use", status.kv_blocks),
             ("kv_cached_bytes", "Bytes of KV kept as cached prefixes", status.kv_cached_bytes),
             ("host_kv_bytes", "Bytes of preempted sequences' KV in host memory", status.host_kv_bytes),
+            ("host_tier_bytes", "Bytes of host memory for copies of weights", status.host_tier_bytes),
+            ("host_weight_bytes", "Bytes of it that are taken", status.host_weight_bytes),
+            ("host_tensors", "Tensors of which host memory has a copy", status.host_tensors),
             ("sequences_running", "Sequences running", status.running as u64),
             ("requests_waiting", "Requests waiting for admission", status.waiting as u64),
         ];
@@ -170,6 +173,7 @@ impl Collector for NodeCollector {
         let counters = [
             ("bytes_loaded", "Weight bytes brought in for requests", status.bytes_loaded_total),
             ("bytes_prefetched", "Weight bytes brought in before a request", status.bytes_prefetched_total),
+            ("bytes_from_host", "Weight bytes brought in from host memory", status.bytes_from_host_total),
             ("bytes_reused", "Weight bytes found resident by activations", status.bytes_reused_total),
             ("bytes_evicted", "Weight bytes evicted", status.bytes_evicted_total),
             ("bytes_moved", "Bytes moved inside the device to make room", status.bytes_moved_total),

@@ -370,6 +370,9 @@ pub struct ModelStatus {
     pub shared_bytes: u64,
     /// Of these, bytes in device memory now.
     pub resident_bytes: u64,
+    /// Of those that are not, bytes that host memory has.
+    #[serde(default)]
+    pub hosted_bytes: u64,
     /// KV bytes per token.
     pub kv_bytes_per_token: u64,
     /// Longest sequence in tokens on this node.
@@ -429,6 +432,18 @@ pub struct NodeStatus {
     pub swaps_total: u64,
     /// Bytes of KV in host memory now.
     pub host_kv_bytes: u64,
+    /// Bytes of host memory that is there for copies of weights; 0 where the device's memory is the host's own.
+    #[serde(default)]
+    pub host_tier_bytes: u64,
+    /// Of these, bytes taken.
+    #[serde(default)]
+    pub host_weight_bytes: u64,
+    /// Tensors of which host memory has a copy.
+    #[serde(default)]
+    pub host_tensors: u64,
+    /// Of the weight bytes brought in since the start, bytes that came from host memory.
+    #[serde(default)]
+    pub bytes_from_host_total: u64,
     /// Models activated since the start.
     pub activations_total: u64,
     /// Bytes of host memory that the executor holds for activations, outside the pool.

@@ -9,6 +9,7 @@ mod catalog;
 mod damage;
 mod disks;
 mod forecast;
+mod host;
 mod machine;
 mod model;
 mod observe;
@@ -67,7 +68,8 @@ pub struct NodeConfig {
     pub backend: Backend,
     /// Bytes per page of the pool, a power of two and at least the system's page; `None` chooses by the pool's size.
     pub page_bytes: Option<u64>,
-    /// Bytes of host memory beside the pool for what has to leave it for a while: the KV of preempted sequences.
+    /// Bytes of host memory beside the pool for what has to leave it for a while: the KV of preempted sequences, and on a
+    /// device that the host cannot address copies of weights too.
     pub host_memory: u64,
     /// Threads of the executor; `None` means as many as this process may use.
     pub threads: Option<usize>,
@@ -171,10 +173,10 @@ impl Node {
             None => CpuDevice::default_page_bytes(pool_bytes),
             Some(bytes) => CpuDevice::checked_page_bytes(pool_bytes, bytes as usize).map_err(device_error)?,
         };
-        let pool = CpuDevice::open(pool_bytes, page_bytes)
+        let mut pool = CpuDevice::open(pool_bytes, page_bytes)
             .and_then(|memory| Pool::new(memory, config.backend))
             .map_err(|error| device_error(error.to_string()))?;
-        let memory = pool.memory();
+        let memory = pool.memory().clone();
         let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
         let threads = config
             .threads
@@ -182,7 +184,7 @@ impl Node {
         let machine = Arc::new(Machine::open(&config.data, threads, memory.streams().len()));
         let (commands, receiver) = channel();
         let shared = Arc::new(Shared::default());
-        let host = HostMemory::new(config.host_memory);
+        let host = HostMemory::new(host::keep_weights(&mut pool, config.host_memory));
         let damaged = catalog.damaged().clone();
         let damaged =
             Arc::new(move |damage: &Damage| damaged.add(&damage.file, damage.offset, &damage.tensor));

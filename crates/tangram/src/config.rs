@@ -36,8 +36,8 @@ pub(crate) struct ServerOptions {
     /// Size of the pool's pages, a power of two, e.g. 2MiB [default: by the size of the pool].
     #[arg(long, env = "TANGRAM_PAGE_SIZE")]
     pub(crate) page_size: Option<ByteSize>,
-    /// Host memory beside the pool for what has to leave it for a while: the KV of preempted sequences [default: 1GiB,
-    /// at most a quarter of the pool].
+    /// Host memory beside the pool for what has to leave it for a while: the KV of preempted sequences, and on a GPU, which
+    /// gets seven eighths of it, weights that come back without a disk [default: 1GiB, at most a quarter of the pool].
     #[arg(long, env = "TANGRAM_HOST_MEMORY")]
     pub(crate) host_memory: Option<ByteSize>,
     /// Threads that compute [default: the cores that this process may use].

@@ -214,7 +214,9 @@ impl Worker {
                 Err(Refusal::Short(_)) => return None,
                 Err(Refusal::Device(error)) => return Some(Err(error)),
             };
-            if !activation.missing.is_empty() && !base.plan.is_arriving() {
+            // How fast weights come from host memory says nothing about the disk.
+            let from_disk = !activation.missing.iter().any(Vacancy::is_in_host);
+            if !activation.missing.is_empty() && from_disk && !base.plan.is_arriving() {
                 let tensors = activation.lease.tensors().iter();
                 meter = LoadMeter::new(tensors.map(|tensor| (tensor.len() as u64, !tensor.is_ready())));
             }

@@ -22,6 +22,7 @@ impl Worker {
         self.published = Instant::now();
         let (stats, memory) = (self.pool.stats(), self.pool.memory());
         let page_bytes = memory.page_bytes() as u64;
+        let host = self.pool.host().unwrap_or_default();
         let mut node = NodeStatus {
             device: memory.name().to_owned(),
             backend: match self.pool.backend() {
@@ -47,6 +48,10 @@ impl Worker {
             preemptions_total: self.preemptions,
             swaps_total: self.swaps,
             host_kv_bytes: self.host.used(),
+            host_tier_bytes: host.bytes,
+            host_weight_bytes: host.used_bytes,
+            host_tensors: host.tensors,
+            bytes_from_host_total: stats.from_host_total,
             activations_total: self.activations,
             scratch_bytes: self.executor.scratch_bytes() as u64,
         };
@@ -72,6 +77,7 @@ impl Worker {
                 in_place_bytes: plan.manifest.in_place.is_some().then(|| plan.in_place_bytes()),
                 shared_bytes: self.pool.shared_bytes(&entry.keys),
                 resident_bytes: self.pool.resident_bytes(&entry.keys),
+                hosted_bytes: self.pool.hosted_bytes(&entry.keys),
                 kv_bytes_per_token: deployed.kv_bytes_per_token,
                 context: deployed.context,
                 forecast: plan.forecast.listed(memory.page_count() as u64),

@@ -3,13 +3,17 @@
 //!
 //! Ranks nothing; takes a step for every tensor of the models concerned, so it must not be on the way of a request.
 
-use tangram_policy::stall;
+use tangram_policy::forecast::Loading;
+use tangram_policy::stall::{self, Link};
 
 use super::{ModelEntry, Worker};
 use crate::model::ModelPlan;
 
 /// Waiting models that are looked at; those further back have time.
 const MOST_AWAITED: usize = 6;
+
+/// What a copy from host memory costs beside its bytes.
+const HOST_TRANSFER_SECONDS: f64 = 10e-6;
 
 /// The prompts of a model's requests, as far as worth depends on them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,20 +65,34 @@ impl Worker {
         for model in std::mem::take(&mut self.unappraised) {
             let Some(Some(entry)) = self.models.get_mut(model) else { continue };
             if let Some(log2_tokens) = entry.prompts.changed()
-                && let Some(seconds) = exposed_seconds(&entry.plan, log2_tokens)
+                && let Some(seconds) = exposed_seconds(&entry.plan, log2_tokens, None)
             {
                 self.pool.appraise(entry.keys.iter().copied().zip(seconds));
                 entry.prompts.appraised = Some(log2_tokens);
+                let from_host = from_host(self.store.host_rate());
+                if let Some(seconds) =
+                    from_host.and_then(|link| exposed_seconds(&entry.plan, log2_tokens, Some(link)))
+                {
+                    self.pool.appraise_from_host(entry.keys.iter().copied().zip(seconds));
+                }
             }
         }
     }
 }
 
+/// How weights come from host memory, once that was seen: by a link that takes nothing from computing.
+fn from_host(bytes_per_second: Option<f64>) -> Option<Loading> {
+    let bytes_per_second = bytes_per_second?;
+    Some(Loading { link: Link { bytes_per_second, transfer_seconds: HOST_TRANSFER_SECONDS }, share: 0.0 })
+}
+
 /// For each of a model's tensors, how much later the first token would be if it and all after it were missing, less the
-/// same with only those after it missing. `None` before this machine was measured.
-fn exposed_seconds(plan: &ModelPlan, log2_tokens: i32) -> Option<Vec<f64>> {
+/// same with only those after it missing. They come as the machine's disk was measured to bring them, unless `loading` says
+/// otherwise. `None` before this machine was measured.
+fn exposed_seconds(plan: &ModelPlan, log2_tokens: i32, loading: Option<Loading>) -> Option<Vec<f64>> {
     let tokens = 1usize << log2_tokens.clamp(0, 20);
-    let (loading, compute) = plan.forecast.nominal(tokens)?;
+    let (from_disk, compute) = plan.forecast.nominal(tokens)?;
+    let loading = loading.unwrap_or(from_disk);
     let load: Vec<f64> = plan
         .forecast
         .bytes_by_stage()

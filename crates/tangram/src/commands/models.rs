@@ -82,6 +82,10 @@ fn forecast_lines(model: &ModelStatus) -> Vec<String> {
         0 => "none of its weights are in device memory yet".to_owned(),
         resident => format!("{} of its weights are in device memory already", bytes(resident)),
     };
+    let here = match model.hosted_bytes {
+        0 => here,
+        hosted => format!("{here}, {} in host memory", bytes(hosted)),
+    };
     let room = forecast
         .tokens_beside_weights
         .map_or(String::new(), |tokens| format!("{tokens} tokens of KV fit beside the weights; "));
@@ -248,6 +252,15 @@ pub(crate) async fn ps(target: Target, as_json: bool) -> anyhow::Result<()> {
         bytes(node.bytes_evicted_total),
         node.preemptions_total
     );
+    if node.host_tier_bytes > 0 {
+        println!(
+            "host memory: {} of {} taken by {} tensors; since the start {} of what was brought in came from it",
+            bytes(node.host_weight_bytes),
+            bytes(node.host_tier_bytes),
+            node.host_tensors,
+            bytes(node.bytes_from_host_total)
+        );
+    }
     let rows: Vec<Vec<String>> = status
         .models
         .iter()
