@@ -103,6 +103,11 @@ impl Device {
         self.of_model.get(&model).map(|slots| &**slots)
     }
 
+    /// The slot of a content, if it is known here.
+    pub(crate) fn slot_of(&self, content: u32) -> Option<u32> {
+        self.of_content.get(&content).copied()
+    }
+
     /// Models known here, the least recently used first.
     pub(crate) fn models(&self) -> impl Iterator<Item = u32> {
         self.recency.iter().map(|&(_, model)| model)

@@ -61,6 +61,20 @@ impl Economy {
         load_seconds: &[f64],
         prompts: &[(f64, Vec<f64>)],
     ) {
+        let seconds = self.exposed(device, slots, load_seconds, prompts);
+        for (&slot, seconds) in slots.iter().zip(seconds) {
+            self.retention.apply(Event::Appraised { tensor: Self::key(slot), seconds });
+        }
+    }
+
+    /// What [`Economy::appraise`] appraises, in seconds.
+    pub(crate) fn exposed(
+        &self,
+        device: &Device,
+        slots: &[u32],
+        load_seconds: &[f64],
+        prompts: &[(f64, Vec<f64>)],
+    ) -> Vec<f64> {
         let exposure = if self.parts.exposure {
             marginal_exposure(load_seconds, prompts)
         } else {
@@ -68,12 +82,24 @@ impl Economy {
         };
         let mean = slots.iter().map(|&slot| device.slots[slot as usize].bytes).sum::<u64>() as f64
             / slots.len() as f64;
-        for ((&slot, &load), &exposure) in slots.iter().zip(load_seconds).zip(&exposure) {
+        let each = slots.iter().zip(load_seconds).zip(&exposure).map(|((&slot, &load), &exposure)| {
             let bytes = device.slots[slot as usize].bytes as f64;
             let per_byte = if self.parts.per_byte { 1.0 } else { bytes / mean };
-            let seconds = saved_seconds(load, exposure) * per_byte;
-            self.retention.apply(Event::Appraised { tensor: Self::key(slot), seconds });
+            saved_seconds(load, exposure) * per_byte
+        });
+        each.collect()
+    }
+
+    /// What the absence of the model's groups exposes while host memory has them, in seconds, in their order.
+    pub(crate) fn appraise_from_host(&mut self, slots: &[u32], seconds: &[f64]) {
+        for (&slot, &seconds) in slots.iter().zip(seconds) {
+            self.retention.apply(Event::AppraisedFromHost { tensor: Self::key(slot), seconds });
         }
+    }
+
+    /// Host memory has a group from now on, or has it no longer.
+    pub(crate) fn hosted(&mut self, slot: u32, hosted: bool) {
+        self.retention.apply(Event::Hosted { tensor: Self::key(slot), hosted });
     }
 
     /// The model is forgotten; these slots were only its.

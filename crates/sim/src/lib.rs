@@ -10,6 +10,7 @@
 pub mod chart;
 mod device;
 mod economy;
+mod host;
 mod layout;
 mod mckp;
 pub mod model;

@@ -5,6 +5,7 @@
 //! or logged.
 
 mod evict;
+mod host;
 mod prefetch;
 mod route;
 mod start;
@@ -18,6 +19,7 @@ use tangram_policy::placement::Popularity;
 
 use crate::device::Device;
 use crate::economy::Economy;
+use crate::host::HostTier;
 use crate::layout::Layout;
 use crate::model::{ALIGNMENT, Model, Pace, number_contents};
 use crate::profile::Profile;
@@ -111,6 +113,8 @@ struct World<'a> {
     devices: Vec<Device>,
     economies: Vec<Economy>,
     hosts: Vec<Host>,
+    /// In place of `hosts`, under ours where host memory is limited.
+    tiers: Vec<HostTier>,
     idle: BTreeSet<u32>,
     /// Devices that know of requests which wait for them.
     told: Vec<u32>,
@@ -225,6 +229,10 @@ impl<'a> World<'a> {
             devices: (0..scenario.devices).map(device).collect(),
             economies,
             hosts: (0..nodes).map(|_| Host::default()).collect(),
+            tiers: match (system.keep, scenario.host_bytes) {
+                (Keep::Worth(_), Some(bytes)) => (0..nodes).map(|_| HostTier::new(bytes)).collect(),
+                _ => Vec::new(),
+            },
             idle: (0..scenario.devices as u32).collect(),
             told: Vec::new(),
             popularity: Popularity::new(HALF_LIFE_SECONDS),
@@ -372,12 +380,21 @@ impl<'a> World<'a> {
     /// does not have it.
     fn bytes_per_second(&self, model: u32, device: u32) -> f64 {
         let profile = &self.scenario.profile;
+        if let Some(rate) = self.tier_bytes_per_second(model, device) {
+            return rate;
+        }
         let host = &self.hosts[device as usize / profile.devices_per_node];
         if self.scenario.host_bytes.is_none() || host.last_use.contains_key(&model) {
             profile.link.bytes_per_second
         } else {
-            profile.link.bytes_per_second.min(profile.disk_bytes_per_second)
+            self.disk_bytes_per_second()
         }
+    }
+
+    /// Bytes per second of what comes from disk.
+    fn disk_bytes_per_second(&self) -> f64 {
+        let profile = &self.scenario.profile;
+        profile.link.bytes_per_second.min(profile.disk_bytes_per_second)
     }
 
     /// Seconds until the device is free.

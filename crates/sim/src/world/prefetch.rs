@@ -45,8 +45,10 @@ impl World<'_> {
         };
         self.totals.evicted_bytes += evicted;
         let Some(moved) = moved else { return };
+        let rate = self.group_bytes_per_second(d, slot, self.bytes_per_second(loader, index));
+        self.bring(d, slot);
         let profile = &self.scenario.profile;
-        let copying = profile.link.transfer_seconds + bytes as f64 / self.bytes_per_second(loader, index);
+        let copying = profile.link.transfer_seconds + bytes as f64 / rate;
         let at = self.after(copying + moved as f64 / profile.move_bytes_per_second);
         let device = &mut self.devices[d];
         device.slots[slot as usize].arriving = Some(at);
@@ -94,7 +96,8 @@ impl World<'_> {
             layout.remove(slot);
         }
         self.economies[index as usize].evicted(slot);
-        let rest = seconds(device.link_free - self.now);
+        self.leave(index as usize, slot);
+        let rest = seconds(self.devices[index as usize].link_free - self.now);
         self.totals.fetched_bytes -= bytes.min((rest * self.scenario.profile.link.bytes_per_second) as u64);
         let piece = self.after(rest.min(PIECE_BYTES / self.scenario.profile.link.bytes_per_second));
         self.devices[index as usize].link_free = piece;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Instant;
 
-use tangram_policy::stall::{Stage, predict_beside};
+use tangram_policy::stall::{Link, Stage, predict_beside};
 
 use super::{Event, HALF_LIFE_SECONDS, Host, LENGTHS, World};
 use crate::device::Running;
@@ -29,6 +29,7 @@ impl World<'_> {
         self.models[model as usize].groups = groups;
         let slots: Vec<u32> = self.devices[d].slots_of(model).unwrap_or_default().to_vec();
         let began = Instant::now();
+        self.use_in_tier(d, &slots, now);
         self.tell_economy(index, device_index, &slots, new_here);
         self.spent(began);
         if matches!(self.system.keep, Keep::Nothing | Keep::LastModel) {
@@ -80,8 +81,10 @@ impl World<'_> {
         }
 
         // The link brings the missing groups in the order of the pass, after what it is busy with and after the moves.
-        let profile = &self.scenario.profile;
         let rate = self.bytes_per_second(model, device_index);
+        let rates: Vec<f64> = slots.iter().map(|&slot| self.group_bytes_per_second(d, slot, rate)).collect();
+        missing.iter().for_each(|&slot| self.bring(d, slot));
+        let profile = &self.scenario.profile;
         let device = &self.devices[d];
         let link_start = if missing.is_empty() { now } else { now.max(seconds(device.link_free)) }
             + moved_bytes as f64 / profile.move_bytes_per_second;
@@ -89,7 +92,7 @@ impl World<'_> {
         let compute = known.prefill_seconds(profile, prompt);
         let (mut link, mut done, mut ready) = (link_start, now, now);
         let mut next_missing = missing.iter().copied().peekable();
-        for (&slot, &share) in slots.iter().zip(&known.shares) {
+        for ((&slot, &share), rate) in slots.iter().zip(&known.shares).zip(&rates) {
             let entry = &device.slots[slot as usize];
             if next_missing.next_if_eq(&slot).is_some() {
                 link += profile.link.transfer_seconds + entry.bytes as f64 / rate;
@@ -104,7 +107,7 @@ impl World<'_> {
         if !self.system.overlap {
             done = ready + compute;
         } else if profile.load_share > 0.0 {
-            let stages = slots.iter().zip(&known.shares).map(|(slot, &share)| {
+            let stages = slots.iter().zip(&known.shares).zip(&rates).map(|((slot, &share), rate)| {
                 let bytes = device.slots[*slot as usize].bytes;
                 let load = profile.link.transfer_seconds + bytes as f64 / rate;
                 let load_seconds = if missing.contains(slot) { load } else { 0.0 };
@@ -181,6 +184,9 @@ impl World<'_> {
         let model = self.request(index).model;
         let next_use = self.next_use(model, index);
         let now = seconds(self.now);
+        let from_disk = self.disk_bytes_per_second();
+        let node = device_index as usize / self.scenario.profile.devices_per_node;
+        let tier = self.tiers.get_mut(node);
         let known = &mut self.models[model as usize];
         // Prompts are looked at again when there are four times as many.
         let appraise =
@@ -194,6 +200,9 @@ impl World<'_> {
             let profile = &self.scenario.profile;
             let seconds = |&(_, bytes): &(u32, u64)| profile.link.seconds(bytes, 1);
             let load: Vec<f64> = known.groups.iter().map(seconds).collect();
+            let disk = Link { bytes_per_second: from_disk, ..profile.link };
+            let load_from_disk: Vec<f64> =
+                known.groups.iter().map(|&(_, bytes)| disk.seconds(bytes, 1)).collect();
             let mut lengths: Vec<u64> = known.lengths.iter().copied().collect();
             lengths.sort_unstable();
             let median = lengths.get(lengths.len() / 2).copied().unwrap_or(1);
@@ -206,14 +215,28 @@ impl World<'_> {
             };
             let prompts: Vec<(f64, Vec<f64>)> =
                 lengths.iter().skip(step / 2).step_by(step).map(prompt).collect();
-            economy.appraise(device, slots, &load, &prompts);
+            match tier {
+                None => economy.appraise(device, slots, &load, &prompts),
+                Some(tier) => {
+                    let from_host = economy.exposed(device, slots, &load, &prompts);
+                    let from_disk = economy.exposed(device, slots, &load_from_disk, &prompts);
+                    economy.appraise_from_host(slots, &from_host);
+                    economy.appraise(device, slots, &load_from_disk, &prompts);
+                    for ((&slot, disk), host) in slots.iter().zip(from_disk).zip(from_host) {
+                        tier.appraise(device.slots[slot as usize].content, disk, host);
+                    }
+                }
+            }
         }
         economy.lease(device, model, slots, now, next_use);
+        if new_here {
+            self.tell_hosted(device_index as usize, slots);
+        }
     }
 
     /// The model's checkpoint is in host memory from now on.
     fn keep_in_host(&mut self, model: u32, device: u32) {
-        let Some(limit) = self.scenario.host_bytes else { return };
+        let Some(limit) = self.scenario.host_bytes.filter(|_| self.tiers.is_empty()) else { return };
         let bytes = |model: u32| self.models[model as usize].weight_bytes;
         let Host { bytes: used, last_use } =
             &mut self.hosts[device as usize / self.scenario.profile.devices_per_node];
