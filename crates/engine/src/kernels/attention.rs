@@ -302,18 +302,22 @@ impl Kernel for Attend<'_> {
 
         for start in (base..span.last_limit()).step_by(BLOCK_TOKENS) {
             load_tile(s, keys, span, start, false, head, kv_heads, head_dim, tile);
-            for row in (0..rows).filter(|&row| sees(row, start)) {
-                let query = &query[row * stride..(row + 1) * stride];
-                let from = row * positions + start - base;
-                let scores = &mut scores[from..from + BLOCK_TOKENS];
+            let mut sees = (0..rows).filter(|&row| sees(row, start));
+            while let Some(row) = sees.next() {
+                // Two queries together, so that keys are loaded once for both.
+                let pair = [row, sees.next().unwrap_or(row)];
+                let query = pair.map(|row| &query[row * stride..(row + 1) * stride]);
                 for half in 0..BLOCK_TOKENS / LANES {
                     let dots = dots(s, query, &tile[half * LANES * stride..(half + 1) * LANES * stride]);
-                    let mut score = s.mul(dots, scale);
-                    if let Some(cap) = cap {
-                        score = cap_softly(s, score, cap);
+                    for (row, dots) in pair.into_iter().zip(dots) {
+                        let mut score = s.mul(dots, scale);
+                        if let Some(cap) = cap {
+                            score = cap_softly(s, score, cap);
+                        }
+                        let from = row * positions + start - base + half * LANES;
+                        // SAFETY: a tile of scores has two vectors.
+                        unsafe { s.store(scores[from..from + LANES].as_mut_ptr(), score) };
                     }
-                    // SAFETY: a tile of scores has two vectors.
-                    unsafe { s.store(scores.as_mut_ptr().add(half * LANES), score) };
                 }
             }
         }
@@ -385,22 +389,30 @@ fn load_tile<S: Simd>(
     }
 }
 
-/// The dot products of a query with eight keys.
+/// The dot products of two queries with eight keys.
 #[inline(always)]
-fn dots<S: Simd>(s: S, query: &[f32], keys: &[f32]) -> S::V {
-    let stride = query.len();
-    assert_eq!(keys.len(), stride * LANES);
-    let mut acc = [s.splat(0.0); LANES];
-    for i in (0..stride).step_by(LANES) {
-        // SAFETY: `stride` is a multiple of the lanes, and all rows have `stride` elements.
-        unsafe {
-            let q = s.load(query.as_ptr().add(i));
-            for (key, acc) in acc.iter_mut().enumerate() {
-                *acc = s.fma(q, s.load(keys.as_ptr().add(key * stride + i)), *acc);
+fn dots<S: Simd>(s: S, queries: [&[f32]; 2], keys: &[f32]) -> [S::V; 2] {
+    const TOGETHER: usize = LANES / 2;
+    let stride = queries[0].len();
+    assert!(queries[1].len() == stride && keys.len() == stride * LANES);
+    let mut dots = [[s.splat(0.0); LANES]; 2];
+    for first in [0, TOGETHER] {
+        let (mut first_dots, mut second_dots) = ([s.splat(0.0); TOGETHER], [s.splat(0.0); TOGETHER]);
+        for i in (0..stride).step_by(LANES) {
+            // SAFETY: `stride` is a multiple of the lanes, and all rows have `stride` elements.
+            unsafe {
+                let (a, b) = (s.load(queries[0].as_ptr().add(i)), s.load(queries[1].as_ptr().add(i)));
+                for (key, (x, y)) in first_dots.iter_mut().zip(&mut second_dots).enumerate() {
+                    let key = s.load(keys.as_ptr().add((first + key) * stride + i));
+                    *x = s.fma(a, key, *x);
+                    *y = s.fma(b, key, *y);
+                }
             }
         }
+        dots[0][first..first + TOGETHER].copy_from_slice(&first_dots);
+        dots[1][first..first + TOGETHER].copy_from_slice(&second_dots);
     }
-    s.sums(acc)
+    [s.sums(dots[0]), s.sums(dots[1])]
 }
 
 /// Replaces scores by `e^(score − max)` and gives their sum.
@@ -440,36 +452,51 @@ fn softmax<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
 /// `sums += Σ weight[p] · values[p]`, position by position.
 #[inline(always)]
 fn add_values<S: Simd>(s: S, weights: &[f32], values: &[f32], sums: &mut [f32]) {
-    const WIDE: usize = 4;
     let stride = sums.len();
     assert!(values.len() >= weights.len() * stride);
-    let (values, sums) = (values.as_ptr(), sums.as_mut_ptr());
     let mut i = 0;
-    // SAFETY: `stride` is a multiple of the lanes; row `p` of `values` has `stride` elements (asserted).
+    while i < stride {
+        // SAFETY: `stride` is a multiple of the lanes; row `p` of `values` has `stride` elements (asserted).
+        i += unsafe {
+            match (stride - i) / LANES {
+                8.. => add_columns::<S, 8>(s, weights, values, sums, i),
+                4.. => add_columns::<S, 4>(s, weights, values, sums, i),
+                2.. => add_columns::<S, 2>(s, weights, values, sums, i),
+                _ => add_columns::<S, 1>(s, weights, values, sums, i),
+            }
+        };
+    }
+}
+
+/// [`add_values`] for `V` vectors of columns from `first` on; how many columns. A sum waits for the one before it: many
+/// columns keep the processor busy.
+///
+/// # Safety
+/// `sums` has the columns, `values` as many rows of `sums.len()` elements as there are weights.
+#[inline(always)]
+unsafe fn add_columns<S: Simd, const V: usize>(
+    s: S,
+    weights: &[f32],
+    values: &[f32],
+    sums: &mut [f32],
+    first: usize,
+) -> usize {
+    let (stride, values, sums) = (sums.len(), values.as_ptr(), sums.as_mut_ptr());
+    let mut acc = [s.splat(0.0); V];
+    // SAFETY: by contract.
     unsafe {
-        while i + WIDE * LANES <= stride {
-            let mut acc = [s.splat(0.0); WIDE];
-            for (u, acc) in acc.iter_mut().enumerate() {
-                *acc = s.load(sums.add(i + u * LANES));
-            }
-            for (p, &weight) in weights.iter().enumerate() {
-                let weight = s.splat(weight);
-                for (u, acc) in acc.iter_mut().enumerate() {
-                    *acc = s.fma(weight, s.load(values.add(p * stride + i + u * LANES)), *acc);
-                }
-            }
-            for (u, &acc) in acc.iter().enumerate() {
-                s.store(sums.add(i + u * LANES), acc);
-            }
-            i += WIDE * LANES;
+        for (u, acc) in acc.iter_mut().enumerate() {
+            *acc = s.load(sums.add(first + u * LANES));
         }
-        while i < stride {
-            let mut acc = s.load(sums.add(i));
-            for (p, &weight) in weights.iter().enumerate() {
-                acc = s.fma(s.splat(weight), s.load(values.add(p * stride + i)), acc);
+        for (p, &weight) in weights.iter().enumerate() {
+            let weight = s.splat(weight);
+            for (u, acc) in acc.iter_mut().enumerate() {
+                *acc = s.fma(weight, s.load(values.add(p * stride + first + u * LANES)), *acc);
             }
-            s.store(sums.add(i), acc);
-            i += LANES;
+        }
+        for (u, &acc) in acc.iter().enumerate() {
+            s.store(sums.add(first + u * LANES), acc);
         }
     }
+    V * LANES
 }
