@@ -26,6 +26,12 @@ impl Simd for Avx2 {
     type Bytes = __m256i;
 
     #[inline(always)]
+    fn ask_for(self, p: *const u8) {
+        // SAFETY: see above; a prefetch of an invalid address does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_set1_ps(x) }

@@ -62,6 +62,7 @@ impl Simd for Avx512 {
     }
 
     as_in_avx2! {
+        fn ask_for(p: *const u8) -> ();
         fn splat(x: f32) -> __m256;
         fn field(b: __m256i, shift: u32, mask: u8) -> __m256i;
         fn raise(b: __m256i, mask: u8, shift: u32) -> __m256i;

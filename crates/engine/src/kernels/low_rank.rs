@@ -18,6 +18,8 @@ use crate::pool::Pool;
 
 /// Rows of a task at most: what is worth reading the factors for once.
 const PIECE_ROWS: usize = 8;
+/// How many bytes ahead `A`, which is read from front to back, is asked for.
+const BYTES_AHEAD: usize = 1024;
 /// Rows that the inner loops work on together.
 const TILE: usize = 2;
 
@@ -102,6 +104,12 @@ pub fn add_low_rank<'a, const N: usize>(
         return;
     }
     let outs = outs.map(|(out, width)| (Disjoint::new(out), width));
+    // What the task has to read first that this thread will probably take next.
+    let next = |task: usize| {
+        let task = task + pool.threads();
+        let (adapter, _) = pieces.get(task / N)?;
+        factors(*adapter, task % N).map(|factors| factors.a.bytes)
+    };
     pool.run(pieces.len() * N, scratch, work, &|task, inner| {
         let ((adapter, rows), matrix) = (&pieces[task / N], task % N);
         let Some(Factors { a, b, rank, scale }) = factors(*adapter, matrix) else { return };
@@ -111,7 +119,10 @@ pub fn add_low_rank<'a, const N: usize>(
             let expected = factor.0.dtype.tensor_bytes(&[rank as u64, factor.1 as u64]);
             assert_eq!(expected, Some(factor.0.bytes.len() as u64), "bytes of a factor");
         }
-        for rows in grouping.rows[rows.clone()].chunks(TILE) {
+        for (tile, rows) in grouping.rows[rows.clone()].chunks(TILE).enumerate() {
+            // Factors are read where they lie, each of them once: memory is asked for what comes next in good time.
+            let (after_a, after_b) =
+                if tile == 0 { (b.bytes, next(task).unwrap_or_default()) } else { Default::default() };
             let row = |tile: usize| rows[tile.min(rows.len() - 1)];
             let input = |tile| &x[row(tile) * columns..(row(tile) + 1) * columns];
             let inner = &mut inner[..TILE * rank];
@@ -128,10 +139,17 @@ pub fn add_low_rank<'a, const N: usize>(
                                 scale,
                                 x,
                                 inner,
+                                next: after_a,
                                 format: PhantomData,
                             });
                             let out = [output(0)];
-                            isa.dispatch(Expand::<$b, 1> { b: b.bytes, inner, out, format: PhantomData });
+                            isa.dispatch(Expand::<$b, 1> {
+                                b: b.bytes,
+                                inner,
+                                out,
+                                next: after_b,
+                                format: PhantomData,
+                            });
                         }
                         _ => {
                             let x = [input(0), input(1)];
@@ -140,10 +158,17 @@ pub fn add_low_rank<'a, const N: usize>(
                                 scale,
                                 x,
                                 inner,
+                                next: after_a,
                                 format: PhantomData,
                             });
                             let out = [output(0), output(1)];
-                            isa.dispatch(Expand::<$b, 2> { b: b.bytes, inner, out, format: PhantomData });
+                            isa.dispatch(Expand::<$b, 2> {
+                                b: b.bytes,
+                                inner,
+                                out,
+                                next: after_b,
+                                format: PhantomData,
+                            });
                         }
                     }
                 };
@@ -174,7 +199,31 @@ struct Shrink<'a, F, const T: usize> {
     scale: f32,
     x: [&'a [f32]; T],
     inner: &'a mut [f32],
+    /// What is read afterwards.
+    next: &'a [u8],
     format: PhantomData<F>,
+}
+
+/// Asks for memory bit by bit.
+struct Ahead {
+    at: *const u8,
+    /// Bytes of a step.
+    share: usize,
+}
+
+impl Ahead {
+    /// For all of `bytes` in this many steps.
+    fn new(bytes: &[u8], steps: usize) -> Ahead {
+        Ahead { at: bytes.as_ptr(), share: bytes.len().div_ceil(steps.max(1)) }
+    }
+
+    #[inline(always)]
+    fn step<S: Simd>(&mut self, s: S) {
+        for line in (0..self.share).step_by(64) {
+            s.ask_for(self.at.wrapping_add(line));
+        }
+        self.at = self.at.wrapping_add(self.share);
+    }
 }
 
 impl<F: Format, const T: usize> Kernel for Shrink<'_, F, T> {
@@ -190,12 +239,15 @@ impl<F: Format, const T: usize> Kernel for Shrink<'_, F, T> {
             assert_eq!(x.len(), columns);
             to[..tail].copy_from_slice(&x[columns - tail..]);
         }
+        let mut ahead = Ahead::new(self.next, groups * self.a.len() / row_bytes.max(1));
         for (row, inner) in self.a.chunks_exact(row_bytes).zip(self.inner.chunks_exact_mut(T)) {
             let mut parts = [[s.splat(0.0); PARTS]; T];
             let mut weights = row.as_ptr();
             // SAFETY: a row holds `columns` elements, as do the slices of `x`: `groups` whole groups and a tail.
             unsafe {
                 for group in 0..groups {
+                    ahead.step(s);
+                    s.ask_for(weights.wrapping_add(BYTES_AHEAD));
                     let w = F::load32(s, weights, F::common(s, weights), 0);
                     for (parts, x) in parts.iter_mut().zip(&self.x) {
                         let x = x.as_ptr().add(group * GROUP);
@@ -227,6 +279,8 @@ struct Expand<'a, F, const T: usize> {
     b: &'a [u8],
     inner: &'a [f32],
     out: [&'a mut [f32]; T],
+    /// What is read afterwards.
+    next: &'a [u8],
     format: PhantomData<F>,
 }
 
@@ -238,7 +292,9 @@ impl<F: Format, const T: usize> Kernel for Expand<'_, F, T> {
         let width = self.out[0].len();
         let (groups, tail) = (width / GROUP, width % GROUP);
         let row_bytes = groups * F::BLOCK_BYTES + tail * (F::BLOCK_BYTES / GROUP);
+        let mut ahead = Ahead::new(self.next, groups);
         for group in 0..groups + usize::from(tail > 0) {
+            ahead.step(s);
             let mut sums = [[s.splat(0.0); PARTS]; T];
             for (row, inner) in self.b.chunks_exact(row_bytes).zip(self.inner.chunks_exact(T)) {
                 // SAFETY: a row holds `width` elements: `groups` whole groups and a tail.

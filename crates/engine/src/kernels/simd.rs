@@ -20,6 +20,9 @@ pub(crate) trait Simd: Copy {
     /// 32 bytes, from which formats make small integers.
     type Bytes: Copy;
 
+    /// Asks for the cache line at `p`, which may be any address.
+    fn ask_for(self, p: *const u8);
+
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
 
@@ -154,6 +157,9 @@ fn map2(a: [f32; 8], b: [f32; 8], f: impl Fn(f32, f32) -> f32) -> [f32; 8] {
 impl Simd for Scalar {
     type V = [f32; 8];
     type Bytes = [u8; 32];
+
+    #[inline(always)]
+    fn ask_for(self, _: *const u8) {}
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
