@@ -25,8 +25,9 @@ pub enum Backend {
     Segment,
 }
 
-/// Alignment of extents in a segment and of KV blocks, bytes: a cache line of any device, and what kernels ask for.
-pub const ALIGNMENT: usize = 256;
+/// Alignment of extents in a segment and of KV blocks, bytes: a block of a disk, so that a tensor whose place in its file
+/// is whole blocks is read straight to where it belongs; and more than kernels ask for.
+pub const ALIGNMENT: usize = 512;
 
 /// KV blocks of one model that must find room later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

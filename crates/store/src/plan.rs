@@ -183,5 +183,8 @@ mod tests {
         let alignment = Alignment { offset: 512, memory: 512 };
         let plan = direct(8192, 2 << 20, 0x10_0000, alignment, 1 << 20);
         assert_eq!((plan.buffer, plan.copies.len(), plan.pieces.len()), (0, 0, 2));
+        // Large tensors begin at whole pages of an imported file, and anywhere that suits a segment in memory.
+        let plan = direct(4096, 2 << 20, tangram_pool::ALIGNMENT, alignment, 1 << 20);
+        assert_eq!(plan.buffer, 0);
     }
 }

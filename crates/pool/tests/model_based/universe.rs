@@ -97,7 +97,7 @@ impl Universe {
             Model { contents, identity: number % 3 }
         });
         let models = models.collect();
-        let block_bytes = [page_bytes * 3 / 8 + 255, page_bytes, page_bytes * 5 / 4 - 2];
+        let block_bytes = [page_bytes * 3 / 8 - 1, page_bytes, page_bytes * 5 / 4 - 2];
         let pages = random.random_range(12..40);
         Universe { backend, page_bytes, pages, contents, files, models, block_bytes }
     }
