@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::io::{Errno, ReadWriteFlags};
 use tangram_checkpoint::Hash;
@@ -20,6 +21,7 @@ use tangram_pool::{LoadFailure, Part};
 use crate::buffer::Buffer;
 use crate::file::DataFile;
 use crate::schedule::{LoadId, Urgency};
+use crate::trust::Trust;
 use crate::{Arrived, Notify, Observe, Wake};
 
 /// Bytes that are copied from the page cache before they are hashed: they fit a core's own cache.
@@ -64,6 +66,7 @@ pub(crate) struct Job {
     pub(crate) wake: Wake,
     pub(crate) damaged: Notify,
     pub(crate) observe: Option<Observe>,
+    pub(crate) trust: Arc<Trust>,
     /// The page cache was found not to have it.
     pub(crate) uncached: bool,
     /// What was not read straight to its place, and where in the part that belongs.
@@ -128,7 +131,7 @@ impl Job {
     /// Takes in the bytes and verifies them.
     pub(crate) fn land(mut self, arrival: Arrival) -> Landed {
         let sum = match arrival {
-            Arrival::Cached => match self.copy_from_cache() {
+            Arrival::Cached => match self.take_from_cache() {
                 Some(sum) => sum,
                 None => {
                     self.uncached = true;
@@ -176,10 +179,31 @@ impl Job {
         self.hash.is_none() || self.hash == sum
     }
 
+    /// Copies from the page cache; gives the hash if one is wanted, which is not computed if it was computed not long
+    /// ago. `None` if not all of it is there.
+    fn take_from_cache(&mut self) -> Option<Option<Hash>> {
+        let Some(hash) = self.hash else { return self.copy_from_cache(false) };
+        let (file, now) = (self.file.cached().clone(), Instant::now());
+        let stamp = self.trust.stamp(&file);
+        let known = stamp.is_some_and(|stamp| self.trust.holds(stamp, self.offset, hash, now));
+        let sum = self.copy_from_cache(!known)?;
+        // What was there may have changed while it was copied.
+        let unchanged = stamp.filter(|&stamp| self.trust.stamp(&file) == Some(stamp));
+        match (known, unchanged) {
+            (true, Some(_)) => Some(Some(hash)),
+            (true, None) => Some(self.stored().map(|stored| Hash::of(stored))),
+            (false, Some(stamp)) if sum == Some(hash) => {
+                self.trust.note(stamp, self.offset, hash, now);
+                Some(sum)
+            }
+            (false, _) => Some(sum),
+        }
+    }
+
     /// Copies from the page cache without ever waiting for the disk; gives the hash if it is wanted. `None` if not all
     /// of it is there.
-    fn copy_from_cache(&mut self) -> Option<Option<Hash>> {
-        let mut hasher = self.hash.map(|_| blake3::Hasher::new());
+    fn copy_from_cache(&mut self, hashed: bool) -> Option<Option<Hash>> {
+        let mut hasher = hashed.then(blake3::Hasher::new);
         let step = if hasher.is_some() { HOT_BYTES } else { self.len };
         let (file, mut offset) = (self.file.cached().clone(), self.offset);
         for piece in self.stored()?.chunks_mut(step) {

@@ -3,8 +3,9 @@
 //! A load is a list of tensors in the order in which the forward pass needs them, cut into parts of a chunk. Each disk has a
 //! queue ([`schedule`]) and threads that read ([`source`]): past the page cache and straight to the part's place where
 //! that can be, several reads at a time. What the page cache has is copied from there instead. Copying and verifying are
-//! done on the device's copy streams ([`landing`]), so a slow disk holds up no other. What a copy is kept of in host memory
-//! (the pool settles that) comes by a queue of its own ([`host`]) and needs no disk. What is under way is limited, whatever
+//! done on the device's copy streams ([`landing`]), so a slow disk holds up no other; what the page cache gives again is not
+//! hashed again for a while ([`trust`]). What a copy is kept of in host memory (the pool settles that) comes by a queue of
+//! its own ([`host`]) and needs no disk. What is under way is limited, whatever
 //! the size of a model. The store decides nothing about what is loaded, and nobody can read a part before it is complete.
 
 mod buffer;
@@ -18,6 +19,7 @@ mod reuse;
 mod ring;
 mod schedule;
 mod source;
+mod trust;
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -42,6 +44,7 @@ use job::{Frame, Job};
 use landing::Landings;
 use schedule::Urgency;
 use source::{Engine, Source};
+use trust::Trust;
 
 /// Of how many parts one is verified where not all are.
 const SAMPLED: u64 = 16;
@@ -109,7 +112,8 @@ pub type Observe = Arc<dyn Fn(Arrived<'_>) + Send + Sync>;
 /// How much of what is loaded is compared with its hash.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verification {
-    /// All of it.
+    /// All of it that comes from the disk. What comes from the page cache as it was found right within the last ten
+    /// minutes is taken as it is, as long as its file has not changed.
     #[default]
     Full,
     /// One part of sixteen, others each time: damage is found sooner or later, but may be computed with until then.
@@ -138,6 +142,7 @@ pub struct Store {
     options: Options,
     engine: Engine,
     landings: Arc<Landings>,
+    trust: Arc<Trust>,
     disks: Mutex<Disks>,
     loads: AtomicU64,
     random: RandomState,
@@ -164,9 +169,15 @@ impl Store {
     }
 
     fn with_engine(memory: Arc<Memory>, options: Options, engine: Engine) -> Arc<Store> {
-        let (landings, disks) = (Landings::new(memory), Mutex::default());
-        let (loads, random) = (AtomicU64::new(0), RandomState::new());
-        Arc::new(Store { options, engine, landings, disks, loads, random })
+        Arc::new(Store {
+            options,
+            engine,
+            landings: Landings::new(memory),
+            trust: Arc::default(),
+            disks: Mutex::default(),
+            loads: AtomicU64::new(0),
+            random: RandomState::new(),
+        })
     }
 
     /// How a disk ([`disk_of`]) is read from now on.
@@ -242,6 +253,7 @@ impl Store {
                     wake: wake.clone(),
                     damaged: self.options.damaged.clone(),
                     observe: self.options.observe.clone(),
+                    trust: self.trust.clone(),
                     uncached: false,
                     buffer: None,
                     copies: Vec::new(),

@@ -294,6 +294,41 @@ fn what_is_loaded_again_stays_in_the_page_cache() {
 }
 
 #[test]
+fn what_the_cache_gives_again_is_not_hashed_again_but_what_the_disk_gives_is() {
+    let mut world = world(&[CHUNK, CHUNK, CHUNK]);
+    let trust = Arc::new(Trust::with_tick(Duration::ZERO));
+    Arc::get_mut(&mut world.store).unwrap().trust = trust.clone();
+    let file = std::fs::File::open(&world.path).unwrap();
+    let stamp = |trust: &Trust| trust.stamp(&file).unwrap();
+    let (right, wrong) = (Hash::of(&world.data[0]), Hash::of(b"something else"));
+    // The bytes of the first tensor, each time to another place.
+    world.data = vec![world.data[0].clone(); 3];
+    world.offsets = vec![0; 3];
+    let load = |world: &mut World, i: usize, hash: Hash| {
+        let mut activation = world.pool.activate(&world.keys[i..=i], &[], 0.0).unwrap();
+        let (wake, woken) = wake();
+        let mut loads = world.loads(&mut activation);
+        loads[0].chunks = [hash].into();
+        world.store.load(loads, &wake);
+        woken.recv_timeout(PATIENCE).expect("the load ends");
+        activation.lease.tensors()[0].is_ready()
+    };
+    if ring::cached_bytes(&file, 0, CHUNK_BYTES) != Some(CHUNK_BYTES) {
+        println!("skipped: the page cache cannot be looked into here");
+        return;
+    }
+    assert!(load(&mut world, 0, right));
+    assert!(trust.holds(stamp(&trust), 0, right, Instant::now()), "it was found right");
+    // Nobody could have found this right; so whether it is taken says whether it was looked at.
+    trust.note(stamp(&trust), 0, wrong, Instant::now());
+    assert!(load(&mut world, 1, wrong), "not hashed again");
+    world.drop_cache();
+    if ring::cached_bytes(&file, 0, CHUNK_BYTES) == Some(0) {
+        assert!(!load(&mut world, 2, wrong), "the disk is never trusted");
+    }
+}
+
+#[test]
 fn what_is_partly_cached_arrives_whole() {
     let mut world = world(&[5 * CHUNK + 777]);
     world.drop_cache();
