@@ -181,6 +181,7 @@ impl Collector for NodeCollector {
             ("swaps", "Preempted sequences whose KV was copied to host memory", status.swaps_total),
             ("cached_tokens", "Prompt tokens found in cached prefixes", status.cached_tokens_total),
             ("activations", "Models activated", status.activations_total),
+            ("device_rebuilds", "Times that a lost device was set up anew", status.device_rebuilds_total),
         ];
         for (name, help, value) in counters {
             let counter = ConstCounter::<u64>::new(value);

@@ -244,6 +244,9 @@ pub enum RequestError {
         /// What failed and what to do.
         reason: String,
     },
+    /// The device failed and what was on it is gone (HTTP 503).
+    #[error("{0}; send the request again")]
+    DeviceLost(String),
     /// The node is going down (HTTP 503).
     #[error("the server is shutting down")]
     ShuttingDown,
@@ -446,6 +449,8 @@ pub struct NodeStatus {
     pub bytes_from_host_total: u64,
     /// Models activated since the start.
     pub activations_total: u64,
+    /// Times that a lost device was set up anew.
+    pub device_rebuilds_total: u64,
     /// Bytes of host memory that the executor holds for activations, outside the pool.
     pub scratch_bytes: u64,
 }

@@ -3,15 +3,15 @@
 //! A file with holes says nothing about a disk; then one is written for the purpose. Takes about a second of reading. Done when a model is deployed or, if an earlier run has left nothing, beside a server
 //! that is ready; until then disks are read as most like it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use tangram_store::{Measured, Store, disk_of, measure};
+use tangram_store::{Measured, Store, Tuning, disk_of, measure};
 
 /// In the data directory.
 const FILE: &str = "disks.json";
@@ -28,10 +28,16 @@ struct Kept {
     disks: BTreeMap<String, Measured>,
 }
 
+/// The store that is told of disks, and what it was told.
+struct Served {
+    store: Arc<Store>,
+    told: HashMap<u64, Tuning>,
+}
+
 /// What is known of disks, for the store that reads them.
 pub(crate) struct Disks {
     data: PathBuf,
-    store: Arc<Store>,
+    served: Mutex<Served>,
     kept: Mutex<Kept>,
     /// Held while measuring: two measurements at once would disturb each other.
     measuring: Mutex<()>,
@@ -44,7 +50,19 @@ impl Disks {
         let kept = kept.and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
         let kept = kept.filter(|kept| kept.machine == machine);
         let kept = Mutex::new(kept.unwrap_or(Kept { machine, ..Kept::default() }));
-        Disks { data: data.to_owned(), store, kept, measuring: Mutex::new(()) }
+        let served = Mutex::new(Served { store, told: HashMap::new() });
+        Disks { data: data.to_owned(), served, kept, measuring: Mutex::new(()) }
+    }
+
+    fn served(&self) -> MutexGuard<'_, Served> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Another store reads the disks from now on; the old one is let go.
+    pub(crate) fn serve(&self, store: Arc<Store>) {
+        let mut served = self.served();
+        served.told.iter().for_each(|(&number, &tuning)| store.tune(number, tuning));
+        served.store = store;
     }
 
     /// Tells the store how to read the disk that `path` lies on; `false` if it has not been measured.
@@ -52,7 +70,9 @@ impl Disks {
         let Ok((number, disk)) = disk_of(path) else { return false };
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(measured) = kept.disks.get(&disk) else { return false };
-        self.store.tune(number, measured.tuning);
+        let mut served = self.served();
+        served.told.insert(number, measured.tuning);
+        served.store.tune(number, measured.tuning);
         true
     }
 

@@ -52,7 +52,7 @@ pub struct Forecast {
     footprint: Footprint,
     /// Bytes of the tensors that each stage needs first.
     bytes_by_stage: Vec<u64>,
-    /// Of the largest batch and the longest sequence.
+    /// Host memory of the largest batch and the longest sequence.
     most_scratch_bytes: u64,
     own: Mutex<Own>,
     /// Uncorrected times of the prompt that listings show; asked for often.
@@ -92,7 +92,10 @@ impl Forecast {
         let longest = engine.spec().context;
         let tokens = if engine.kv().is_some() { STEP_TOKENS.min(longest) } else { STEP_TOKENS.max(longest) };
         let shape = PassShape { tokens, output_rows: MAX_BATCH.min(tokens), longest };
-        let most_scratch_bytes = engine.scratch_bytes(shape, machine.threads()) as u64;
+        let most_scratch_bytes = match machine.computes() {
+            true => engine.scratch_bytes(shape, machine.threads()) as u64,
+            false => 0,
+        };
         let shown = OnceLock::new();
         Forecast { engine, machine, footprint, bytes_by_stage, most_scratch_bytes, own, shown }
     }

@@ -7,6 +7,7 @@ mod api;
 mod arrival;
 mod catalog;
 mod damage;
+mod device;
 mod disks;
 mod forecast;
 mod host;
@@ -31,20 +32,20 @@ use tangram_checkpoint::{
     AdapterSource, DType, Layout, Manifest, Output, Source, TOKENIZER_FILE, codec_format,
 };
 use tangram_codec::Speeds;
-use tangram_device::cpu::CpuDevice;
 use tangram_engine::sampling::Sampler;
 use tangram_engine::{Model, TensorDesc};
 pub use tangram_pool::Backend;
-use tangram_pool::Pool;
 use tangram_remote::Remote;
 pub use tangram_store::{Arrived, Verification};
-use tangram_store::{Damage, Options, Store};
+use tangram_store::{Damage, Options};
 use tokio::sync::{mpsc, oneshot};
 
 pub use api::*;
 use arrival::Arrival;
 pub use catalog::CatalogError;
 use catalog::{Catalog, Deployment, Import};
+pub use device::Device;
+use device::Setup;
 use disks::Disks;
 pub use forecast::{Forecast, SHOWN_PROMPT_TOKENS};
 use forecast::{footprint, weight_types};
@@ -52,7 +53,6 @@ use machine::Machine;
 use model::ModelPlan;
 pub use observe::{Computed, Observer};
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
-use swap::HostMemory;
 pub use tangram_engine::PassShape;
 pub use tangram_remote::{Options as RemoteOptions, RemoteError, RemoteSource};
 use worker::{Command, Registration, Shared, Worker};
@@ -62,8 +62,10 @@ use worker::{Command, Registration, Shared, Worker};
 pub struct NodeConfig {
     /// Data directory; made if it does not exist.
     pub data: PathBuf,
-    /// Size of the device pool in bytes, for weights and KV together.
-    pub device_memory: u64,
+    /// What it computes on.
+    pub device: Device,
+    /// Size of the device pool in bytes, for weights and KV together; `None` for all that a GPU has free, but a reserve.
+    pub device_memory: Option<u64>,
     /// How the pool is laid out.
     pub backend: Backend,
     /// Bytes per page of the pool, a power of two and at least the system's page; `None` chooses by the pool's size.
@@ -84,12 +86,13 @@ pub struct NodeConfig {
 }
 
 impl NodeConfig {
-    /// A paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything verified,
-    /// the credentials of this process's environment, and nobody who watches.
+    /// The processor, a paged pool with pages by its size, no host memory beside it, all threads, a long queue, everything
+    /// verified, the credentials of this process's environment, and nobody who watches.
     pub fn new(data: PathBuf, device_memory: u64) -> NodeConfig {
         NodeConfig {
             data,
-            device_memory,
+            device: Device::Cpu,
+            device_memory: Some(device_memory),
             backend: Backend::Paged,
             page_bytes: None,
             host_memory: 0,
@@ -102,9 +105,6 @@ impl NodeConfig {
     }
 }
 
-/// Smallest pool that makes sense, bytes.
-const MIN_DEVICE_MEMORY: u64 = 1 << 20;
-
 /// Why a node could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
@@ -112,13 +112,8 @@ pub enum NodeError {
     #[error(transparent)]
     Catalog(#[from] CatalogError),
     /// The device cannot be used.
-    #[error("device memory of {bytes} bytes cannot be set up: {reason}")]
-    Device {
-        /// Bytes asked for.
-        bytes: u64,
-        /// What went wrong and what to do.
-        reason: String,
-    },
+    #[error("device memory cannot be set up: {0}")]
+    Device(String),
     /// A thread could not be started.
     #[error("starting the engine loop: {0}")]
     Thread(#[from] std::io::Error),
@@ -138,6 +133,7 @@ pub struct Node {
     disks: Arc<Disks>,
     /// Measures the machine where a start found deployments of which it knows nothing.
     measuring: Mutex<Option<JoinHandle<()>>>,
+    device: Device,
     page_bytes: u64,
     page_count: u64,
     max_waiting: usize,
@@ -160,41 +156,38 @@ impl Node {
     /// # Errors
     /// When another process holds the data directory, or it or the pool cannot be set up.
     pub fn open(config: NodeConfig) -> Result<Arc<Node>, NodeError> {
-        let device_error = |reason: String| NodeError::Device { bytes: config.device_memory, reason };
-        if config.device_memory < MIN_DEVICE_MEMORY {
-            return Err(device_error(format!("at least {MIN_DEVICE_MEMORY} bytes are needed")));
-        }
         let (catalog, problems) = Catalog::open(&config.data)?;
         for problem in problems {
             tracing::error!("{problem}");
         }
-        let pool_bytes = config.device_memory as usize;
-        let page_bytes = match config.page_bytes {
-            None => CpuDevice::default_page_bytes(pool_bytes),
-            Some(bytes) => CpuDevice::checked_page_bytes(pool_bytes, bytes as usize).map_err(device_error)?,
-        };
-        let mut pool = CpuDevice::open(pool_bytes, page_bytes)
-            .and_then(|memory| Pool::new(memory, config.backend))
-            .map_err(|error| device_error(error.to_string()))?;
-        let memory = pool.memory().clone();
-        let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
         let threads = config
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |threads| threads.get()));
-        let machine = Arc::new(Machine::open(&config.data, threads, memory.streams().len()));
-        let (commands, receiver) = channel();
-        let shared = Arc::new(Shared::default());
-        let host = HostMemory::new(host::keep_weights(&mut pool, config.host_memory));
         let damaged = catalog.damaged().clone();
         let damaged =
             Arc::new(move |damage: &Damage| damaged.add(&damage.file, damage.offset, &damage.tensor));
         let observe = config.observer.clone();
         let observe =
             observe.map(|observer| Arc::new(move |arrived: Arrived<'_>| observer.arrived(arrived)) as _);
-        let options = Options { verification: config.verification, damaged, observe };
-        let store = Store::with_options(memory.clone(), options);
-        let disks = Arc::new(Disks::open(&config.data, machine.describe(), store.clone()));
-        let worker = Worker::new(pool, store, host, threads, receiver, commands.clone(), shared.clone());
+        let mut setup = Setup {
+            device: config.device.clone(),
+            pool_bytes: config.device_memory,
+            page_bytes: config.page_bytes,
+            host_bytes: config.host_memory,
+            backend: config.backend,
+            threads,
+            options: Options { verification: config.verification, damaged, observe },
+        };
+        let opened = setup.open().map_err(NodeError::Device)?;
+        let memory = opened.pool.memory();
+        let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
+        let streams = memory.streams().len();
+        let machine = Arc::new(Machine::open(&config.data, threads, streams, config.device.is_cpu()));
+        let (commands, receiver) = channel();
+        let shared = Arc::new(Shared::default());
+        let disks = Arc::new(Disks::open(&config.data, machine.describe(), opened.store.clone()));
+        let (told, publishes) = (commands.clone(), shared.clone());
+        let worker = Worker::new(setup, opened, disks.clone(), receiver, told, publishes);
         let worker = worker.observed_by(config.observer);
         let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
         let catalog = Arc::new(Mutex::new(catalog));
@@ -216,6 +209,7 @@ impl Node {
             machine,
             disks,
             measuring: Mutex::new(None),
+            device: config.device,
             page_bytes,
             page_count,
             max_waiting: config.max_waiting,
@@ -276,6 +270,7 @@ impl Node {
             Some(arrival) => plan.arriving(arrival),
             None => plan,
         };
+        self.device.supports(&plan.engine)?;
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
             None => None,
@@ -334,6 +329,11 @@ impl Node {
             tensors: plan.tensor_profiles(),
             forecast: plan.forecast.clone(),
         }))
+    }
+
+    /// Bytes of the device's pool.
+    pub fn pool_bytes(&self) -> u64 {
+        self.page_count * self.page_bytes
     }
 
     /// What a simulator needs to know of this node.
@@ -512,6 +512,7 @@ impl Node {
             .collect();
         let engine =
             Model::new(source.spec().clone(), &tensors).map_err(|reason| cannot_run(name, &reason))?;
+        self.device.supports(&engine).map_err(|reason| cannot_run(name, &reason))?;
         let weight_pages = source.weight_bytes().div_ceil(self.page_bytes);
         let footprint = footprint(&engine, weight_pages, self.page_bytes);
         if footprint.context(source.spec().context as u64, self.page_count) == 0 {

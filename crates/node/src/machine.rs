@@ -68,6 +68,8 @@ pub(crate) struct Machine {
     streams: usize,
     /// The share of the cores that a running load takes.
     load_share: f64,
+    /// Whether passes run on the processor, whose speed is measured here.
+    computes: bool,
     measured: Mutex<Measured>,
     /// Held while measuring: two measurements at once would disturb each other.
     measuring: Mutex<()>,
@@ -75,8 +77,9 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Reads what was measured before, if it was this machine with as many threads. `streams` is the number of copy
-    /// threads of the device.
-    pub(crate) fn open(data: &Path, threads: usize, streams: usize) -> Machine {
+    /// threads of the device. Where passes do not run on the processor (`computes`) its speed says nothing, and no times
+    /// are foretold.
+    pub(crate) fn open(data: &Path, threads: usize, streams: usize, computes: bool) -> Machine {
         let machine = describe(threads);
         let kept = std::fs::read(data.join(FILE)).ok();
         let kept = kept.and_then(|bytes| serde_json::from_slice::<Measured>(&bytes).ok());
@@ -89,6 +92,7 @@ impl Machine {
             threads,
             streams: streams.min(cores),
             load_share: (taken as f64 / threads as f64).min(1.0),
+            computes,
             measured: Mutex::new(kept.unwrap_or(Measured { machine, ..Measured::default() })),
             measuring: Mutex::new(()),
         }
@@ -104,12 +108,20 @@ impl Machine {
         self.threads
     }
 
+    /// Whether passes run on the processor.
+    pub(crate) fn computes(&self) -> bool {
+        self.computes
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Measured> {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether forecasts for models with weights of these types can be made.
     pub(crate) fn knows(&self, dtypes: &[DType]) -> bool {
+        if !self.computes {
+            return true;
+        }
         let measured = self.lock();
         let rates = measured.rates.as_ref();
         measured.load_bytes_per_second.is_some()
@@ -176,14 +188,14 @@ impl Machine {
 
     /// Seconds of each stage, uncorrected; `None` before everything that they need was measured.
     pub(crate) fn seconds(&self, stages: &[StageWork]) -> Option<Vec<f64>> {
-        let measured = self.lock();
+        let measured = self.computes.then(|| self.lock())?;
         let rates = measured.rates.as_ref()?;
         stages.iter().map(|stage| rates.seconds(stage)).collect()
     }
 
     /// How weights arrive, uncorrected; `None` before it was measured.
     pub(crate) fn loading(&self) -> Option<Loading> {
-        let bytes_per_second = self.lock().load_bytes_per_second?;
+        let bytes_per_second = self.computes.then(|| self.lock())?.load_bytes_per_second?;
         Some(Loading { link: Link { bytes_per_second, transfer_seconds: 0.0 }, share: self.load_share })
     }
 
@@ -303,7 +315,7 @@ mod tests {
     #[test]
     fn what_was_measured_is_kept_for_the_same_machine() {
         let data = tempfile::tempdir().unwrap();
-        let machine = Machine::open(data.path(), 2, 2);
+        let machine = Machine::open(data.path(), 2, 2, true);
         assert!(!machine.knows(&[]) && machine.loading().is_none());
         machine.measure(&[DType::F32]);
         assert!(machine.knows(&[DType::F32]) && !machine.knows(&[DType::Q8_0]));
@@ -311,12 +323,12 @@ mod tests {
         assert!(rate.is_finite() && rate > 0.0);
         machine.learn(|corrections| corrections.loads.observe(1.0, 2.0));
         machine.keep();
-        let again = Machine::open(data.path(), 2, 2);
+        let again = Machine::open(data.path(), 2, 2, true);
         assert!(again.knows(&[DType::F32]));
         assert!((again.corrections().loads.factor() - 2.0).abs() < 1e-9);
-        assert!(!Machine::open(data.path(), 1, 2).knows(&[]), "other threads, other figures");
+        assert!(!Machine::open(data.path(), 1, 2, true).knows(&[]), "other threads, other figures");
         std::fs::write(data.path().join(FILE), "{").unwrap();
-        assert!(!Machine::open(data.path(), 2, 2).knows(&[]), "a damaged file is as none");
+        assert!(!Machine::open(data.path(), 2, 2, true).knows(&[]), "a damaged file is as none");
         let left: Vec<_> =
             std::fs::read_dir(data.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [FILE], "nothing else is left behind");

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tangram_checkpoint::{Hash, InPlaceFile, Manifest, Role, TensorEntry};
-use tangram_engine::{Adapter, Model, TensorDesc, Weights};
+use tangram_device::Extent;
+use tangram_engine::{Adapter, Model, TensorDesc, Tensors};
 use tangram_pool::{CatalogueEntry, LoadFailure, Tensor, Vacancy, pages_alone};
 use tangram_store::{Compressed, TensorLoad, Wake};
 
@@ -337,29 +338,25 @@ fn role_name(role: Role) -> String {
     }
 }
 
-/// The weights of a leased model and of the adapters of a pass, as the executor asks for them.
-pub(crate) struct LeasedWeights<'a> {
+/// The tensors of a leased model and of the adapters of a pass, as the executor asks for them. What has not arrived is not
+/// there; the worker only declares stages ready that are.
+pub(crate) struct LeasedTensors<'a> {
     pub(crate) tensors: &'a [Arc<Tensor>],
     pub(crate) unique_of: &'a [usize],
     /// For each adapter of the pass its own tensors and where its tensors are.
     pub(crate) adapters: Vec<(&'a [Arc<Tensor>], &'a [AdapterPlace])>,
 }
 
-impl Weights for LeasedWeights<'_> {
-    fn tensor(&self, index: usize) -> &[u8] {
-        // Empty if it has not arrived, which the executor refuses; the worker only declares stages ready that are.
-        self.unique_of
-            .get(index)
-            .and_then(|&unique| self.tensors.get(unique))
-            .and_then(|tensor| tensor.bytes())
-            .unwrap_or_default()
+impl Tensors for LeasedTensors<'_> {
+    fn tensor(&self, index: usize) -> Option<&Extent> {
+        self.tensors.get(*self.unique_of.get(index)?)?.extent()
     }
 
-    fn adapter_tensor(&self, adapter: usize, index: usize) -> &[u8] {
-        let tensor = self.adapters.get(adapter).and_then(|(own, places)| match *places.get(index)? {
-            AdapterPlace::Own(index) => own.get(index),
-            AdapterPlace::Base(index) => self.tensors.get(index),
-        });
-        tensor.and_then(|tensor| tensor.bytes()).unwrap_or_default()
+    fn adapter_tensor(&self, adapter: usize, index: usize) -> Option<&Extent> {
+        let (own, places) = self.adapters.get(adapter)?;
+        match *places.get(index)? {
+            AdapterPlace::Own(index) => own.get(index)?.extent(),
+            AdapterPlace::Base(index) => self.tensors.get(index)?.extent(),
+        }
     }
 }

@@ -144,7 +144,7 @@ fn under_pressure(
     total: usize,
     random: &mut rand::rngs::Xoshiro256PlusPlus,
 ) {
-    let pool = config.device_memory;
+    let pool = config.device_memory.unwrap();
     let node = Node::open(config).unwrap();
     let by_name: HashMap<String, Arc<DeployedModel>> =
         node.models().into_iter().map(|model| (model.name.clone(), model)).collect();

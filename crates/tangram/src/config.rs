@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use bytesize::ByteSize;
 use clap::Args;
 use serde::Deserialize;
-use tangram_node::{Backend, Verification};
+use tangram_node::{Backend, Device, Verification};
 
 use crate::device::Choice;
 
@@ -26,7 +26,8 @@ pub(crate) struct ServerOptions {
     /// Device that models run on: `cpu`, `cuda:N` for an NVIDIA GPU, or `auto` [default: auto].
     #[arg(long, env = "TANGRAM_DEVICE")]
     pub(crate) device: Option<String>,
-    /// Size of the pool for weights and KV, e.g. 8GiB [default: half of the memory that is available].
+    /// Size of the pool for weights and KV, e.g. 8GiB [default: half of the memory that is available; of a GPU's all that
+    /// is free, but a reserve].
     #[arg(long, env = "TANGRAM_DEVICE_MEMORY")]
     pub(crate) device_memory: Option<ByteSize>,
     /// How the pool is laid out: `paged` maps pages under stable addresses, `segment` packs extents in one range
@@ -111,10 +112,11 @@ pub(crate) struct Settings {
     pub(crate) data: PathBuf,
     pub(crate) listen: SocketAddr,
     pub(crate) device: Choice,
-    pub(crate) device_memory: u64,
+    /// As far as somebody said it.
+    pub(crate) device_memory: Option<u64>,
     pub(crate) pool: Backend,
     pub(crate) page_size: Option<u64>,
-    pub(crate) host_memory: u64,
+    pub(crate) host_memory: Option<u64>,
     pub(crate) threads: Option<usize>,
     pub(crate) max_waiting: usize,
     pub(crate) verification: Verification,
@@ -143,12 +145,7 @@ impl ServerOptions {
                 (None, None) => Ok(None),
             }
         };
-        let device_memory = match size(self.device_memory, file.device_memory, "device-memory")? {
-            Some(bytes) => bytes,
-            None => available_memory().context(
-                "how much memory is available cannot be read from the system; say it with --device-memory",
-            )? / 2,
-        };
+        let device_memory = size(self.device_memory, file.device_memory, "device-memory")?;
         Ok(Settings {
             data: match self.data.or(file.data) {
                 Some(data) => data,
@@ -159,8 +156,7 @@ impl ServerOptions {
             device_memory,
             pool: self.pool.or(file.pool).map_or(Backend::Paged, Backend::from),
             page_size: size(self.page_size, file.page_size, "page-size")?,
-            host_memory: size(self.host_memory, file.host_memory, "host-memory")?
-                .unwrap_or(DEFAULT_HOST_MEMORY.min(device_memory / 4)),
+            host_memory: size(self.host_memory, file.host_memory, "host-memory")?,
             threads: self.threads.or(file.threads),
             max_waiting: self.max_waiting.or(file.max_waiting).unwrap_or(DEFAULT_MAX_WAITING),
             verification: match self.verify.or(file.verify) {
@@ -171,6 +167,28 @@ impl ServerOptions {
                 .map_or(DEFAULT_MAX_BODY, |n| n as usize),
             api_key: self.api_key.or(file.api_key).filter(|key| !key.is_empty()),
         })
+    }
+}
+
+impl Settings {
+    /// Bytes of the pool on a device; `None` for what a GPU has free.
+    pub(crate) fn pool_bytes(&self, device: &Device) -> anyhow::Result<Option<u64>> {
+        match (self.device_memory, device) {
+            (Some(bytes), _) => Ok(Some(bytes)),
+            (None, Device::Cuda { .. }) => Ok(None),
+            (None, Device::Cpu) => {
+                let available = available_memory().context(
+                    "how much memory is available cannot be read from the system; say it with --device-memory",
+                )?;
+                Ok(Some(available / 2))
+            }
+        }
+    }
+
+    /// Bytes of host memory beside a pool of this size.
+    pub(crate) fn host_bytes(&self, pool_bytes: Option<u64>) -> u64 {
+        let default = || DEFAULT_HOST_MEMORY.min(pool_bytes.map_or(u64::MAX, |bytes| bytes / 4));
+        self.host_memory.unwrap_or_else(default)
     }
 }
 
@@ -214,7 +232,7 @@ mod tests {
         let (_dir, mut options) = options("data = \"/d\"\ndevice-memory = \"2GiB\"\nmax-waiting = 7\n");
         options.device_memory = Some(ByteSize::mib(64));
         let settings = options.settle().unwrap();
-        assert_eq!(settings.device_memory, 64 << 20);
+        assert_eq!((settings.device_memory, settings.host_bytes(Some(64 << 20))), (Some(64 << 20), 16 << 20));
         assert_eq!((settings.max_waiting, settings.data), (7, PathBuf::from("/d")));
         assert_eq!(settings.listen, DEFAULT_LISTEN);
     }

@@ -2,8 +2,9 @@
 
 use std::str::FromStr;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use tangram_device::cuda::Driver;
+use tangram_node::Device;
 
 /// The device that a user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,29 +32,33 @@ impl FromStr for Choice {
 }
 
 impl Choice {
-    /// Makes sure that the device can be used; gives what its user should know.
-    pub(crate) fn check(self) -> anyhow::Result<Option<String>> {
-        // The pool has a device for GPUs; the executor runs models on the processor.
-        const NO_EXECUTOR: &str = "this build runs models on the CPU only";
+    /// The device to set up; for `auto`, why it is the processor if it is.
+    ///
+    /// # Errors
+    /// When there is no such GPU.
+    pub(crate) fn device(self) -> anyhow::Result<(Device, Option<String>)> {
         match self {
-            Choice::Cpu => Ok(None),
-            Choice::Auto => Ok(Some(match Driver::load() {
-                Err(reason) => format!("models run on the CPU: {reason}"),
-                Ok(driver) => {
-                    let name = driver.gpu_name(0).unwrap_or_else(|problem| problem.to_string());
-                    format!("models run on the CPU: there is a GPU ({name}), but {NO_EXECUTOR}")
-                }
-            })),
+            Choice::Cpu => Ok((Device::Cpu, None)),
+            Choice::Auto => Ok(match Driver::load() {
+                Err(reason) => (Device::Cpu, Some(on_cpu(&reason))),
+                Ok(driver) => (Device::Cuda { driver, ordinal: 0 }, None),
+            }),
             Choice::Cuda(ordinal) => {
-                let found = Driver::load().and_then(|driver| driver.gpu_name(ordinal));
-                let reason = found.map_or_else(
-                    |reason| reason.to_string(),
-                    |name| format!("{NO_EXECUTOR} ({name} was found)"),
-                );
-                bail!("device 'cuda:{ordinal}' cannot be used: {reason}; --device cpu serves without a GPU")
+                let found = Driver::load().and_then(|driver| driver.gpu_name(ordinal).map(|_| driver));
+                let driver = found.map_err(|reason| {
+                    anyhow!(
+                        "device 'cuda:{ordinal}' cannot be used: {reason}; --device cpu serves without a GPU"
+                    )
+                })?;
+                Ok((Device::Cuda { driver, ordinal }, None))
             }
         }
     }
+}
+
+/// What is said where the processor is used for want of a GPU.
+pub(crate) fn on_cpu(reason: &dyn std::fmt::Display) -> String {
+    format!("models run on the CPU: {reason}")
 }
 
 #[cfg(test)]

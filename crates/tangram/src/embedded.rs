@@ -2,16 +2,18 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tangram_gateway::GatewayConfig;
-use tangram_node::{Node, NodeConfig, RemoteOptions};
+use tangram_node::{Device, Node, NodeConfig, NodeError, RemoteOptions};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::config::Settings;
+use crate::device::{Choice, on_cpu};
 
 /// Written to the data directory while a server runs on it.
 #[derive(Serialize, Deserialize)]
@@ -32,6 +34,8 @@ pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     /// What its user should know of the device.
     pub(crate) note: Option<String>,
+    /// Bytes of the device's pool.
+    pub(crate) pool_bytes: u64,
     running_file: std::path::PathBuf,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<std::io::Result<()>>,
@@ -40,25 +44,20 @@ pub(crate) struct Server {
 impl Server {
     /// Opens the node and listens.
     pub(crate) async fn start(settings: &Settings) -> anyhow::Result<Server> {
-        let note = settings.device.check()?;
+        let (device, note) = settings.device.device()?;
         // The port first: when it is taken, nothing has been touched yet.
         let listener = TcpListener::bind(settings.listen).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --listen", settings.listen)
         })?;
         let address = listener.local_addr()?;
-        let config = NodeConfig {
-            data: settings.data.clone(),
-            device_memory: settings.device_memory,
-            backend: settings.pool,
-            page_bytes: settings.page_size,
-            host_memory: settings.host_memory,
-            threads: settings.threads,
-            max_waiting: settings.max_waiting,
-            verification: settings.verification,
-            remote: RemoteOptions::from_environment(),
-            observer: None,
+        let (node, note) = match open(settings, device).await {
+            Err(error) if settings.device == Choice::Auto && note.is_none() && is_of_device(&error) => {
+                let note = on_cpu(&format_args!("there is a GPU, but {error}"));
+                (open(settings, Device::Cpu).await?, Some(note))
+            }
+            opened => (opened?, note),
         };
-        let node = tokio::task::spawn_blocking(move || Node::open(config)).await??;
+        let pool_bytes = node.pool_bytes();
         let running_file = settings.data.join(RUNNING_FILE);
         let url = format!("http://{}", reachable(address));
         std::fs::write(&running_file, serde_json::to_vec(&Running { url })?)
@@ -73,7 +72,7 @@ impl Server {
             // An error means that the sender is gone, which is as good a reason to stop.
             let _ = stopped.await;
         }));
-        Ok(Server { address, note, running_file, stop: Some(stop), task })
+        Ok(Server { address, note, pool_bytes, running_file, stop: Some(stop), task })
     }
 
     /// Base URL for clients on this machine.
@@ -90,6 +89,29 @@ impl Server {
         let _ = std::fs::remove_file(&self.running_file);
         result?.context("serving")
     }
+}
+
+async fn open(settings: &Settings, device: Device) -> anyhow::Result<Arc<Node>> {
+    let device_memory = settings.pool_bytes(&device)?;
+    let config = NodeConfig {
+        data: settings.data.clone(),
+        device,
+        device_memory,
+        backend: settings.pool,
+        page_bytes: settings.page_size,
+        host_memory: settings.host_bytes(device_memory),
+        threads: settings.threads,
+        max_waiting: settings.max_waiting,
+        verification: settings.verification,
+        remote: RemoteOptions::from_environment(),
+        observer: None,
+    };
+    Ok(tokio::task::spawn_blocking(move || Node::open(config)).await??)
+}
+
+/// Whether it was the device that could not be set up.
+fn is_of_device(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(NodeError::Device(_)))
 }
 
 /// Where a client on this machine reaches a server that listens on all addresses.

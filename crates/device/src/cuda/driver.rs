@@ -5,7 +5,7 @@
 //! changed since CUDA 11.2. Nothing here keeps state or knows what it is called for.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The driver's answer to a call, 0 for success.
 pub(crate) type Code = c_int;
@@ -196,6 +196,14 @@ pub struct NoGpu(pub(crate) String);
 /// The driver, ready for use.
 pub struct Driver {
     pub(crate) functions: Functions,
+    /// GPUs, by ordinal, that were lost and of which something is left.
+    remains: Mutex<Vec<i32>>,
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Driver")
+    }
 }
 
 /// Names under which the driver's package installs the library.
@@ -256,13 +264,24 @@ impl Driver {
                 "the NVIDIA driver is too old: its library lacks {missing} (CUDA 11.2 or later has it)"
             ))
         })?;
-        let driver = Driver { functions };
+        let driver = Driver { functions, remains: Mutex::default() };
         // SAFETY: initialising takes no pointers and may be repeated.
         match unsafe { (driver.functions.cuInit)(0) } {
             SUCCESS => Ok(Arc::new(driver)),
             NO_DEVICE => Err(NoGpu("an NVIDIA driver is installed, but it finds no GPU".to_owned())),
             code => Err(NoGpu(format!("the NVIDIA driver cannot start: {}", driver.error_name(code)))),
         }
+    }
+
+    /// Whether something is left of a GPU that was lost; it cannot be opened before that has gone.
+    pub fn has_remains(&self, ordinal: i32) -> bool {
+        self.remains().contains(&ordinal)
+    }
+
+    /// The ordinals of lost GPUs, one for each time that it was lost.
+    pub(crate) fn remains(&self) -> MutexGuard<'_, Vec<i32>> {
+        // Every change to it is one insertion or removal.
+        self.remains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Number of GPUs; their ordinals count from 0.

@@ -28,6 +28,7 @@ struct Held {
 /// One GPU in use by this process.
 pub struct Gpu {
     driver: Arc<Driver>,
+    ordinal: i32,
     device: DeviceHandle,
     context: Context,
     /// With its number, for people.
@@ -63,9 +64,14 @@ impl Gpu {
     ///
     /// # Errors
     /// [`DeviceError::NoGpu`] when there is no such GPU or it cannot map memory; [`DeviceError::Cuda`] when the driver
-    /// refuses.
+    /// refuses; [`DeviceError::Lost`] when it was lost and something is left of it.
     pub fn open(driver: &Arc<Driver>, ordinal: i32) -> Result<Arc<Gpu>, DeviceError> {
         let name = format!("cuda:{ordinal} ({})", driver.gpu_name(ordinal)?);
+        if driver.has_remains(ordinal) {
+            // A context made now would end with the reset of the lost one.
+            let reason = "something still uses what is left of it".to_owned();
+            return Err(DeviceError::Lost { device: name, reason });
+        }
         let functions = &driver.functions;
         let refused = |operation| {
             let device = name.clone();
@@ -86,7 +92,7 @@ impl Gpu {
         answer(retained).map_err(refused("setting up the GPU"))?;
         let driver = driver.clone();
         let (lost, held) = (OnceLock::new(), Mutex::default());
-        Ok(Arc::new(Gpu { driver, device, context, name, exportable, lost, held }))
+        Ok(Arc::new(Gpu { driver, ordinal, device, context, name, exportable, lost, held }))
     }
 
     /// Its name for people, e.g. `cuda:0 (NVIDIA H100 80GB HBM3)`.
@@ -130,7 +136,11 @@ impl Gpu {
     /// Declares the GPU lost.
     pub(super) fn lose(&self, operation: &str, code: Code) -> DeviceError {
         let reason = format!("{operation}: {}", self.driver.error_name(code));
-        let reason = self.lost.get_or_init(|| reason).clone();
+        let lose = || {
+            self.driver.remains().push(self.ordinal);
+            reason
+        };
+        let reason = self.lost.get_or_init(lose).clone();
         DeviceError::Lost { device: self.name.clone(), reason }
     }
 
@@ -311,11 +321,18 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        if self.lost.get().is_some() {
+        let lost = self.lost.get().is_some();
+        if lost {
             self.clean_up();
         }
         // SAFETY: this gives back the share that `open` took.
         let _ = unsafe { (self.driver.functions.cuDevicePrimaryCtxRelease_v2)(self.device) };
+        if lost {
+            let mut remains = self.driver.remains();
+            if let Some(place) = remains.iter().position(|&ordinal| ordinal == self.ordinal) {
+                remains.swap_remove(place);
+            }
+        }
     }
 }
 

@@ -143,6 +143,9 @@ impl From<RequestError> for ApiError {
                 Some("model_load_failed"),
                 message,
             ),
+            RequestError::DeviceLost(_) => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("device_lost"), message)
+            }
             RequestError::ShuttingDown => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down"), message)
             }
@@ -212,6 +215,7 @@ mod tests {
         assert_eq!(status(RequestError::UnknownModel("x".into())), 404);
         assert_eq!(status(RequestError::QueueFull { waiting: 3 }), 429);
         assert_eq!(status(RequestError::LoadFailed { model: "m".into(), reason: "r".into() }), 500);
+        assert_eq!(status(RequestError::DeviceLost("x".into())), 503);
         assert_eq!(status(RequestError::ShuttingDown), 503);
         assert_eq!(status(RequestError::Internal("x".into())), 500);
     }

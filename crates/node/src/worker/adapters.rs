@@ -110,6 +110,7 @@ impl Worker {
         for (adapter, reason) in &failed {
             let name = self.models[*adapter].as_ref().map(|entry| entry.deployed.name.clone());
             let error = RequestError::LoadFailed { model: name.unwrap_or_default(), reason: reason.clone() };
+            let error = self.cause(error);
             tracing::error!(%error, "requests failed");
             // None of them has taken part in a step.
             while let Some(index) = self.models[model].as_ref().and_then(|entry| {

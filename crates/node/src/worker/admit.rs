@@ -282,6 +282,7 @@ impl Worker {
             name.clone_from(&entry.deployed.name);
         }
         let error = RequestError::LoadFailed { model: name, reason: format!("no place for it: {error}") };
+        let error = self.cause(error);
         self.end(sequence, |sequence| sequence.fail(error));
     }
 

@@ -134,6 +134,7 @@ impl Worker {
 
     /// Ends every running sequence of a model with an error.
     pub(super) fn fail_model(&mut self, model: usize, error: &RequestError) {
+        let error = self.cause(error.clone());
         tracing::error!(%error, "requests failed");
         if let Some(active) = self.models[model].as_mut().and_then(|entry| entry.active.as_mut())
             && let Some(step) = active.step.take()

@@ -7,6 +7,7 @@
 mod adapters;
 mod admit;
 mod end;
+mod mend;
 mod prefetch;
 mod status;
 mod step;
@@ -22,16 +23,19 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tangram_checkpoint::ContentId;
-use tangram_engine::{Executor, Pass};
+use tangram_engine::{DeviceExecutor, DevicePass};
 use tangram_policy::{Admission, Expectations, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
 use tangram_store::{LoadId, Store, Wake};
 
 use self::adapters::ActiveAdapter;
+use self::mend::Outage;
 use self::step::Progress;
 use self::worth::Prompts;
 use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
 use crate::arrival::Waiting;
+use crate::device::{Opened, Setup};
+use crate::disks::Disks;
 use crate::forecast::LoadMeter;
 use crate::model::ModelPlan;
 use crate::observe::Observer;
@@ -116,7 +120,7 @@ struct Active {
 
 /// A forward pass under way and whose tokens it computes; `shares[i].sequence` indexes `Active::sequences`.
 struct Step {
-    pass: Pass,
+    pass: DevicePass,
     shares: Vec<Share>,
     /// Keys of the adapters of the pass, in its numbering.
     adapters: Vec<usize>,
@@ -130,8 +134,14 @@ struct Step {
 pub(crate) struct Worker {
     commands: Receiver<Command>,
     shared: Arc<Shared>,
-    executor: Executor,
+    executor: DeviceExecutor,
     pool: Pool,
+    setup: Setup,
+    disks: Arc<Disks>,
+    /// While there is no device.
+    outage: Option<Outage>,
+    /// Times that a lost device was set up anew.
+    rebuilds: u64,
     host: HostMemory,
     store: Arc<Store>,
     models: Vec<Option<ModelEntry>>,
@@ -160,10 +170,9 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn new(
-        pool: Pool,
-        store: Arc<Store>,
-        host: HostMemory,
-        threads: usize,
+        setup: Setup,
+        Opened { pool, executor, store, host }: Opened,
+        disks: Arc<Disks>,
         commands: Receiver<Command>,
         wake_sender: Sender<Command>,
         shared: Arc<Shared>,
@@ -180,8 +189,12 @@ impl Worker {
         let mut worker = Worker {
             commands,
             shared,
-            executor: Executor::new(threads),
+            executor,
             pool,
+            setup,
+            disks,
+            outage: None,
+            rebuilds: 0,
             host,
             store,
             models: Vec::new(),
@@ -217,6 +230,11 @@ impl Worker {
         while !self.stopping {
             self.read_commands();
             self.drop_cancelled();
+            if !self.has_device() {
+                self.publish(true);
+                self.wait();
+                continue;
+            }
             self.start_arrived();
             self.admit();
             let mut advanced = false;
@@ -332,24 +350,7 @@ impl Worker {
         plan: ModelPlan,
         retire: Option<Box<dyn FnOnce() + Send>>,
     ) -> Result<(), String> {
-        let sizes: HashMap<&str, u64> =
-            plan.data_bytes.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
-        let keys = self
-            .pool
-            .catalogue(&plan.entries, |checkpoint| sizes.get(checkpoint).copied().unwrap_or(0))
-            .map_err(|error| error.to_string())?;
-        let kv = match plan.engine.kv() {
-            // An adapter's sequences have their KV among the base's.
-            _ if plan.adapter.is_some() => None,
-            None => None,
-            Some(layout) => match self.pool.add_kv(plan.identity, layout.block_bytes) {
-                Ok(kv) => Some(kv),
-                Err(error) => {
-                    self.pool.forget(&keys);
-                    return Err(error.to_string());
-                }
-            },
-        };
+        let (keys, kv) = self.catalogue(&plan)?;
         let index = deployed.index;
         if self.models.len() <= index {
             self.models.resize_with(index + 1, || None);
@@ -370,6 +371,40 @@ impl Worker {
             retire,
         });
         Ok(())
+    }
+
+    /// Makes a model's tensors and KV known to the pool, and the executor ready for its passes.
+    fn catalogue(&mut self, plan: &ModelPlan) -> Result<(Vec<TensorKey>, Option<KvKey>), String> {
+        let pages = self.pool.memory().page_count() as u64;
+        let tokens = plan.forecast.footprint().tokens_beside(pages).unwrap_or(0);
+        let adapter = plan.adapter.as_ref().map(|adapter| &adapter.engine);
+        self.executor
+            .prepare(
+                &plan.engine,
+                adapter,
+                (MAX_BATCH, STEP_TOKENS),
+                usize::try_from(tokens).unwrap_or(usize::MAX),
+            )
+            .map_err(|error| error.to_string())?;
+        let sizes: HashMap<&str, u64> =
+            plan.data_bytes.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        let keys = self
+            .pool
+            .catalogue(&plan.entries, |checkpoint| sizes.get(checkpoint).copied().unwrap_or(0))
+            .map_err(|error| error.to_string())?;
+        let kv = match plan.engine.kv() {
+            // An adapter's sequences have their KV among the base's.
+            _ if plan.adapter.is_some() => None,
+            None => None,
+            Some(layout) => match self.pool.add_kv(plan.identity, layout.block_bytes) {
+                Ok(kv) => Some(kv),
+                Err(error) => {
+                    self.pool.forget(&keys);
+                    return Err(error.to_string());
+                }
+            },
+        };
+        Ok((keys, kv))
     }
 
     fn retire_if_over(&mut self, model: usize) {

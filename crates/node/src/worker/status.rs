@@ -53,6 +53,7 @@ impl Worker {
             host_tensors: host.tensors,
             bytes_from_host_total: stats.from_host_total,
             activations_total: self.activations,
+            device_rebuilds_total: self.rebuilds,
             scratch_bytes: self.executor.scratch_bytes() as u64,
         };
         let mut models: Vec<ModelStatus> = Vec::new();

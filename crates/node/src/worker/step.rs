@@ -11,7 +11,7 @@ use super::adapters::ActiveAdapter;
 use super::{Active, Step, Worker};
 use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
 use crate::forecast::Forecast;
-use crate::model::LeasedWeights;
+use crate::model::LeasedTensors;
 use crate::observe::Computed;
 use crate::sequence::{Sequence, Sink};
 
@@ -153,11 +153,7 @@ impl Worker {
             })
             .collect();
         let model_plan = &entry.plan.engine;
-        let begun = match adapters.is_empty() {
-            true => self.executor.begin_parts(model_plan, &chunks, &wholes),
-            false => self.executor.begin_adapted(model_plan, &chunks, &wholes, engines, &of_chunk),
-        };
-        match begun {
+        match self.executor.begin(model_plan, &chunks, &wholes, engines, &of_chunk) {
             Ok(pass) => {
                 let undisturbed = active.complete.is_some() && adapters.is_empty();
                 active.step = Some(Step { pass, shares, adapters, spent: Duration::ZERO, undisturbed });
@@ -179,7 +175,7 @@ impl Worker {
             return Progress::Stalled;
         }
         let adapter = |model: &usize| active.adapters.iter().find(|adapter| adapter.model == *model);
-        let weights = LeasedWeights {
+        let tensors = LeasedTensors {
             tensors: active.lease.tensors(),
             unique_of: &entry.plan.unique_of,
             adapters: step.adapters.iter().filter_map(adapter).map(ActiveAdapter::weights).collect(),
@@ -198,7 +194,7 @@ impl Worker {
         };
         let started = Instant::now();
         let result =
-            self.executor.advance(&mut step.pass, &entry.plan.engine, &weights, &mut kv, ready_stages);
+            self.executor.advance(&mut step.pass, &entry.plan.engine, &tensors, &mut kv, ready_stages);
         let spent = started.elapsed();
         step.spent += spent;
         if let Some(observer) = &self.observer {

@@ -94,7 +94,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     }
     let server = Server::start(&settings).await?;
     let client = Client::new(&server.url(), settings.api_key.clone())?;
-    println!("Serving on {} from a pool of {}.", server.url(), bytes(settings.device_memory));
+    println!("Serving on {} from a pool of {}.", server.url(), bytes(server.pool_bytes));
     // The second name brings nothing of its own.
     let mut together = 0;
     for (name, source) in NAMES.iter().zip([&chat_model, &chat_model, &embedding_model]) {
@@ -106,7 +106,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
             bytes(model.shared_bytes)
         );
     }
-    if together > settings.device_memory {
+    if together > server.pool_bytes {
         println!("Their distinct weights are {}: more than the pool can hold.", bytes(together));
     }
     let with_adapter = match deploy_adapter(&client, &settings.data.join("adapter")).await {

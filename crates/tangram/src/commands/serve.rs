@@ -17,7 +17,7 @@ pub(crate) async fn run(options: ServerOptions) -> anyhow::Result<()> {
     println!(
         "tangram serves on {} with a pool of {} and data in {}",
         server.url(),
-        output::bytes(settings.device_memory),
+        output::bytes(server.pool_bytes),
         settings.data.display()
     );
     if !settings.listen.ip().is_loopback() && settings.api_key.is_none() {

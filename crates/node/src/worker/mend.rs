@@ -1,0 +1,122 @@
+//! When the device is lost: what was on it goes, and it is set up anew. The node, its models and who waits stay.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::Worker;
+use crate::api::RequestError;
+use crate::device::Opened;
+
+/// How long is waited for the last user of a lost device to let it go.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Between attempts to set it up.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// A device that could not be set up again yet.
+pub(super) struct Outage {
+    reason: String,
+    retry: Instant,
+}
+
+impl Worker {
+    /// Whether there is a device to compute on. Sets it up anew if it was lost since the last call; until that succeeds,
+    /// requests are refused.
+    pub(super) fn has_device(&mut self) -> bool {
+        if self.outage.is_none() {
+            let Some(lost) = self.pool.memory().lost() else { return true };
+            self.clear_away(&lost.to_string());
+        }
+        let due = self.outage.as_ref().is_some_and(|outage| outage.retry <= Instant::now());
+        if due {
+            match self.set_up_again() {
+                Ok(()) => {
+                    self.outage = None;
+                    self.rebuilds += 1;
+                    tracing::warn!(device = self.pool.memory().name(), "the device was set up anew");
+                    return true;
+                }
+                Err(problem) => {
+                    tracing::error!("the device cannot be set up again: {problem}");
+                    if let Some(outage) = &mut self.outage {
+                        outage.retry = Instant::now() + RETRY;
+                    }
+                }
+            }
+        }
+        self.refuse_waiting();
+        false
+    }
+
+    /// What clients are told of an error: if the device is lost, that.
+    pub(super) fn cause(&self, error: RequestError) -> RequestError {
+        match self.pool.memory().lost() {
+            Some(lost) => RequestError::DeviceLost(lost.to_string()),
+            None => error,
+        }
+    }
+
+    /// Ends everything that is on the device and lets it go.
+    fn clear_away(&mut self, reason: &str) {
+        tracing::error!("{reason}");
+        let error = RequestError::DeviceLost(reason.to_owned());
+        for model in 0..self.models.len() {
+            if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
+                self.fail_model(model, &error);
+            }
+        }
+        self.end_prefetch();
+        self.waiting.clear();
+        self.outage = Some(Outage { reason: reason.to_owned(), retry: Instant::now() });
+        match self.setup.nothing() {
+            Ok(nothing) => self.move_to(nothing),
+            // Without a page of memory the lost pool has to stay where it is, and nothing is set up until there is one.
+            Err(problem) => tracing::error!("no memory to go on with: {problem}"),
+        }
+    }
+
+    fn set_up_again(&mut self) -> Result<(), String> {
+        let started = Instant::now();
+        // Its context is reset when nothing of it is left; a new one before that would be reset too.
+        while !self.setup.device.is_clear() {
+            if started.elapsed() > PATIENCE {
+                return Err("something still uses what is left of the lost one".to_owned());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let opened = self.setup.open()?;
+        self.move_to(opened);
+        Ok(())
+    }
+
+    /// Goes on with another device, whose pool knows the same models and holds nothing of them.
+    fn move_to(&mut self, Opened { pool, executor, store, host }: Opened) {
+        self.disks.serve(store.clone());
+        (self.pool, self.executor, self.store, self.host) = (pool, executor, store, host);
+        self.located.clear();
+        for index in 0..self.models.len() {
+            let Some(mut entry) = self.models[index].take() else { continue };
+            (entry.keys, entry.kv) = self.catalogue(&entry.plan).unwrap_or_else(|problem| {
+                tracing::error!(model = entry.deployed.name, "cannot be used: {problem}");
+                (Vec::new(), None)
+            });
+            let places = entry.keys.iter().zip(0..).map(|(&key, place)| (key, (index, place)));
+            self.located.extend(places);
+            self.models[index] = Some(entry);
+            self.unappraised.push(index);
+        }
+    }
+
+    /// Nobody is let wait for a device that may not come back.
+    fn refuse_waiting(&mut self) {
+        let Some(outage) = &self.outage else { return };
+        let error = RequestError::DeviceLost(outage.reason.clone());
+        for sequence in self.queue.remove(|_| true) {
+            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            if let Some(entry) = self.models[sequence.model].as_mut() {
+                entry.waiting -= 1;
+            }
+            let error = error.clone();
+            self.end(*sequence, |sequence| sequence.fail(error));
+        }
+    }
+}

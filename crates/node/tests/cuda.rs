@@ -1,0 +1,255 @@
+//! The node on a GPU that is none: the stand-in of the driver, which runs the kernels' own sources on the processor.
+//!
+//! Weights, KV blocks, addresses, copies and launches come together here as on a real GPU; what a stream is given is done
+//! as late as it may be or at random moments, what nobody wrote is not a number, and misuse of the driver ends the
+//! process. Needs a C++ compiler; says so otherwise. Speed it cannot show.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{config, deploy, eventually, finish, open, request, run, shared};
+use serde::Deserialize;
+use tangram_device::cuda::stand_in::{self, Delay, Left, Options, StandIn};
+use tangram_node::{
+    Backend, DeployedModel, Device, GenerateRequest, Grammar, Node, NodeConfig, RequestError, SamplingParams,
+    TokenText, Vocabulary,
+};
+use tangram_testkit::{
+    Family, RandomAdapter, RandomModel, write_adapter, write_cross_encoder, write_hf_model,
+};
+
+const PAGE: usize = 64 << 10;
+
+/// A stand-in with room for a pool of these bytes.
+fn gpu(pool: usize, delay: Delay) -> Option<StandIn> {
+    let Some(emulator) = stand_in::build_emulator(Path::new(env!("CARGO_TARGET_TMPDIR"))) else {
+        println!("SKIPPED: no C++ compiler here that can compile the kernels");
+        return None;
+    };
+    stand_in::run_kernels(&emulator);
+    // Beside the pool: a reserve of 1 GiB, which costs nothing here.
+    let memory_bytes = pool + (2 << 30);
+    Some(StandIn::new(Options { memory_bytes, granularity: PAGE, delay, abort_on_misuse: true }))
+}
+
+fn on_gpu(stand_in: &StandIn, data: &Path, pool: usize) -> NodeConfig {
+    NodeConfig {
+        device: Device::Cuda { driver: stand_in::driver(), ordinal: stand_in.ordinal() },
+        page_bytes: Some(PAGE as u64),
+        ..config(data, pool as u64)
+    }
+}
+
+/// Ends the node; threads that read for it end a moment later.
+fn nothing_is_left(node: Arc<Node>, stand_in: &StandIn) {
+    drop(node);
+    eventually("everything is given back", || stand_in.left() == Left::default());
+    assert_eq!(stand_in.violations(), Vec::<String>::new());
+}
+
+#[derive(Deserialize)]
+struct Golden {
+    prompts: Vec<GoldenPrompt>,
+}
+
+#[derive(Deserialize)]
+struct GoldenPrompt {
+    prompt_ids: Vec<u32>,
+    output_ids: Vec<u32>,
+}
+
+/// Deploys families with their goldens, of which the first `tokens` tokens are asked for.
+fn goldens(node: &Arc<Node>, parity: &Path, families: &[&str]) -> Vec<(Arc<DeployedModel>, GoldenPrompt)> {
+    let mut cases = Vec::new();
+    for family in families {
+        let model = match node.model(family) {
+            Some(model) => model,
+            None => deploy(node, family, &parity.join(family)),
+        };
+        let golden = std::fs::read(parity.join(family).join("golden.json")).unwrap();
+        let golden: Golden = serde_json::from_slice(&golden).unwrap();
+        cases.extend(golden.prompts.into_iter().map(|prompt| (model.clone(), prompt)));
+    }
+    cases
+}
+
+/// All cases at once, up to `tokens` tokens each.
+fn check_together(node: &Arc<Node>, cases: &[(Arc<DeployedModel>, GoldenPrompt)], tokens: usize, what: &str) {
+    let running: Vec<_> = cases
+        .iter()
+        .map(|(model, prompt)| {
+            let count = tokens.min(prompt.output_ids.len());
+            (node.generate(request(model, &prompt.prompt_ids, count)).unwrap(), &prompt.output_ids[..count])
+        })
+        .collect();
+    for ((generation, expected), (model, _)) in running.into_iter().zip(cases) {
+        assert_eq!(finish(generation).unwrap().tokens, expected, "{}, {what}", model.name);
+    }
+}
+
+#[test]
+fn golden_tokens_cold_and_resident() {
+    let Some(parity) = shared("models/parity") else { return };
+    let pool = 16 << 20;
+    let Some(stand_in) = gpu(pool, Delay::Latest) else { return };
+    let data = tempfile::tempdir().unwrap();
+    let node = Node::open(on_gpu(&stand_in, data.path(), pool)).unwrap();
+    assert!(node.status().device.contains("stand-in"), "{}", node.status().device);
+    let families = [
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "gptneox",
+        "llama",
+        "llama3rope",
+        "mistral",
+        "mixtral",
+        "opt",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3moe",
+    ];
+    let cases = goldens(&node, &parity, &families);
+    let scratch = node.status().scratch_bytes;
+    for (model, prompt) in cases.iter().step_by(3) {
+        let cold = run(&node, request(model, &prompt.prompt_ids, 2));
+        assert_eq!(cold.tokens, prompt.output_ids[..2], "{}, cold", model.name);
+        assert!(cold.timing.bytes_loaded > 0);
+    }
+    let loaded = node.status().bytes_loaded_total;
+    check_together(&node, &cases, 4, "resident");
+    let after = node.status();
+    assert_eq!(after.bytes_loaded_total, loaded, "everything was resident");
+    assert_eq!(after.scratch_bytes, scratch, "everything was allocated when models were deployed");
+    nothing_is_left(node, &stand_in);
+}
+
+/// Models that push each other out, and sequences whose KV does not fit: sampled, with a grammar, with an adapter, and
+/// texts to be embedded. The processor has the same tokens, a GPU with room the same vectors.
+#[test]
+fn the_same_results_under_eviction_and_preemption() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = |name: &str| sources.path().join(name);
+    // Learned positions fill the pool and cost no time.
+    let tiny = |seed, family, context| RandomModel { seed, context, ..RandomModel::tiny(family) };
+    write_hf_model(&path("a"), &tiny(11, Family::Gpt2, 2200));
+    write_hf_model(&path("b"), &tiny(12, Family::Qwen2, 96));
+    write_hf_model(&path("e"), &tiny(13, Family::Bert, 96));
+    write_adapter(&path("a"), &path("x"), &RandomAdapter::new(3));
+    let grammar = {
+        let tokens: Vec<TokenText> = (0u8..=255).map(|byte| TokenText::Bytes(vec![byte])).collect();
+        Vocabulary::new(&tokens).unwrap().compile(&Grammar::Regex("([a-f]{3}-){6}z".into())).unwrap()
+    };
+    let ask = |node: &Node, index: u32| {
+        let model = node.model(["a", "b", "x"][index as usize % 3]).unwrap();
+        let prompt: Vec<u32> = (0..8).map(|j| 3 + index * 7 + j).collect();
+        let sampling = SamplingParams { seed: Some(u64::from(index)), ..SamplingParams::default() };
+        let grammar = index.is_multiple_of(4).then(|| grammar.clone());
+        GenerateRequest { sampling, grammar, ..request(&model, &prompt, 28) }
+    };
+    let texts: Vec<Vec<u32>> = vec![vec![5, 9, 30, 7], vec![8; 12]];
+    let embed = |node: &Node| {
+        let model = node.model("e").unwrap();
+        node.embed(&model, texts.clone()).unwrap()
+    };
+    let on_cpu = open(data.path(), 64 << 20);
+    let model = deploy(&on_cpu, "a", &path("a"));
+    deploy(&on_cpu, "b", &path("b"));
+    deploy(&on_cpu, "e", &path("e"));
+    on_cpu.deploy_adapter("x", &path("x"), "a", &mut |_| ControlFlow::Continue(())).unwrap();
+    let kv_of_one = 48 * model.kv_bytes_per_token;
+    let weights: u64 = on_cpu.models().iter().map(|model| model.weight_bytes).max().unwrap();
+    // These models are stored in f32, and the arithmetic of both devices is near enough for the same tokens.
+    let alone: Vec<_> = (0..6).map(|index| run(&on_cpu, ask(&on_cpu, index)).tokens).collect();
+    drop(on_cpu);
+    let Some(stand_in) = gpu(64 << 20, Delay::Latest) else { return };
+    let roomy = Node::open(on_gpu(&stand_in, data.path(), 64 << 20)).unwrap();
+    let vectors = embed(&roomy).result_blocking().unwrap().vectors;
+    drop(roomy);
+    let pool = ((weights + 2 * kv_of_one) as usize + PAGE).max(1 << 20).next_multiple_of(PAGE);
+    println!("{weights} bytes of weights, {kv_of_one} of keys and values of one sequence");
+    for (backend, delay, host_memory) in
+        [(Backend::Paged, Delay::Random(7), 1 << 20), (Backend::Segment, Delay::Latest, 0)]
+    {
+        let Some(stand_in) = gpu(pool, delay) else { return };
+        let tight = NodeConfig { backend, host_memory, ..on_gpu(&stand_in, data.path(), pool) };
+        let tight = Node::open(tight).unwrap();
+        let running: Vec<_> = (0..6).map(|index| tight.generate(ask(&tight, index)).unwrap()).collect();
+        let embedding = embed(&tight);
+        for (index, (generation, expected)) in running.into_iter().zip(&alone).enumerate() {
+            assert_eq!(&finish(generation).unwrap().tokens, expected, "request {index}");
+        }
+        assert_eq!(embedding.result_blocking().unwrap().vectors, vectors);
+        let status = tight.status();
+        println!(
+            "{backend:?}: a pool of {pool} bytes, {} evicted, {} preempted, {} swapped",
+            status.bytes_evicted_total, status.preemptions_total, status.swaps_total
+        );
+        assert!(status.bytes_evicted_total > 0 && status.preemptions_total > 0, "the pool was large enough");
+        nothing_is_left(tight, &stand_in);
+    }
+}
+
+/// What a GPU can die of, at any moment of a request: the request fails and says why, the next one is served.
+#[test]
+fn a_lost_gpu_is_set_up_anew() {
+    const LAUNCH_FAILED: i32 = 719;
+    const ECC: i32 = 214;
+    let pool = 4 << 20;
+    let Some(stand_in) = gpu(pool, Delay::Latest) else { return };
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_hf_model(sources.path(), &RandomModel { seed: 11, ..RandomModel::tiny(Family::Llama) });
+    let node = Node::open(on_gpu(&stand_in, data.path(), pool)).unwrap();
+    let model = deploy(&node, "m", sources.path());
+    let ask = || finish(node.generate(request(&model, &[9, 8, 7, 250], 4)).unwrap());
+    let expected = ask().unwrap().tokens;
+    for (rebuilds, (call, nth, code)) in (1..).zip([
+        // A kernel of a pass over resident weights.
+        ("execution", 20, LAUNCH_FAILED),
+        // Of the next, cold pass: making room, a copy of weights, later work.
+        ("execution", 1, ECC),
+        ("execution", 30, ECC),
+        ("cuMemcpyHtoDAsync_v2", 3, ECC),
+        ("cuMemSetAccess", 1, ECC),
+        ("cuLaunchKernel", 60, LAUNCH_FAILED),
+    ]) {
+        stand_in.fail(call, nth, code);
+        let error = match ask() {
+            Err(error) => error,
+            Ok(_) => panic!("{call} {nth} failed and nobody was told"),
+        };
+        assert!(matches!(&error, RequestError::DeviceLost(_)), "{call} {nth}: {error}");
+        assert!(error.to_string().contains("is lost"), "{error}");
+        let again = ask().unwrap();
+        assert_eq!(again.tokens, expected, "{call} {nth}");
+        assert_eq!(again.timing.bytes_loaded, model.weight_bytes, "nothing is left of what was there");
+        eventually("the rebuild is counted", || node.status().device_rebuilds_total == rebuilds);
+    }
+    // A launch that is refused ends a request and nothing else.
+    stand_in.fail("cuLaunchKernel", 5, 1);
+    assert!(matches!(ask(), Err(RequestError::Internal(_))));
+    assert_eq!(ask().unwrap().tokens, expected);
+    // While another process has the memory, requests are refused rather than let wait.
+    stand_in.occupy(2 << 30);
+    stand_in.fail("execution", 1, ECC);
+    assert!(ask().is_err());
+    assert!(matches!(ask(), Err(RequestError::DeviceLost(_))));
+    stand_in.occupy(0);
+    eventually("the GPU is back", || ask().is_ok_and(|outcome| outcome.tokens == expected));
+    nothing_is_left(node, &stand_in);
+}
+
+#[test]
+fn what_has_no_kernels_is_refused_when_it_is_deployed() {
+    let Some(stand_in) = gpu(4 << 20, Delay::Latest) else { return };
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_cross_encoder(sources.path(), &RandomModel::tiny(Family::Bert), false, None);
+    let node = Node::open(on_gpu(&stand_in, data.path(), 4 << 20)).unwrap();
+    let error = node.deploy("m", sources.path(), &mut |_| ControlFlow::Continue(())).unwrap_err();
+    assert!(error.to_string().contains("scoring pairs of texts is not supported on GPUs"), "{error}");
+}
