@@ -33,6 +33,7 @@ pub(super) const QUAD: usize = 4;
 /// of exponents leaves the range of f32 at its upper end; at its lower end factors become 0.
 pub(super) const HUGE_ACTIVATION: u32 = 192;
 /// The same for weights: 2⁹⁰.
+#[cfg(target_arch = "x86_64")]
 pub(super) const HUGE_WEIGHT: u32 = 217;
 /// Activations that make a packing task worth handing to another thread.
 const TASK_ACTIVATIONS: usize = 1 << 14;
