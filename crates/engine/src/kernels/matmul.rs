@@ -153,12 +153,12 @@ impl Form {
 
     /// How the tokens of a product are divided.
     fn layout(self, columns: usize, tokens: usize) -> Layout {
-        let token_elements = match self {
-            Form::Plain => plain::token_elements(columns),
-            Form::Pairs => pairs::token_elements(columns),
-            Form::Records => quantised::token_elements(columns),
+        let (token_elements, at_once) = match self {
+            Form::Plain => (plain::token_elements(columns), plain::token_elements(columns)),
+            Form::Pairs => (pairs::token_elements(columns), pairs::at_once(columns)),
+            Form::Records => (quantised::token_elements(columns), quantised::token_elements(columns)),
         };
-        Layout::new(token_elements, tokens)
+        Layout::new(token_elements, at_once, tokens)
     }
 
     /// Scratch elements of a task.

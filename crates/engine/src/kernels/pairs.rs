@@ -29,6 +29,8 @@ pub(super) const GROUP_ELEMENTS: usize = GROUP / 2;
 pub(super) const SEGMENT: usize = 8;
 /// Rows that are multiplied together.
 pub(super) const QUAD: usize = 4;
+/// Sums in the making of an output element.
+pub(super) const LANES: usize = 16;
 /// The exponent, as f32 stores it, from which on the activations of a token make its products NaN: 2⁶⁵. Below, no sum
 /// of exponents leaves the range of f32 at its upper end; at its lower end factors become 0.
 pub(super) const HUGE_ACTIVATION: u32 = 192;
@@ -48,6 +50,17 @@ pub(super) type Proof = std::convert::Infallible;
 /// Elements of a token's integers, factors and mark; blocks of tokens begin at cache lines.
 pub(super) fn token_elements(columns: usize) -> usize {
     (columns.div_ceil(GROUP) * (GROUP_ELEMENTS + 1) + 1).next_multiple_of(16)
+}
+
+/// Elements of a token that are used again and again before the next ones: its integers of a segment and, if there are
+/// several, its sums in the making.
+pub(super) fn at_once(columns: usize) -> usize {
+    let groups = columns.div_ceil(GROUP);
+    if groups <= SEGMENT {
+        token_elements(columns)
+    } else {
+        SEGMENT * (GROUP_ELEMENTS + 1) + MOST_ROWS * LANES
+    }
 }
 
 /// Where the activations of a block of tokens are, counted in elements from its beginning: `[segment][token][group]`
@@ -84,7 +97,7 @@ impl Places {
 /// with several segments, the sums in the making.
 pub(super) fn scratch(layout: &Layout, columns: usize) -> usize {
     let tokens = layout.tokens.min(layout.most);
-    let unfinished = if columns > SEGMENT * GROUP { tokens * QUAD * 16 } else { 0 };
+    let unfinished = if columns > SEGMENT * GROUP { tokens * MOST_ROWS * LANES } else { 0 };
     SEGMENT * QUAD * (GROUP_ELEMENTS + 1) + tokens * MOST_ROWS + unfinished
 }
 

@@ -4,13 +4,13 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::pairs::{GROUP, GROUP_ELEMENTS, HUGE_WEIGHT, Places, QUAD, SEGMENT};
+use super::pairs::{GROUP, GROUP_ELEMENTS, HUGE_WEIGHT, LANES, Places, QUAD, SEGMENT};
 use super::panels::{MOST_ROWS, Task};
 
-/// Lanes of a vector of sums.
-const LANES: usize = 16;
 /// Vectors of 32 columns that a group has.
 const VECTORS: usize = GROUP / 32;
+/// Groups of four rows of a panel.
+const QUADS: usize = MOST_ROWS / QUAD;
 /// Tokens that pass by together: so many sums of four rows fit the registers, as integers and as numbers.
 const TOKENS: usize = 3;
 /// How many bytes ahead a single token asks for its weights, which it reads from front to back.
@@ -173,31 +173,39 @@ pub(super) unsafe fn run(mut task: Task<'_>, columns: usize) {
     let (integers, scratch) = scratch.split_at_mut(SEGMENT * QUAD * GROUP_ELEMENTS);
     let (factors, scratch) = scratch.split_at_mut(SEGMENT * QUAD);
     let (sums, unfinished) = scratch.split_at_mut(tokens * MOST_ROWS);
-    assert!(places.groups <= SEGMENT || unfinished.len() >= tokens * QUAD * LANES);
+    assert!(places.groups <= SEGMENT || unfinished.len() >= tokens * MOST_ROWS * LANES);
     for first in (0..rows).step_by(MOST_ROWS) {
         let count = MOST_ROWS.min(rows - first);
-        for quad in (0..count).step_by(QUAD) {
-            // Behind the last row, it comes again.
-            let row = |r: usize| (first + quad + r).min(rows - 1) * task.row_bytes;
-            let weights: [*const u8; QUAD] = [0, 1, 2, 3].map(|r| task.weight.as_ptr().wrapping_add(row(r)));
-            let sums = &mut sums[quad..];
-            // SAFETY: rows and activations by contract; sums are `[token][MOST_ROWS]`, from this quad's on.
-            let largest = unsafe {
-                if tokens == 1 {
-                    single(weights, columns, places, task.x.as_ptr(), sums.as_mut_ptr())
-                } else {
+        // Behind the last row, it comes again.
+        let row = |row: usize| (first + row).min(rows - 1) * task.row_bytes;
+        let weights =
+            |quad: usize| [0, 1, 2, 3].map(|r| task.weight.as_ptr().wrapping_add(row(quad * QUAD + r)));
+        let x = task.x.as_ptr();
+        let mut largest = [[_mm_setzero_si128(); QUAD]; QUADS];
+        // A segment of all rows before the next: so long its activations stay in the second-level cache.
+        let segments = if tokens == 1 { 1 } else { places.groups.div_ceil(SEGMENT) };
+        for segment in 0..segments {
+            for (quad, largest) in largest.iter_mut().enumerate().take(count.div_ceil(QUAD)) {
+                let sums = sums[quad * QUAD..].as_mut_ptr();
+                // SAFETY: rows and activations by contract; sums are `[token][MOST_ROWS]`, from this quad's on; the
+                // scratch memory was just cut to size.
+                unsafe {
+                    if tokens == 1 {
+                        single(weights(quad), columns, places, x, sums, largest);
+                        continue;
+                    }
                     let scratch = Scratch {
                         integers: integers.as_mut_ptr().cast(),
                         factors: factors.as_mut_ptr().cast(),
-                        unfinished: unfinished.as_mut_ptr(),
+                        unfinished: unfinished.as_mut_ptr().wrapping_add(quad * tokens * QUAD * LANES),
                     };
-                    several(weights, columns, places, task.x.as_ptr(), sums.as_mut_ptr(), scratch)
+                    several(weights(quad), columns, segment * SEGMENT, places, x, sums, scratch, largest);
                 }
-            };
-            for (r, &largest) in largest.iter().enumerate() {
-                if is_huge(largest) {
-                    sums.iter_mut().skip(r).step_by(MOST_ROWS).for_each(|sum| *sum = f32::NAN);
-                }
+            }
+        }
+        for (row, &largest) in largest.as_flattened().iter().enumerate() {
+            if is_huge(largest) {
+                sums.iter_mut().skip(row).step_by(MOST_ROWS).for_each(|sum| *sum = f32::NAN);
             }
         }
         task.finish(first, count, &sums[..tokens * MOST_ROWS], MOST_ROWS);
@@ -217,9 +225,9 @@ unsafe fn single(
     places: Places,
     x: *const f32,
     sums: *mut f32,
-) -> [__m128i; QUAD] {
+    largest: &mut [__m128i; QUAD],
+) {
     let mut rows = [_mm512_setzero_ps(); QUAD];
-    let mut largest = [_mm_setzero_si128(); QUAD];
     // SAFETY: groups are inside the rows, and the activations of a single token's groups follow each other.
     unsafe {
         let (factors, mark) = (x.add(places.factors(0)), _mm512_set1_ps(*x.add(places.mark(0))));
@@ -244,7 +252,6 @@ unsafe fn single(
         }
         _mm_storeu_ps(sums, add_lanes(rows));
     }
-    largest
 }
 
 /// Memory of a thread for what [`several`] keeps between its loops.
@@ -254,61 +261,61 @@ struct Scratch {
     integers: *mut i16,
     /// `[group of the segment][row]`.
     factors: *mut i32,
-    /// `[token][row][LANES]`; not used by matrices of a single segment.
+    /// `[token][row][LANES]` of these four rows; not used by matrices of a single segment.
     unfinished: *mut f32,
 }
 
-/// The products of four rows with some tokens: the weights of a segment become integers once, and all tokens pass by.
+/// The products of the segment of four rows that begins with group `first` with some tokens: its weights become integers
+/// once, and all tokens pass by.
 ///
 /// # Safety
 /// `columns` weights are readable from each of `weights`, the activations that `places` says from `x`; `sums` is writable
-/// for four of every [`MOST_ROWS`] up to the last token; `scratch` is as large as it says.
+/// for four of every [`MOST_ROWS`] up to the last token; `scratch` is as large as it says, and the segments before have
+/// been multiplied with it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+#[expect(clippy::too_many_arguments, reason = "a kernel's operands")]
 unsafe fn several(
     weights: [*const u8; QUAD],
     columns: usize,
+    first: usize,
     places: Places,
     x: *const f32,
     sums: *mut f32,
     scratch: Scratch,
-) -> [__m128i; QUAD] {
-    let mut largest = [_mm_setzero_si128(); QUAD];
-    for first in (0..places.groups).step_by(SEGMENT) {
-        let groups = places.segment(first);
-        for group in 0..groups {
-            for (r, largest) in largest.iter_mut().enumerate() {
-                let column = (first + group) * GROUP;
-                // SAFETY: the group is inside the row, its place inside the scratch memory.
-                unsafe {
-                    let p = weights[r].add(column * 2);
-                    // The next four rows.
-                    ask_for(p.wrapping_add(QUAD * columns * 2));
-                    let stored = load(p, GROUP.min(columns - column));
-                    let group_integers = integers(stored);
-                    *largest = _mm_max_epu16(*largest, group_integers.largest);
-                    let to = scratch.factors.add(group * QUAD + r);
-                    to.write(_mm_cvtsi128_si32(_mm512_castsi512_si128(group_integers.factor)));
-                    for (v, &weights) in group_integers.weights.iter().enumerate() {
-                        let to = scratch.integers.add(((group * VECTORS + v) * QUAD + r) * 32);
-                        _mm512_storeu_si512(to.cast(), weights);
-                    }
+    largest: &mut [__m128i; QUAD],
+) {
+    for group in 0..places.segment(first) {
+        for (r, largest) in largest.iter_mut().enumerate() {
+            let column = (first + group) * GROUP;
+            // SAFETY: the group is inside the row, its place inside the scratch memory.
+            unsafe {
+                let p = weights[r].add(column * 2);
+                // The next four rows.
+                ask_for(p.wrapping_add(QUAD * columns * 2));
+                let stored = load(p, GROUP.min(columns - column));
+                let group_integers = integers(stored);
+                *largest = _mm_max_epu16(*largest, group_integers.largest);
+                let to = scratch.factors.add(group * QUAD + r);
+                to.write(_mm_cvtsi128_si32(_mm512_castsi512_si128(group_integers.factor)));
+                for (v, &weights) in group_integers.weights.iter().enumerate() {
+                    let to = scratch.integers.add(((group * VECTORS + v) * QUAD + r) * 32);
+                    _mm512_storeu_si512(to.cast(), weights);
                 }
             }
         }
-        let mut token = 0;
-        while token < places.tokens {
-            // SAFETY: the contract is the same, and the tokens are those that are left.
-            token += unsafe {
-                match places.tokens - token {
-                    1 => pass::<1>(places, first, token, x, sums, scratch),
-                    2 => pass::<2>(places, first, token, x, sums, scratch),
-                    _ => pass::<TOKENS>(places, first, token, x, sums, scratch),
-                }
-            };
-        }
     }
-    largest
+    let mut token = 0;
+    while token < places.tokens {
+        // SAFETY: the contract is the same, and the tokens are those that are left.
+        token += unsafe {
+            match places.tokens - token {
+                1 => pass::<1>(places, first, token, x, sums, scratch),
+                2 => pass::<2>(places, first, token, x, sums, scratch),
+                _ => pass::<TOKENS>(places, first, token, x, sums, scratch),
+            }
+        };
+    }
 }
 
 /// Multiplies a segment of four rows with `T` tokens; how many.

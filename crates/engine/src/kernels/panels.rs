@@ -30,8 +30,9 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    pub(super) fn new(token_elements: usize, tokens: usize) -> Layout {
-        let most = (BLOCK_BYTES / (token_elements * 4).max(1)).max(MIN_BLOCK);
+    /// `at_once` are the elements of a token that rows are multiplied with before the next rows come.
+    pub(super) fn new(token_elements: usize, at_once: usize, tokens: usize) -> Layout {
+        let most = (BLOCK_BYTES / (at_once * 4).max(1)).max(MIN_BLOCK);
         Layout { token_elements, tokens, most, blocks: tokens.div_ceil(most) }
     }
 
