@@ -1,9 +1,11 @@
-//! How the disks of this machine are best read: measured once for each, kept in the data directory.
+//! How the disks of this machine are best read: measured once for each, corrected by what loads reach, kept in the data
+//! directory.
 //!
-//! A file with holes says nothing about a disk; then one is written for the purpose. Takes about a second of reading. Done when a model is deployed or, if an earlier run has left nothing, beside a server
-//! that is ready; until then disks are read as most like it.
+//! A file with holes says nothing about a disk; then one is written for the purpose. Takes about a second of reading. Done
+//! when a model is deployed or, if an earlier run has left nothing, beside a server that is ready; until then disks are
+//! read as most like it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -11,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use tangram_store::{Measured, Store, Tuning, disk_of, measure};
+use tangram_store::{Measured, Store, disk_of, measure};
 
 /// In the data directory.
 const FILE: &str = "disks.json";
@@ -28,10 +30,10 @@ struct Kept {
     disks: BTreeMap<String, Measured>,
 }
 
-/// The store that is told of disks, and what it was told.
+/// The store that is told of disks, and which it was told of, by number.
 struct Served {
     store: Arc<Store>,
-    told: HashMap<u64, Tuning>,
+    told: BTreeMap<u64, String>,
 }
 
 /// What is known of disks, for the store that reads them.
@@ -50,30 +52,64 @@ impl Disks {
         let kept = kept.and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
         let kept = kept.filter(|kept| kept.machine == machine);
         let kept = Mutex::new(kept.unwrap_or(Kept { machine, ..Kept::default() }));
-        let served = Mutex::new(Served { store, told: HashMap::new() });
+        let served = Mutex::new(Served { store, told: BTreeMap::new() });
         Disks { data: data.to_owned(), served, kept, measuring: Mutex::new(()) }
     }
 
+    /// Locked after `kept`, where both are.
     fn served(&self) -> MutexGuard<'_, Served> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another store reads the disks from now on; the old one is let go.
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Another store reads the disks from now on; the old one is let go, and what it found better is kept.
     pub(crate) fn serve(&self, store: Arc<Store>) {
+        self.keep();
+        let kept = self.kept();
         let mut served = self.served();
-        served.told.iter().for_each(|(&number, &tuning)| store.tune(number, tuning));
+        for (&number, disk) in &served.told {
+            if let Some(measured) = kept.disks.get(disk) {
+                store.tune(number, measured.tuning);
+            }
+        }
         served.store = store;
     }
 
     /// Tells the store how to read the disk that `path` lies on; `false` if it has not been measured.
     pub(crate) fn tune(&self, path: &Path) -> bool {
         let Ok((number, disk)) = disk_of(path) else { return false };
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.kept();
         let Some(measured) = kept.disks.get(&disk) else { return false };
+        // Told once, for the store may know better by now.
         let mut served = self.served();
-        served.told.insert(number, measured.tuning);
-        served.store.tune(number, measured.tuning);
+        if served.told.insert(number, disk).is_none() {
+            served.store.tune(number, measured.tuning);
+        }
         true
+    }
+
+    /// Keeps what the store has found better.
+    pub(crate) fn keep(&self) {
+        let served = self.served();
+        let corrections = served.store.corrections().into_iter();
+        let named = corrections.filter_map(|(number, better)| Some((served.told.get(&number)?.clone(), better)));
+        let named: Vec<(String, Measured)> = named.collect();
+        drop(served);
+        self.correct(named);
+    }
+
+    fn correct(&self, corrections: impl IntoIterator<Item = (String, Measured)>) {
+        let mut kept = self.kept();
+        let mut changed = false;
+        for (disk, better) in corrections {
+            changed |= kept.disks.insert(disk, better) != Some(better);
+        }
+        if changed {
+            self.write(&kept);
+        }
     }
 
     /// Bytes per second that the disk of the data directory gives past the page cache; measured if it was not before.
@@ -84,7 +120,7 @@ impl Disks {
             self.measure_data();
         }
         let (_, disk) = disk_of(&self.data).ok()?;
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.kept();
         kept.disks.get(&disk).map(|measured| measured.bytes_per_second)
     }
 
@@ -122,18 +158,22 @@ impl Disks {
             }
         };
         tracing::debug!(disk, ?measured, "measured a disk");
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
         kept.disks.insert(disk, measured);
+        self.write(&kept);
+        drop(kept);
+        self.tune(file);
+    }
+
+    fn write(&self, kept: &Kept) {
         let (path, part) = (self.data.join(FILE), self.data.join("disks.json.part"));
-        let written = serde_json::to_vec(&*kept)
+        let written = serde_json::to_vec(kept)
             .map_err(std::io::Error::from)
             .and_then(|bytes| std::fs::write(&part, bytes))
             .and_then(|()| std::fs::rename(&part, &path));
-        drop(kept);
         if let Err(error) = written {
             tracing::warn!("the measured disk was not kept in {}: {error}", path.display());
         }
-        self.tune(file);
     }
 }
 
@@ -161,6 +201,7 @@ fn write_probe(path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
     use tangram_device::cpu::CpuDevice;
+    use tangram_store::Tuning;
 
     #[test]
     fn what_was_measured_is_kept_for_the_same_machine() {
@@ -184,6 +225,16 @@ mod tests {
         assert!(!open("another").tune(data.path()), "another machine, other figures");
         let rate = open("this").rate();
         assert!(rate.is_some_and(|rate| rate.is_finite() && rate > 0.0));
+        // What the store has found better is kept too.
+        let disks = open("this");
+        let text = std::fs::read_to_string(data.path().join(FILE)).unwrap();
+        disks.keep();
+        assert_eq!(std::fs::read_to_string(data.path().join(FILE)).unwrap(), text, "nothing was found");
+        let (_, disk) = disk_of(data.path()).unwrap();
+        let better = Measured { tuning: Tuning { block: 2 << 20, depth: 16 }, bytes_per_second: 1e9 };
+        disks.correct([(disk.clone(), better)]);
+        let kept: Kept = serde_json::from_slice(&std::fs::read(data.path().join(FILE)).unwrap()).unwrap();
+        assert_eq!(kept.disks.get(&disk), Some(&better));
         std::fs::write(data.path().join(FILE), "{").unwrap();
         assert!(!open("this").tune(data.path()), "a damaged file is as none");
         // What is mostly holes is not read for it, but a file that is gone afterwards.

@@ -721,6 +721,7 @@ impl Drop for Node {
             let _ = measuring.join();
         }
         self.machine.keep();
+        self.disks.keep();
         if let Some(janitor) = self.janitor.take() {
             let _ = janitor.join();
         }

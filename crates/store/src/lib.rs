@@ -9,6 +9,7 @@
 //! the size of a model. The store decides nothing about what is loaded, and nobody can read a part before it is complete.
 
 mod buffer;
+mod control;
 mod file;
 mod host;
 mod job;
@@ -187,6 +188,12 @@ impl Store {
         if let Some(source) = disks.sources.get(&disk) {
             source.tune(tuning);
         }
+    }
+
+    /// How disks (as [`Store::tune`] names them) are read better than they were told to be, by what loads have reached.
+    pub fn corrections(&self) -> Vec<(u64, Measured)> {
+        let disks = self.disks();
+        disks.sources.iter().filter_map(|(&disk, source)| Some((disk, source.corrected()?))).collect()
     }
 
     /// Starts bringing in tensors that a request waits for, in this order, and returns. `wake` is called after each of

@@ -59,6 +59,14 @@ const LEAST_FILE: u64 = 64 << 20;
 /// Of what settings that give nearly as much as the best, the one with the least under way is taken.
 const NEARLY: f64 = 0.97;
 
+/// All settings that are tried, here and later.
+pub(crate) fn settings() -> impl Iterator<Item = Tuning> {
+    BLOCKS
+        .into_iter()
+        .flat_map(|block| DEPTHS.map(|depth| Tuning { block, depth }))
+        .filter(|tuning| (LEAST_UNDER_WAY..=MOST_UNDER_WAY).contains(&(tuning.block * tuning.depth)))
+}
+
 /// The number of the file system that a path lies on, and what to know it again by when another has that number.
 ///
 /// # Errors
@@ -82,12 +90,8 @@ pub fn measure(path: &Path) -> io::Result<Option<Measured>> {
     let bytes = file.cached().metadata()?.len();
     let Some((direct, _)) = file.direct().filter(|_| bytes >= LEAST_FILE) else { return Ok(None) };
     let Ok(mut ring) = Bell::new().and_then(|bell| Ring::new(Arc::new(bell))) else { return Ok(None) };
-    let mut trials: Vec<Measured> = BLOCKS
-        .iter()
-        .flat_map(|&block| DEPTHS.map(|depth| Tuning { block, depth }))
-        .filter(|tuning| (LEAST_UNDER_WAY..=MOST_UNDER_WAY).contains(&(tuning.block * tuning.depth)))
-        .map(|tuning| Measured { tuning, bytes_per_second: 0.0 })
-        .collect();
+    let mut trials: Vec<Measured> =
+        settings().map(|tuning| Measured { tuning, bytes_per_second: 0.0 }).collect();
     // The lightest first: a slow disk is through its patience before the heavy ones.
     trials.sort_by_key(|trial| trial.tuning.block * trial.tuning.depth);
     let (started, mut at) = (Instant::now(), 0);

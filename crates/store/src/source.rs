@@ -8,13 +8,15 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use crate::buffer::Buffer;
+use crate::control::{Control, Meter};
 use crate::file::DataFile;
 use crate::job::{Arrival, Job};
 use crate::landing::Landings;
 use crate::plan::{self, Place, Plan};
-use crate::probe::Tuning;
+use crate::probe::{Measured, Tuning};
 use crate::reuse::{self, Reuse};
 use crate::ring::{Bell, Ring, cached_bytes};
 use crate::schedule::{LoadId, Schedule, Urgency};
@@ -37,7 +39,9 @@ pub(crate) enum Engine {
 
 struct State {
     schedule: Schedule<Job>,
-    tuning: Tuning,
+    control: Control,
+    /// What the control has found better than what it was told.
+    corrected: Option<Measured>,
     /// Jobs that are being copied or verified.
     landing: usize,
     reuse: Reuse,
@@ -76,7 +80,8 @@ impl Source {
         let (ring, bell) = ring.unzip();
         let state = State {
             schedule: Schedule::default(),
-            tuning,
+            control: Control::new(tuning),
+            corrected: None,
             landing: 0,
             reuse: Reuse::new(reuse::budget()),
             spare: Vec::new(),
@@ -131,9 +136,16 @@ impl Source {
         self.lock().schedule.hasten(load);
     }
 
-    /// How it is read from now on.
+    /// How it is read from now on, until something better is found.
     pub(crate) fn tune(&self, tuning: Tuning) {
-        self.lock().tuning = tuning;
+        let mut state = self.lock();
+        state.control = Control::new(tuning);
+        state.corrected = None;
+    }
+
+    /// What was found better since it was told how to read.
+    pub(crate) fn corrected(&self) -> Option<Measured> {
+        self.lock().corrected
     }
 
     /// A job has landed, and left a buffer.
@@ -141,7 +153,7 @@ impl Source {
         let mut state = self.lock();
         state.landing -= 1;
         if let Some(buffer) = buffer
-            && state.spare.len() < state.tuning.depth
+            && state.spare.len() < state.control.tuning().depth
         {
             state.spare.push(buffer);
         }
@@ -213,12 +225,14 @@ impl Source {
             return Begun::Over;
         }
         let (offset, len) = (job.offset, job.len);
+        let mut direct = false;
         let mut state = self.lock();
-        let block = state.tuning.block;
+        let block = state.control.tuning().block;
         let cached = state.reuse.read((job.file.number(), offset), len as u64);
         drop(state);
         let (file, plan) = match job.file.direct() {
             Some((file, alignment)) if !cached => {
+                direct = true;
                 let block = block.next_multiple_of(alignment.offset);
                 let plan = match job.frame {
                     Some(_) => plan::whole(offset, len, alignment.offset, block),
@@ -234,7 +248,7 @@ impl Source {
         self.lock().spare.extend(job.buffer.take());
         job.buffer = self.buffer(buffer);
         job.copies = copies;
-        Begun::Reads(job, Reads { file, pieces })
+        Begun::Reads(job, Reads { file, pieces, direct })
     }
 
     /// A buffer of at least so many bytes, if any are wanted.
@@ -263,21 +277,30 @@ impl Source {
     }
 
     fn read_by_ring(self: Arc<Self>, mut ring: Ring<Job>, landings: &Arc<Landings>) {
-        let mut again = Vec::new();
+        let (mut again, mut meter) = (Vec::new(), Meter::default());
         loop {
+            let mut busy = true;
             loop {
                 let mut state = self.lock();
-                if ring.operations() >= state.tuning.depth {
+                if ring.operations() >= state.control.tuning().depth {
                     break;
                 }
-                let Some(job) = again.pop().or_else(|| self.take(&mut state)) else { break };
+                let Some(job) = again.pop().or_else(|| self.take(&mut state)) else {
+                    busy = false;
+                    break;
+                };
                 drop(state);
                 match self.begin(job, ring.operations() == 0 && again.is_empty(), landings) {
-                    Begun::Reads(job, Reads { file, pieces }) => ring.start(job, file, pieces),
+                    Begun::Reads(job, Reads { file, pieces, direct }) => {
+                        // What goes through the page cache says little of the disk.
+                        busy &= direct;
+                        ring.start(job, file, pieces);
+                    }
                     Begun::Over => {}
                     Begun::NoRoom(job) => {
                         // Those that have a place go first, so that it becomes free.
                         again.insert(0, job);
+                        busy = false;
                         break;
                     }
                 }
@@ -285,10 +308,24 @@ impl Source {
             if self.lock().closed {
                 return;
             }
+            if !busy {
+                meter.interrupted();
+                self.lock().control.interrupted();
+            }
             for (job, result) in ring.wait() {
+                if let Some(rate) = meter.read(job.len as u64, Instant::now()) {
+                    self.window(rate);
+                }
                 again.extend(self.end(job, result, landings));
             }
         }
+    }
+
+    /// The disk was kept busy for a window and gave so many bytes per second.
+    fn window(&self, rate: f64) {
+        let mut state = self.lock();
+        let found = state.control.window(rate);
+        state.corrected = found.or(state.corrected);
     }
 
     fn read_one_by_one(self: Arc<Self>, landings: &Arc<Landings>) {
@@ -329,6 +366,8 @@ enum Begun {
 struct Reads {
     file: Arc<std::fs::File>,
     pieces: Vec<plan::Piece>,
+    /// Past the page cache.
+    direct: bool,
 }
 
 impl Reads {
