@@ -108,7 +108,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let memory = raw::copy(bytes);
         runs.push(Run::limit("memory copy", memory));
         let warm = ours::Mode { cold: false, ..ours::Mode::COLD };
-        for (name, mode) in [("warm", warm), ("warm, sampled", ours::Mode { sampled: true, ..warm })] {
+        for (name, mode) in [
+            ("warm", warm),
+            ("warm, again", ours::Mode { again: true, ..warm }),
+            ("warm, sampled", ours::Mode { sampled: true, ..warm }),
+        ] {
             runs.push(Run::of(name, bench.whole(mode)?, memory));
         }
         if let Some(compressed) = &mut compressed {
