@@ -119,6 +119,8 @@ pub(crate) struct Catalog {
     contents: HashMap<ContentId, (KnownTensor, u64)>,
     /// Checkpoints that no deployed model refers to any more but that running requests may still read.
     retiring: BTreeMap<String, usize>,
+    /// The record that the last change has replaced or removed.
+    before: Option<Record>,
     damaged: Arc<Damaged>,
 }
 
@@ -136,6 +138,7 @@ impl Catalog {
             models: BTreeMap::new(),
             contents: HashMap::new(),
             retiring: BTreeMap::new(),
+            before: None,
             damaged: Arc::new(Damaged::open(root)),
         };
         let mut problems = Vec::new();
@@ -427,13 +430,17 @@ impl Catalog {
         let before = self.record(name)?;
         let Err(failed) = self.write(name, record) else {
             self.doubtful.clear();
+            self.before = before;
             return Ok(());
         };
         // After an error of the disk the database refuses everything until it is opened anew, and only then is it known
         // what the disk has.
         self.database = None;
         match self.record(name) {
-            Ok(found) if found.as_ref() == record => Ok(()),
+            Ok(found) if found.as_ref() == record => {
+                self.before = before;
+                Ok(())
+            }
             Ok(_) => Err(failed),
             Err(error) => {
                 self.doubtful.entry(name.to_owned()).or_insert(before);
@@ -471,6 +478,25 @@ impl Catalog {
         write.commit().map_err(|e| error(&e))
     }
 
+    /// Gives `name` back to the deployment in whose place another one was just put, which cannot be run; that one is as
+    /// one that was removed.
+    ///
+    /// # Errors
+    /// When the catalogue cannot be written; then nothing is changed.
+    pub(crate) fn restore(&mut self, name: &str, old: &Deployment) -> Result<(), CatalogError> {
+        let checkpoint = &old.manifest.checkpoint;
+        let before = self.before.take().filter(|before| before.checkpoint == *checkpoint);
+        let record = before.unwrap_or_else(|| Record {
+            checkpoint: checkpoint.clone(),
+            created: old.created,
+            source: None,
+        });
+        self.commit(name, Some(&record))?;
+        self.unretire(&old.manifest);
+        self.replace(name, old.clone());
+        Ok(())
+    }
+
     /// Takes a model out of the catalogue; its files are kept until [`Catalog::retired`] is called with its manifest.
     pub(crate) fn remove(&mut self, name: &str) -> Result<(), DeployError> {
         if !self.models.contains_key(name) {
@@ -490,18 +516,22 @@ impl Catalog {
         }
     }
 
-    /// The last request of a replaced or removed deployment has ended: removes files that nothing needs any more and
-    /// gives the room of dead tensors in files that others still refer to back to the file system.
-    pub(crate) fn retired(&mut self, manifest: &Manifest) {
-        let checkpoints = checkpoints_of(manifest);
-        for checkpoint in &checkpoints {
-            if let Some(readers) = self.retiring.get_mut(checkpoint) {
+    fn unretire(&mut self, manifest: &Manifest) {
+        for checkpoint in checkpoints_of(manifest) {
+            if let Some(readers) = self.retiring.get_mut(&checkpoint) {
                 *readers -= 1;
                 if *readers == 0 {
-                    self.retiring.remove(checkpoint);
+                    self.retiring.remove(&checkpoint);
                 }
             }
         }
+    }
+
+    /// The last request of a replaced or removed deployment has ended: removes files that nothing needs any more and
+    /// gives the room of dead tensors in files that others still refer to back to the file system.
+    pub(crate) fn retired(&mut self, manifest: &Manifest) {
+        self.unretire(manifest);
+        let checkpoints = checkpoints_of(manifest);
         let referenced = self.referenced();
         for checkpoint in checkpoints.iter().filter(|checkpoint| !referenced.contains(checkpoint.as_str())) {
             if let Err(error) = fs::remove_dir_all(self.checkpoint_dir(checkpoint)) {

@@ -463,43 +463,58 @@ impl Node {
         if self.closing.load(Ordering::Acquire) {
             return Err(DeployError::Cancelled);
         }
-        let old = catalog.models().get(name).cloned();
-        let old_index = self.model(name).map(|model| model.index);
+        let old = catalog.models().get(name).cloned().zip(self.model(name));
         let deployment = catalog.deploy(name, source, origin, progress)?;
         self.disks.measure(&catalog.data_file(&deployment.manifest.checkpoint));
         self.machine.measure(weight_types);
-        self.announce_or_undo(catalog, name, &deployment, old.zip(old_index))
+        self.announce_or_undo(catalog, name, &deployment, old)
     }
 
     /// Announces what has just been catalogued, in the place of an older deployment; undoes both if that fails.
     fn announce_or_undo(
         &self,
-        catalog: MutexGuard<'_, Catalog>,
+        mut catalog: MutexGuard<'_, Catalog>,
         name: &str,
         deployment: &Deployment,
-        old: Option<(Deployment, usize)>,
+        old: Option<(Deployment, Arc<DeployedModel>)>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
         let pool_bytes = self.page_count * self.page_bytes;
         let announced = self.announce(&catalog, name, deployment, None);
-        let problem = match announced {
+        let (index, problem) = match announced {
             Ok(deployed) if deployed.context > 0 => {
                 drop(catalog);
-                if let Some((old, index)) = old {
-                    self.retire(index, &old);
+                if let Some((old, model)) = old {
+                    self.retire(model.index, &old);
                 }
                 return Ok(deployed);
             }
             // The weights fit, but not one KV block beside them.
             Ok(deployed) => {
-                does_not_fit(name, deployed.weight_bytes, deployed.kv_bytes_per_token, pool_bytes)
+                let (weights, kv) = (deployed.weight_bytes, deployed.kv_bytes_per_token);
+                (deployed.index, does_not_fit(name, weights, kv, pool_bytes))
             }
-            Err(reason) => cannot_run(name, &reason),
+            // One that could not be announced has no key.
+            Err(reason) => (usize::MAX, cannot_run(name, &reason)),
         };
+        let restored = old.as_ref().map(|(old, _)| catalog.restore(name, old));
         drop(catalog);
-        // An older deployment was replaced by one that cannot run; both are gone, which the user is told.
-        let _ = self.remove(name);
-        if let Some((old, index)) = old {
-            self.retire(index, &old);
+        match (restored, old) {
+            (Some(Ok(())), Some((_, model))) => {
+                // It has been running all the time.
+                let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+                models.insert(name.to_owned(), model);
+                drop(models);
+                self.retire(index, deployment);
+            }
+            (restored, old) => {
+                if let Some(Err(error)) = restored {
+                    tracing::error!(%error, "the older deployment of '{name}' is gone too");
+                }
+                let _ = self.remove(name);
+                if let Some((old, model)) = old {
+                    self.retire(model.index, &old);
+                }
+            }
         }
         Err(problem)
     }

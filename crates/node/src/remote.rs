@@ -203,8 +203,7 @@ impl Node {
         if self.closing.load(Ordering::Acquire) {
             return Err(DeployError::Cancelled);
         }
-        let old = catalog.models().get(name).cloned();
-        let old = old.zip(self.model(name).map(|model| model.index));
+        let old = catalog.models().get(name).cloned().zip(self.model(name));
         let deployment = catalog.adopt(name, created, &remote_source.to_string(), arrived)?;
         if let Some(early) = early {
             let stand_ins = early.deployment.manifest.tensors.iter();

@@ -429,6 +429,42 @@ fn removing_and_replacing_leaves_no_files_and_loses_no_shared_tensor() {
 }
 
 #[test]
+fn what_cannot_be_put_into_service_leaves_what_it_was_to_replace() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (old_dir, new_dir) = (sources.path().join("old"), sources.path().join("new"));
+    for (seed, dir) in [(4, &old_dir), (5, &new_dir)] {
+        write_hf_model(dir, &RandomModel { seed, vocab: 300, ..RandomModel::tiny(Family::Llama) });
+    }
+    let node = open(data.path(), 32 << 20);
+    let old = deploy(&node, "m", &old_dir);
+    assert!(old.tokenizer.is_some());
+    let expected = run(&node, request(&old, &[9, 8, 7], 12)).tokens;
+    // The tokenizer is written through a link that leads nowhere once the checkpoint has its final place: the model is
+    // catalogued, and then cannot be taken up.
+    let staging = data.path().join("staging");
+    std::fs::create_dir(staging.join("here")).unwrap();
+    let mut link = |_| {
+        for dir in std::fs::read_dir(&staging).unwrap().map(|entry| entry.unwrap().path()) {
+            let _ = std::os::unix::fs::symlink("../here/tokenizer", dir.join("tokenizer.json"));
+        }
+        std::ops::ControlFlow::Continue(())
+    };
+    let error = node.deploy("m", &new_dir, &mut link).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json"), "{error}");
+    let serves = |node: &Arc<Node>| {
+        let model = node.model("m").unwrap();
+        assert_eq!(run(node, request(&model, &[9, 8, 7], 12)).tokens, expected);
+    };
+    serves(&node);
+    let checkpoints = data.path().join("checkpoints");
+    eventually("the files of the other are gone", || std::fs::read_dir(&checkpoints).unwrap().count() == 1);
+    drop(node);
+    let node = open(data.path(), 32 << 20);
+    serves(&node);
+    assert_eq!(std::fs::read_dir(&checkpoints).unwrap().count(), 1);
+}
+
+#[test]
 fn the_data_directory_has_one_owner() {
     let data = tempfile::tempdir().unwrap();
     let node = open(data.path(), 4 << 20);
