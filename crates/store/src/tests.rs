@@ -135,6 +135,13 @@ impl World {
         tensors
     }
 
+    /// Whether all tensors begin at multiples of what direct reads are aligned to at most places.
+    fn starts_at_blocks(&mut self) -> bool {
+        let activation = self.pool.activate(&self.keys, &[], 0.0).unwrap();
+        let mut tensors = activation.lease.tensors().iter();
+        tensors.all(|tensor| tensor.extent().unwrap().address().is_multiple_of(512))
+    }
+
     /// Loads everything and compares every byte.
     fn check(&mut self, what: &str) {
         let tensors = self.load();
@@ -185,6 +192,12 @@ fn every_byte_arrives_whatever_the_sizes_and_the_way() {
                     world.drop_cache();
                 }
                 world.check(&format!("{setup:?}, cold: {cold}"));
+                if backend == Backend::Segment {
+                    assert!(
+                        world.starts_at_blocks(),
+                        "what is whole blocks of the file is read straight to its place"
+                    );
+                }
             }
         }
     }
