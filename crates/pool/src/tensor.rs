@@ -176,7 +176,13 @@ impl Vacancy {
         let filling = Arc::new(Filling {
             tensor: self.tensor.clone(),
             copy,
-            state: Mutex::new(FillingState { filled, copied, missing: extents.len(), failure: None }),
+            state: Mutex::new(FillingState {
+                filled,
+                copied,
+                uncopied: false,
+                missing: extents.len(),
+                failure: None,
+            }),
         });
         let mut take_room = |bytes: usize| {
             let rest = room.as_mut()?.split_off(bytes);
@@ -188,7 +194,7 @@ impl Vacancy {
             .map(|(index, extent)| Part {
                 filling: Some(filling.clone()),
                 index,
-                room: take_room(extent.len()),
+                room: take_room(extent.len()).map(|room| (room, false)),
                 source: source.as_ref().map(|source| (source.clone(), index * part_bytes)),
                 extent: Some(extent),
                 staged: None,
@@ -224,6 +230,8 @@ struct FillingState {
     filled: Vec<Option<Extent>>,
     /// The parts' copies in host memory. Kept until the end whatever comes of them: then their memory is free at once.
     copied: Vec<Option<HostBytes>>,
+    /// A part came another way than through a buffer, so that its copy has nothing in it.
+    uncopied: bool,
     missing: usize,
     failure: Option<LoadFailure>,
 }
@@ -238,8 +246,8 @@ pub struct Part {
     extent: Option<Extent>,
     /// On a device that the host cannot address, the buffer with the bytes, which begin this far into it.
     staged: Option<(Pinned, usize)>,
-    /// Where its copy in host memory goes.
-    room: Option<HostBytes>,
+    /// Where its copy in host memory goes, and whether it is there.
+    room: Option<(HostBytes, bool)>,
     /// Where host memory has its bytes.
     source: Option<(Arc<HostBytes>, usize)>,
     /// Whether the bytes have been prepared for writing, which takes as long as a copy does even where it finds nothing
@@ -350,8 +358,10 @@ impl Part {
     pub fn finish_then(mut self, result: Result<(), LoadFailure>, then: impl FnOnce(bool) + Send + 'static) {
         match (result, self.staged.take(), self.extent.take()) {
             (Ok(()), Some((buffer, skew)), Some(extent)) => {
-                if let Some((room, bytes)) = self.room.as_mut().zip(buffer.get(skew..skew + extent.len())) {
+                let bytes = buffer.get(skew..skew + extent.len());
+                if let Some(((room, copied), bytes)) = self.room.as_mut().zip(bytes) {
                     room.write(0, bytes);
+                    *copied = true;
                 }
                 let memory = extent.memory().clone();
                 memory.upload(buffer, vec![Piece { from: skew, extent }], move |mut extents, copied| {
@@ -387,7 +397,10 @@ impl Part {
         let extent = self.extent.take();
         let mut state = filling.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.missing -= 1;
-        state.copied[self.index] = self.room.take();
+        if let Some((room, copied)) = self.room.take() {
+            state.uncopied |= !copied;
+            state.copied[self.index] = Some(room);
+        }
         self.source = None;
         match result {
             Ok(extent) => state.filled[self.index] = Some(extent),
@@ -413,7 +426,9 @@ impl Part {
         let outcome = match (state.failure.take().or(given_up), parts.next()) {
             (None, Some(mut whole)) => {
                 parts.for_each(|part| whole.join(part));
-                if let Some((copy, copied)) = filling.copy.as_ref().zip(copied) {
+                if let Some((copy, copied)) = filling.copy.as_ref().zip(copied)
+                    && !state.uncopied
+                {
                     copy.complete(copied);
                 }
                 Ok(whole)

@@ -4,19 +4,13 @@
 
 use tangram_policy::{Event, HostRetention, TensorKey};
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Content {
-    bytes: u64,
-    /// Devices of the node that have it.
-    devices: u32,
-}
-
 /// Host memory and what is in it.
 #[derive(Debug)]
 pub(crate) struct HostTier {
     retention: HostRetention,
     free: u64,
-    contents: Vec<Content>,
+    /// Bytes of each content that was ever used.
+    bytes: Vec<u64>,
 }
 
 /// What has come and gone.
@@ -29,7 +23,13 @@ pub(crate) struct Changes {
 impl HostTier {
     /// Nothing is in it.
     pub(crate) fn new(bytes: u64) -> HostTier {
-        HostTier { retention: HostRetention::new(), free: bytes, contents: Vec::new() }
+        HostTier { retention: HostRetention::new(), free: bytes, bytes: Vec::new() }
+    }
+
+    /// Bytes in it.
+    #[cfg(test)]
+    pub(crate) fn used_bytes(&self) -> u64 {
+        (0..).zip(&self.bytes).filter(|&(content, _)| self.has(content)).map(|(_, bytes)| bytes).sum()
     }
 
     /// Whether it has a content.
@@ -40,12 +40,12 @@ impl HostTier {
     /// A request uses a content at `now` seconds.
     pub(crate) fn used(&mut self, content: u32, bytes: u64, now: f64) {
         let index = content as usize;
-        if self.contents.len() <= index {
-            self.contents.resize(index + 1, Content::default());
+        if self.bytes.len() <= index {
+            self.bytes.resize(index + 1, 0);
         }
         let tensor = TensorKey(content);
-        if self.contents[index].bytes == 0 {
-            self.contents[index].bytes = bytes;
+        if self.bytes[index] == 0 {
+            self.bytes[index] = bytes;
             self.retention.apply(Event::Catalogued { tensor, bytes, depth: 0.0 });
         }
         self.retention.apply(Event::Used { tensor, at: now });
@@ -58,29 +58,14 @@ impl HostTier {
         self.retention.apply(Event::Appraised { tensor, seconds: from_disk });
     }
 
-    /// A device has a content, or has it no longer.
-    pub(crate) fn set_on_device(&mut self, content: u32, there: bool) {
-        let tensor = TensorKey(content);
-        let Some(known) = self.contents.get_mut(content as usize) else { return };
-        if there {
-            known.devices += 1;
-            self.retention.apply(Event::Fetched { tensor });
-        } else {
-            known.devices = known.devices.saturating_sub(1);
-            if known.devices == 0 {
-                self.retention.apply(Event::Evicted { tensor });
-            }
-        }
-    }
-
     /// A content is read from disk, and stays here if that is worth what has to go.
     pub(crate) fn read(&mut self, content: u32) -> Changes {
-        let (tensor, bytes) = (TensorKey(content), self.contents[content as usize].bytes);
-        let size = |tensor: TensorKey| Some(self.contents[tensor.0 as usize].bytes);
+        let (tensor, bytes) = (TensorKey(content), self.bytes[content as usize]);
+        let size = |tensor: TensorKey| Some(self.bytes[tensor.0 as usize]);
         let room = self.retention.room(tensor, bytes.saturating_sub(self.free), size);
         let Some(victims) = room.filter(|_| !self.has(content)) else { return Changes::default() };
         for &tensor in &victims {
-            self.free += self.contents[tensor.0 as usize].bytes;
+            self.free += self.bytes[tensor.0 as usize];
             self.retention.apply(Event::Hosted { tensor, hosted: false });
         }
         self.free -= bytes;

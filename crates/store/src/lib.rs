@@ -117,7 +117,8 @@ pub enum Verification {
     /// minutes is taken as it is, as long as its file has not changed.
     #[default]
     Full,
-    /// One part of sixteen, others each time: damage is found sooner or later, but may be computed with until then.
+    /// One part of sixteen, others each time: damage is found sooner or later, but may be computed with until then. What
+    /// host memory has a copy of comes as it was read.
     Sampled,
 }
 

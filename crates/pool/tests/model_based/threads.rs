@@ -13,7 +13,7 @@ use tangram_policy::TensorKey;
 use tangram_pool::{Fetch, KvKey, Lease, LoadFailure, Part, Pool, Vacancy};
 
 use crate::program::short;
-use crate::universe::{Universe, pool};
+use crate::universe::{Universe, copy, pool};
 
 struct Race {
     universe: Arc<Universe>,
@@ -35,8 +35,9 @@ fn load(mut part: Part, from: usize, content: usize, universe: &Universe, fails:
         part.finish(Err(LoadFailure::Abandoned));
         return;
     }
-    if part.is_in_host() {
-        return part.copy_from_host(drop);
+    if part.is_in_host() && !fails {
+        copy(part);
+        return;
     }
     part.stage(from).unwrap();
     let room = part.bytes_mut().unwrap();

@@ -21,13 +21,18 @@ pub fn pool(backend: Backend, page_bytes: usize, pages: usize) -> Pool {
     pool
 }
 
+/// Fills a part from host memory. Gives whether that settled the tensor.
+pub fn copy(part: Part) -> bool {
+    let (sender, settled) = std::sync::mpsc::channel();
+    part.copy_from_host(move |whole| sender.send(whole).unwrap());
+    settled.recv().unwrap()
+}
+
 /// Fills a part as a loader does, from host memory if the bytes are there, else with the `content` of the tensor. Gives
 /// whether that settled the tensor.
 pub fn fill(mut part: Part, content: &[u8], part_bytes: usize) -> bool {
     if part.is_in_host() {
-        let (sender, settled) = std::sync::mpsc::channel();
-        part.copy_from_host(move |whole| sender.send(whole).unwrap());
-        return settled.recv().unwrap();
+        return copy(part);
     }
     let from = part.index() * part_bytes;
     part.stage(from).unwrap();

@@ -56,7 +56,6 @@ impl World<'_> {
     pub(super) fn bring(&mut self, d: usize, slot: u32) {
         let (node, content) = (self.node(d), self.devices[d].slots[slot as usize].content);
         let Some(tier) = self.tiers.get_mut(node) else { return };
-        tier.set_on_device(content, true);
         if tier.has(content) {
             return;
         }
@@ -71,14 +70,6 @@ impl World<'_> {
                     self.economies[d].hosted(slot, hosted);
                 }
             }
-        }
-    }
-
-    /// A group has left device `d`.
-    pub(super) fn leave(&mut self, d: usize, slot: u32) {
-        let (node, content) = (self.node(d), self.devices[d].slots[slot as usize].content);
-        if let Some(tier) = self.tiers.get_mut(node) {
-            tier.set_on_device(content, false);
         }
     }
 }

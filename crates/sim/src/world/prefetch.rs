@@ -96,8 +96,7 @@ impl World<'_> {
             layout.remove(slot);
         }
         self.economies[index as usize].evicted(slot);
-        self.leave(index as usize, slot);
-        let rest = seconds(self.devices[index as usize].link_free - self.now);
+        let rest = seconds(device.link_free - self.now);
         self.totals.fetched_bytes -= bytes.min((rest * self.scenario.profile.link.bytes_per_second) as u64);
         let piece = self.after(rest.min(PIECE_BYTES / self.scenario.profile.link.bytes_per_second));
         self.devices[index as usize].link_free = piece;

@@ -137,6 +137,26 @@ fn what_host_memory_cannot_hold_comes_from_disk() {
     }
 }
 
+/// Host memory under ours keeps groups by their worth; the published systems' keeps the checkpoints used last.
+#[test]
+fn limited_host_memory_is_bounded_and_better_used_by_worth() {
+    for bytes in [16u64 << 30, 64 << 30] {
+        let scenario = Scenario { host_bytes: Some(bytes), ..scenario(ZIPF, 1, 300, 6) };
+        let system = System::named("ours").unwrap();
+        let mut world = World::new(&scenario, &system, false);
+        while world.step() {
+            assert!(world.tiers[0].used_bytes() <= bytes);
+        }
+        assert!(world.tiers[0].used_bytes() > bytes * 9 / 10, "it is filled");
+        let by_worth: u64 = world.records.iter().map(|record| record.stall).sum();
+        let mut lru = World::new(&scenario, &system, false);
+        lru.tiers.clear();
+        while lru.step() {}
+        let by_time: u64 = lru.records.iter().map(|record| record.stall).sum();
+        assert!(by_worth < by_time, "{by_worth} {by_time}");
+    }
+}
+
 #[test]
 fn many_models_are_forgotten_again() {
     let models = crate::model::fleet(300);
