@@ -309,16 +309,27 @@ fn a_load_that_nobody_wants_any_more_ends_and_its_copy_stays() {
 /// Prefetches of several times what may be under way do not hold up a request, nor one that is hastened the others.
 #[test]
 fn a_request_overtakes_prefetches_from_host_memory() {
-    const SIZES: [usize; 3] = [48 * MIB, 48 * MIB, 12 * MIB];
-    let mut world = World::new(&SIZES, 109 * MIB, 120 * MIB, Delay::Latest);
+    const SIZES: [usize; 4] = [48 * MIB, 48 * MIB, 12 * MIB, MIB];
+    let mut world = World::new(&SIZES, 110 * MIB, 120 * MIB, Delay::Latest);
     for hasten in [false, true] {
-        (0..3).for_each(|tensor| world.visit(&[tensor]));
-        let kv = world.pool.add_kv(Hash([1; 32]), 109 * MIB).unwrap();
+        (0..4).for_each(|tensor| world.visit(&[tensor]));
+        let kv = world.pool.add_kv(Hash([1; 32]), 110 * MIB).unwrap();
         let block = world.pool.take_kv(kv, 1).unwrap();
         world.pool.give_kv(kv, block);
         world.pool.remove_kv(kv);
+        // Whoever is told of this one holds the others up until all are there.
+        let ((reached, gate), (open, opened)) = (channel(), channel::<()>());
+        let (reached, opened) = (Mutex::new(reached), Mutex::new(opened));
+        let mut first = world.pool.activate(&[world.keys[3]], &[], world.now).unwrap();
+        let load = first.missing.drain(..).map(|vacancy| world.located(vacancy)).collect();
+        let hold: Wake = Arc::new(move || {
+            reached.lock().unwrap().send(()).unwrap();
+            let _ = opened.lock().unwrap().recv();
+        });
+        world.store.load(load, &hold);
+        gate.recv_timeout(PATIENCE).expect("the first one comes");
         let (sender, woken) = channel();
-        let mut held = Vec::new();
+        let mut held = vec![first.lease];
         for tensor in 0..3 {
             let mut activation = world.pool.activate(&[world.keys[tensor]], &[], world.now).unwrap();
             let loads: Vec<_> = activation.missing.drain(..).map(|vacancy| world.located(vacancy)).collect();
@@ -335,6 +346,7 @@ fn a_request_overtakes_prefetches_from_host_memory() {
             }
             held.push(activation.lease);
         }
+        open.send(()).unwrap();
         assert_eq!(woken.recv_timeout(PATIENCE), Ok(2), "hastened: {hasten}");
         let others = (0..2).map(|_| woken.recv_timeout(PATIENCE).expect("the loads end"));
         assert_eq!(others.sum::<usize>(), 1, "the other two");
