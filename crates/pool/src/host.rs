@@ -2,8 +2,8 @@
 //! they are brought back without a disk and without verifying them again.
 //!
 //! What is kept is [`HostRetention`]'s to say; this file carries it out. A copy is made while the tensor is loaded from
-//! disk, and counts once all of its bytes are there and verified. A load that reads a copy holds it, so that its memory is
-//! not used for anything else under the load.
+//! disk: parts are read to their places in it and go to the device from there, and it counts once all of them are verified.
+//! A load that reads a copy holds it, so that its memory is not used for anything else under the load.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};

@@ -195,6 +195,7 @@ impl Vacancy {
                 filling: Some(filling.clone()),
                 index,
                 room: take_room(extent.len()).map(|room| (room, false)),
+                filled_in_room: false,
                 source: source.as_ref().map(|source| (source.clone(), index * part_bytes)),
                 extent: Some(extent),
                 staged: None,
@@ -230,7 +231,7 @@ struct FillingState {
     filled: Vec<Option<Extent>>,
     /// The parts' copies in host memory. Kept until the end whatever comes of them: then their memory is free at once.
     copied: Vec<Option<HostBytes>>,
-    /// A part came another way than through a buffer, so that its copy has nothing in it.
+    /// A part came without leaving its copy.
     uncopied: bool,
     missing: usize,
     failure: Option<LoadFailure>,
@@ -246,8 +247,10 @@ pub struct Part {
     extent: Option<Extent>,
     /// On a device that the host cannot address, the buffer with the bytes, which begin this far into it.
     staged: Option<(Pinned, usize)>,
-    /// Where its copy in host memory goes, and whether it is there.
+    /// Where its copy in host memory goes, and whether the copy is there.
     room: Option<(HostBytes, bool)>,
+    /// Whether it is filled there, and goes to the device from there.
+    filled_in_room: bool,
     /// Where host memory has its bytes.
     source: Option<(Arc<HostBytes>, usize)>,
     /// Whether the bytes have been prepared for writing, which takes as long as a copy does even where it finds nothing
@@ -303,6 +306,14 @@ impl Part {
         let Some(extent) = self.extent.as_ref().filter(|_| self.staged.is_none()) else { return Ok(true) };
         let Some(staging) = extent.memory().staging() else { return Ok(true) };
         let (skew, len) = (skew % cuda::ALIGNMENT, extent.len());
+        // Where the copy lies as the file wants it, the bytes are read there, and not copied.
+        let suits = |(room, _): &mut (HostBytes, bool)| {
+            room.whole().is_some_and(|bytes| (bytes.as_ptr() as usize).is_multiple_of(cuda::ALIGNMENT))
+        };
+        if skew == 0 && self.room.as_mut().is_some_and(suits) {
+            self.filled_in_room = true;
+            return Ok(true);
+        }
         if skew + len > staging.buffer_bytes() {
             return Err(DeviceError::BadConfig(format!(
                 "a part of {len} bytes does not fit into a staging buffer of {}",
@@ -317,11 +328,15 @@ impl Part {
     /// it can be filled.
     pub fn unstage(&mut self) {
         self.staged = None;
+        self.filled_in_room = false;
     }
 
     /// Where the bytes go, if the part has been staged or the host can address the device.
     pub fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         let extent = self.extent.as_mut()?;
+        if self.filled_in_room {
+            return self.room.as_mut()?.0.whole();
+        }
         if let Some((buffer, skew)) = &mut self.staged {
             return buffer.get_mut(*skew..*skew + extent.len());
         }
@@ -342,7 +357,7 @@ impl Part {
     /// Reports the part as filled and verified, or as failed. Gives `true` if the whole tensor was settled by this. If
     /// the part is staged, waits until its bytes are on the device.
     pub fn finish(mut self, result: Result<(), LoadFailure>) -> bool {
-        if self.staged.is_none() {
+        if self.staged.is_none() && !self.filled_in_room {
             return self.settle(result);
         }
         let (sender, settled) = mpsc::channel();
@@ -356,6 +371,18 @@ impl Part {
     /// Like [`Part::finish`], but does not wait: `then` gets the answer, on a thread that other copies wait for, when the
     /// bytes are on the device.
     pub fn finish_then(mut self, result: Result<(), LoadFailure>, then: impl FnOnce(bool) + Send + 'static) {
+        if result.is_ok()
+            && std::mem::take(&mut self.filled_in_room)
+            && let Some(((room, _), extent)) = self.room.take().zip(self.extent.take())
+        {
+            let (memory, room) = (extent.memory().clone(), Arc::new(room));
+            return memory.upload_kept(room.clone(), 0, extent, move |extent, copied| {
+                self.extent = Some(extent);
+                // The copy to the device has let go of it.
+                self.room = Arc::into_inner(room).map(|room| (room, true));
+                then(self.settle(copied.map_err(|error| LoadFailure::Failed(error.to_string()))));
+            });
+        }
         match (result, self.staged.take(), self.extent.take()) {
             (Ok(()), Some((buffer, skew)), Some(extent)) => {
                 let bytes = buffer.get(skew..skew + extent.len());
@@ -397,10 +424,9 @@ impl Part {
         let extent = self.extent.take();
         let mut state = filling.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.missing -= 1;
-        if let Some((room, copied)) = self.room.take() {
-            state.uncopied |= !copied;
-            state.copied[self.index] = Some(room);
-        }
+        let (room, copied) = self.room.take().unzip();
+        state.uncopied |= copied != Some(true);
+        state.copied[self.index] = room;
         self.source = None;
         match result {
             Ok(extent) => state.filled[self.index] = Some(extent),
@@ -415,10 +441,12 @@ impl Part {
         if state.missing > 0 {
             return false;
         }
-        let mut copied = std::mem::take(&mut state.copied).into_iter().flatten();
-        let copied = copied.next().map(|mut whole| {
-            copied.for_each(|part| whole.join(part));
-            whole
+        let copied: Option<Vec<HostBytes>> = std::mem::take(&mut state.copied).into_iter().collect();
+        let copied = copied.filter(|_| !state.uncopied).and_then(|copied| {
+            copied.into_iter().reduce(|mut whole, part| {
+                whole.join(part);
+                whole
+            })
         });
         let mut parts = std::mem::take(&mut state.filled).into_iter().flatten();
         // A tensor that was given up cannot be joined, so it is of no use even if its loader went on.
@@ -426,9 +454,7 @@ impl Part {
         let outcome = match (state.failure.take().or(given_up), parts.next()) {
             (None, Some(mut whole)) => {
                 parts.for_each(|part| whole.join(part));
-                if let Some((copy, copied)) = filling.copy.as_ref().zip(copied)
-                    && !state.uncopied
-                {
+                if let Some((copy, copied)) = filling.copy.as_ref().zip(copied) {
                     copy.complete(copied);
                 }
                 Ok(whole)

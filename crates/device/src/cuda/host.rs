@@ -183,6 +183,14 @@ impl HostBytes {
         self.len += next.len;
     }
 
+    /// The bytes, where they lie in one piece.
+    pub fn whole(&mut self) -> Option<&mut [u8]> {
+        let (address, bytes) = self.spans(0, self.len).next().filter(|&(_, bytes)| bytes == self.len)?;
+        // SAFETY: the span is pinned and initialised (the system's fresh pages are) while `held` lives and lies in this
+        // object's share of it, which is nobody else's, as `&mut self` says.
+        Some(unsafe { std::slice::from_raw_parts_mut(address as *mut u8, bytes) })
+    }
+
     /// Copies bytes in, from `at` on.
     ///
     /// # Panics
@@ -275,6 +283,8 @@ mod tests {
                 .collect();
             assert_eq!((pool.bytes(), pool.free()), (5 * UNIT, 3 * UNIT));
             assert!(pool.take(3 * UNIT + 1).is_none());
+            assert!(pool.take(UNIT + 1).unwrap().whole().is_none(), "it lies in two pieces");
+            assert_eq!(pool.take(UNIT).unwrap().whole().unwrap().len(), UNIT);
             let content = pattern(1, 2 * UNIT + 77);
             let mut whole = pool.take(content.len()).unwrap();
             let (mut head, mut at) = (whole.split_off(0), 0);
