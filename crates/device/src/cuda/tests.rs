@@ -345,6 +345,16 @@ fn everything(stand_in: &StandIn) -> Result<(), DeviceError> {
         });
         ended.recv_timeout(PATIENCE).expect("every upload is reported")?;
     }
+    let host = memory.host_pool().expect("a GPU has host memory beside it");
+    host.grow(64 << 10)?;
+    if let Some(kept) = host.take(PAGE) {
+        let (sender, ended) = mpsc::channel();
+        memory.upload_kept(Arc::new(kept), 0, arena.claim(7 * PAGE, PAGE)?, move |extent, result| {
+            drop(extent);
+            let _ = sender.send(result);
+        });
+        ended.recv_timeout(PATIENCE).expect("every upload is reported")?;
+    }
     small.read(0, &mut [0; 100])
 }
 
