@@ -8,10 +8,9 @@
 //! not wash out what is there, and the part that is kept is found the next time.
 //!
 //! So the tiers are inclusive: what a device has may be here too. The other way, to copy back what a device evicts and to
-//! keep nothing else, would take the link twice and hold up the request for which room is made. In the simulator
-//! (`docs/measurements/2026-11-simulator.md`) it exposes as much load, within 2 %, on drawn requests, and 1 to 12 % less on a
-//! trace, with copies back that cost nothing. Nor does it help to count what a device has for less: what has just been loaded
-//! is what the device evicts soon.
+//! keep nothing else, would take the link twice and hold up the request for which room is made; in the simulator
+//! (`docs/measurements/2026-11-simulator.md`) it hardly exposes less even with copies back that cost nothing, because what was
+//! found on the device at its last use counts for less here ([`STAYS`]): likely it will be found there again.
 //!
 //! Learns the events of a device's retention. Never frees anything: it answers, the pool carries it out.
 
@@ -19,9 +18,17 @@ use crate::eviction::Candidate;
 use crate::prefetch;
 use crate::retention::{Event, HOST_SHARE, Retention, TensorKey};
 
+/// Doublings of worth that a tensor has less while it stays on the device. Everything that is on the device must not count
+/// for less: what has just been loaded is what is evicted soon.
+const STAYS: f64 = -4.0;
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Known {
     hosted: bool,
+    on_device: bool,
+    /// It is on the device, and its last use found it there: likely so will the next.
+    stays: bool,
+    expected: f64,
     /// What was appraised.
     from_disk: Option<f64>,
     from_host: Option<f64>,
@@ -56,10 +63,17 @@ impl HostRetention {
                 self.retention.apply(event);
                 self.known[tensor.0 as usize] = Known::default();
             }
-            Event::Leased { tensor, at } => self.retention.apply(Event::Used { tensor, at }),
-            Event::Used { .. } | Event::Expected { .. } => self.retention.apply(event),
-            // Where the device has it is all the same here.
-            Event::Idle { .. } | Event::Fetched { .. } | Event::Evicted { .. } => {}
+            Event::Leased { tensor, at } => {
+                self.change(tensor, |known| known.stays = std::mem::replace(&mut known.on_device, true));
+                self.retention.apply(Event::Used { tensor, at });
+            }
+            Event::Fetched { tensor } => self.change(tensor, |known| known.on_device = true),
+            Event::Evicted { tensor } => {
+                self.change(tensor, |known| (known.on_device, known.stays) = (false, false));
+            }
+            Event::Expected { tensor, log2 } => self.change(tensor, |known| known.expected = log2),
+            Event::Used { .. } => self.retention.apply(event),
+            Event::Idle { .. } => {}
             Event::Appraised { tensor, seconds } => {
                 self.revalue(tensor, |known| known.from_disk = Some(seconds));
             }
@@ -107,7 +121,15 @@ impl HostRetention {
         }
     }
 
-    /// Changes what is known of a tensor, and its worth with it.
+    /// Changes what is expected of a tensor.
+    fn change(&mut self, tensor: TensorKey, change: impl FnOnce(&mut Known)) {
+        let Some(known) = self.known.get_mut(tensor.0 as usize) else { return };
+        change(known);
+        let log2 = known.expected + if known.stays { STAYS } else { 0.0 };
+        self.retention.apply(Event::Expected { tensor, log2 });
+    }
+
+    /// Changes what is known of a tensor's cost, and its worth with it.
     fn revalue(&mut self, tensor: TensorKey, change: impl FnOnce(&mut Known)) {
         let Some(known) = self.known.get_mut(tensor.0 as usize) else { return };
         change(known);
@@ -204,8 +226,10 @@ mod tests {
             host.candidates(|_| Some(MIB)).map(|candidate| candidate.tensor.0).collect()
         };
         assert_eq!(order(&host), [2, 0, 1, 3]);
-        host.apply(Event::Evicted { tensor: key(1) });
-        assert_eq!(order(&host), [2, 0, 1, 3], "whether a device has it does not count");
+        host.apply(Event::Leased { tensor: key(3), at: 0.0 });
+        assert_eq!(order(&host), [2, 3, 0, 1], "it was found on the device, so it stays there");
+        host.apply(Event::Evicted { tensor: key(3) });
+        assert_eq!(order(&host), [2, 0, 1, 3], "it did not");
         host.apply(Event::Expected { tensor: key(2), log2: 6.0 });
         host.apply(Event::Forgotten { tensor: key(3) });
         assert_eq!(order(&host), [0, 1, 2]);

@@ -37,8 +37,8 @@ impl HostTier {
         self.retention.has(TensorKey(content))
     }
 
-    /// A request uses a content at `now` seconds.
-    pub(crate) fn used(&mut self, content: u32, bytes: u64, now: f64) {
+    /// A request uses a content at `now` seconds, which its device has already or has not.
+    pub(crate) fn used(&mut self, content: u32, bytes: u64, found: bool, now: f64) {
         let index = content as usize;
         if self.bytes.len() <= index {
             self.bytes.resize(index + 1, 0);
@@ -48,7 +48,13 @@ impl HostTier {
             self.bytes[index] = bytes;
             self.retention.apply(Event::Catalogued { tensor, bytes, depth: 0.0 });
         }
-        self.retention.apply(Event::Used { tensor, at: now });
+        self.retention.apply(if found { Event::Fetched { tensor } } else { Event::Evicted { tensor } });
+        self.retention.apply(Event::Leased { tensor, at: now });
+    }
+
+    /// A content leaves a device.
+    pub(crate) fn left(&mut self, content: u32) {
+        self.retention.apply(Event::Evicted { tensor: TensorKey(content) });
     }
 
     /// What the absence of a content from a device costs when it comes from disk, and when it comes from here, in seconds.

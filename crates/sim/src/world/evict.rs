@@ -67,6 +67,7 @@ impl World<'_> {
         let mut bytes = 0;
         for &victim in victims {
             bytes += self.devices[d].evict(victim);
+            self.leave(d, victim);
             if let Some(economy) = self.economies.get_mut(d) {
                 economy.evicted(victim);
             }

@@ -38,8 +38,9 @@ impl World<'_> {
         let node = self.node(d);
         let Some(tier) = self.tiers.get_mut(node) else { return };
         for &slot in slots {
+            let found = self.devices[d].is_here(slot);
             let slot = self.devices[d].slots[slot as usize];
-            tier.used(slot.content, slot.bytes, now);
+            tier.used(slot.content, slot.bytes, found, now);
         }
     }
 
@@ -49,6 +50,14 @@ impl World<'_> {
         let (Some(tier), Some(economy)) = (self.tiers.get(node), self.economies.get_mut(d)) else { return };
         for &slot in slots {
             economy.hosted(slot, tier.has(self.devices[d].slots[slot as usize].content));
+        }
+    }
+
+    /// A group leaves device `d`.
+    pub(super) fn leave(&mut self, d: usize, slot: u32) {
+        let (node, content) = (self.node(d), self.devices[d].slots[slot as usize].content);
+        if let Some(tier) = self.tiers.get_mut(node) {
+            tier.left(content);
         }
     }
 
