@@ -93,7 +93,13 @@ impl Pool {
     /// Tells host memory what the device's retention learns.
     pub(crate) fn tell_host(&mut self, event: Event) {
         if let Some(host) = &mut self.host {
-            host.retention.apply(event);
+            host.retention.apply(match event {
+                // Worth is per byte of what it takes here: small tensors must not crowd out large ones.
+                Event::Catalogued { tensor, bytes, depth } => {
+                    Event::Catalogued { tensor, bytes: HostPool::rounded(bytes as usize) as u64, depth }
+                }
+                event => event,
+            });
             if let Event::Forgotten { tensor } = event {
                 host.copies.remove(&tensor);
             }

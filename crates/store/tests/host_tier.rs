@@ -221,6 +221,27 @@ fn a_model_four_times_host_memory_streams_through_and_a_quarter_is_found_again()
     world.finish();
 }
 
+/// Host memory is given out in units, so that a byte of a small tensor takes far more than a byte of it.
+#[test]
+fn small_tensors_do_not_crowd_out_large_ones() {
+    let mut sizes = vec![500; 8];
+    sizes.extend([2 * PAGE; 4]);
+    // The small ones fill host memory, then the large ones are asked for more often.
+    let mut world = World::new(&sizes, MIB, 8 * PAGE, Delay::Latest);
+    let (small, large): (Vec<usize>, Vec<usize>) = ((0..8).collect(), (8..12).collect());
+    world.visit(&small);
+    assert_eq!(world.kept(), (8, 8 * PAGE as u64));
+    for _ in 0..4 {
+        world.visit(&large);
+        let kv = world.pool.add_kv(Hash([1; 32]), MIB).unwrap();
+        let block = world.pool.take_kv(kv, 1).unwrap();
+        world.pool.give_kv(kv, block);
+        world.pool.remove_kv(kv);
+    }
+    assert_eq!(world.pool.hosted_bytes(&world.keys[8..]), 8 * PAGE as u64);
+    world.finish();
+}
+
 #[test]
 fn what_is_wrong_on_the_disk_is_not_kept_and_what_was_right_is() {
     let mut world = World::new(&[3 * CHUNK, MIB], 8 * MIB, 8 * MIB, Delay::Latest);
