@@ -382,7 +382,7 @@ impl Worker {
             .prepare(
                 &plan.engine,
                 adapter,
-                (MAX_BATCH, STEP_TOKENS),
+                (MAX_BATCH, self.step_tokens()),
                 usize::try_from(tokens).unwrap_or(usize::MAX),
             )
             .map_err(|error| error.to_string())?;

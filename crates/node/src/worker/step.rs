@@ -15,8 +15,11 @@ use crate::model::LeasedTensors;
 use crate::observe::Computed;
 use crate::sequence::{Sequence, Sink};
 
-/// Tokens per step. Bounds how long a long prompt holds up everybody else.
+/// Tokens per step on the processor. Bounds how long a long prompt holds up everybody else.
 pub(crate) const STEP_TOKENS: usize = 256;
+/// The same on a GPU, whose multiprocessors want more rows for each weight that is read. The working memory for them comes
+/// out of the reserve.
+const GPU_STEP_TOKENS: usize = 1024;
 
 /// What came of composing a step.
 enum Begun {
@@ -39,6 +42,11 @@ pub(super) enum Progress {
 }
 
 impl Worker {
+    /// Most tokens of a step on this node's device, but for a sequence that cannot be cut.
+    pub(super) fn step_tokens(&self) -> usize {
+        if self.setup.device.is_cpu() { STEP_TOKENS } else { GPU_STEP_TOKENS }
+    }
+
     pub(super) fn step(&mut self, model: usize) -> Progress {
         let Some(entry) = self.models[model].as_mut() else { return Progress::Stalled };
         let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
@@ -83,6 +91,7 @@ impl Worker {
     /// Composes the next step and takes the KV blocks that it needs.
     fn begin_step(&mut self, model: usize) -> Begun {
         self.share_prefixes(model);
+        let step_tokens = self.step_tokens();
         let Some(entry) = self.models[model].as_mut() else { return Begun::Failed };
         let Some(active) = entry.active.as_mut() else { return Begun::Failed };
         let indivisible = entry.plan.engine.kv().is_none();
@@ -94,7 +103,7 @@ impl Worker {
                 Runnable { pending: if waits { 0 } else { sequence.pending() }, indivisible }
             })
             .collect();
-        let shares = compose(&runnable, STEP_TOKENS);
+        let shares = compose(&runnable, step_tokens);
         if shares.is_empty() {
             return Begun::NoRoom;
         }
