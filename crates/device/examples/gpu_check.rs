@@ -180,8 +180,10 @@ fn uploads(driver: &Arc<Driver>, config: &CudaConfig, bytes: usize) -> Outcome {
         Ok((bytes / step * step) as f64 / seconds / 1e9)
     };
     let content = vec![7; 4 * MIB];
-    let ring = CudaDevice::open(driver, config)?.into_memory();
-    let (ring, filled) = (rate(&ring, None)?, rate(&ring, Some(&content))?);
+    let memory = CudaDevice::open(driver, config)?.into_memory();
+    let (ring, filled) = (rate(&memory, None)?, rate(&memory, Some(&content))?);
+    // There need not be room for another one beside it.
+    drop(memory);
     let large = CudaConfig { buffers: 1, buffer_bytes: (256 * MIB).min(bytes), ..*config };
     let plain = rate(&CudaDevice::open(driver, &large)?.into_memory(), None)?;
     println!(
