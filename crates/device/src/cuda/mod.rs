@@ -74,6 +74,10 @@ const LARGEST_PAGE: usize = 32;
 /// Largest piece in which overlapping ranges are moved through the scratch page rather than directly.
 const DIRECT_MOVE: usize = 1 << 20;
 
+/// Bytes from which on copies to and from memory that is not pinned go through pinned buffers: the driver would do the
+/// same for them in smaller pieces, one after the other.
+const LEAST_STAGED: usize = 64 << 10;
+
 /// One GPU's memory as a device.
 pub struct CudaDevice {
     gpu: Arc<Gpu>,
@@ -309,12 +313,20 @@ unsafe impl Device for CudaDevice {
     }
 
     unsafe fn read(&self, address: usize, into: &mut [u8]) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        if into.len() >= LEAST_STAGED && unsafe { self.staging.download(&self.queue, address, into) }? {
+            return Ok(());
+        }
         // SAFETY: the device's range is mapped, as the caller says; the host's is ours until this has waited.
         let enqueued = unsafe { self.queue.to_host(address, into.as_mut_ptr().cast(), into.len()) };
         self.queue.wait().and(enqueued)
     }
 
     unsafe fn write(&self, from: &[u8], address: usize) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        if from.len() >= LEAST_STAGED && unsafe { self.staging.upload_from(&self.queue, from, address) }? {
+            return Ok(());
+        }
         // SAFETY: as in `read`.
         let enqueued = unsafe { self.queue.to_device(from.as_ptr().cast(), address, from.len()) };
         self.queue.wait().and(enqueued)

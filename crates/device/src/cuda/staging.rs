@@ -266,6 +266,86 @@ impl Staging {
     }
 }
 
+impl Staging {
+    /// Copies from the GPU to memory that is not pinned, by way of two buffers: while one is filled over the link, the
+    /// other is emptied. `false`, and nothing is done, if nobody can spare them.
+    ///
+    /// # Safety
+    /// The source must be mapped, and nobody may write it.
+    pub(super) unsafe fn download(
+        &self,
+        queue: &Queue,
+        from: usize,
+        into: &mut [u8],
+    ) -> Result<bool, DeviceError> {
+        let Some(mut buffers) = self.pair()? else { return Ok(false) };
+        let piece = self.shared.buffer_bytes;
+        let mut full: Option<&mut [u8]> = None;
+        let mut pieces = into.chunks_mut(piece).chain([&mut [][..]]).enumerate();
+        let copied: Result<(), DeviceError> = pieces.try_for_each(|(index, to)| {
+            let (bytes, at) = (to.len(), from + index * piece);
+            let [own, other] = self.turn(&mut buffers, index);
+            if bytes > 0 {
+                // SAFETY: the source is as the caller says; the buffer is ours until this has waited, below.
+                unsafe { queue.to_host(at, own.address() as *mut c_void, bytes) }?;
+                queue.record(self.shared.events[own.index])?;
+            }
+            if let Some(to) = full.replace(to).filter(|to| !to.is_empty()) {
+                self.wait(other)?;
+                to.copy_from_slice(&other[..to.len()]);
+            }
+            Ok(())
+        });
+        if copied.is_err() {
+            // What was enqueued before still uses the buffers.
+            let _ = queue.wait();
+        }
+        copied.map(|()| true)
+    }
+
+    /// The other way round.
+    ///
+    /// # Safety
+    /// The destination must be mapped and nobody else's.
+    pub(super) unsafe fn upload_from(
+        &self,
+        queue: &Queue,
+        from: &[u8],
+        to: usize,
+    ) -> Result<bool, DeviceError> {
+        let Some(mut buffers) = self.pair()? else { return Ok(false) };
+        let piece = self.shared.buffer_bytes;
+        let copied = from.chunks(piece).enumerate().try_for_each(|(index, bytes)| {
+            let [own, _] = self.turn(&mut buffers, index);
+            if index >= 2 {
+                self.wait(own)?;
+            }
+            own[..bytes.len()].copy_from_slice(bytes);
+            // SAFETY: the destination is as the caller says; the buffer is ours until this has waited, below.
+            unsafe { queue.to_device(own.address() as *const c_void, to + index * piece, bytes.len()) }?;
+            queue.record(self.shared.events[own.index])
+        });
+        queue.wait().and(copied)?;
+        Ok(true)
+    }
+
+    fn pair(&self) -> Result<Option<[Pinned; 2]>, DeviceError> {
+        Ok(self.try_take()?.zip(self.try_take()?).map(|(first, second)| [first, second]))
+    }
+
+    /// The buffer whose turn it is, and the other one.
+    fn turn<'a>(&self, [even, odd]: &'a mut [Pinned; 2], index: usize) -> [&'a mut Pinned; 2] {
+        if index.is_multiple_of(2) { [even, odd] } else { [odd, even] }
+    }
+
+    /// Waits for the last copy of a buffer.
+    fn wait(&self, buffer: &Pinned) -> Result<(), DeviceError> {
+        let event = self.shared.events[buffer.index];
+        // SAFETY: the event is the buffer's own and lives as long as the ring.
+        self.shared.gpu.must("copying", |driver| unsafe { (driver.cuEventSynchronize)(event) })
+    }
+}
+
 impl Drop for Staging {
     fn drop(&mut self) {
         self.in_flight = None;

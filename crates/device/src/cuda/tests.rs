@@ -483,3 +483,31 @@ fn the_stand_in_can_be_loaded_as_the_driver() {
         String::from_utf8_lossy(&run.stderr)
     );
 }
+
+#[test]
+fn large_copies_go_through_pinned_buffers_and_keep_their_bytes() {
+    const LARGE: usize = 64 << 10;
+    for delay in [Delay::Latest, Delay::Random(3)] {
+        let options =
+            Options { memory_bytes: 256 * LARGE, granularity: LARGE, delay, abort_on_misuse: false };
+        let (stand_in, device) = stand_in::open(options, 128 * LARGE, LARGE);
+        let memory = device.unwrap().into_memory();
+        let staging = memory.staging().unwrap();
+        let buffer = staging.buffer_bytes();
+        let arena = Arena::reserve(memory.clone(), 128 * LARGE).unwrap();
+        // Fewer pieces than there are buffers, as many, more, and a last one that is not whole.
+        for len in [LARGE, buffer, buffer + 1, 2 * buffer, 3 * buffer + 12_345] {
+            let mut extent = arena.claim(5, len).unwrap();
+            let content: Vec<u8> = (0..len).map(|at| (at * 31 + at / 4096) as u8).collect();
+            extent.write(0, &content).unwrap();
+            assert!(bytes(&extent) == content, "{len} bytes");
+            // All buffers are elsewhere: the driver's own way.
+            let held: Vec<Pinned> = (0..3).map(|_| staging.take().unwrap()).collect();
+            extent.write(0, &content[3..]).unwrap();
+            assert!(bytes(&extent)[..len - 3] == content[3..], "{len} bytes without a buffer");
+            drop(held);
+        }
+        drop((arena, memory));
+        assert_eq!((stand_in.left(), stand_in.violations()), (Left::default(), Vec::new()));
+    }
+}
