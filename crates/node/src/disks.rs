@@ -95,7 +95,8 @@ impl Disks {
     pub(crate) fn keep(&self) {
         let served = self.served();
         let corrections = served.store.corrections().into_iter();
-        let named = corrections.filter_map(|(number, better)| Some((served.told.get(&number)?.clone(), better)));
+        let named =
+            corrections.filter_map(|(number, better)| Some((served.told.get(&number)?.clone(), better)));
         let named: Vec<(String, Measured)> = named.collect();
         drop(served);
         self.correct(named);
