@@ -195,6 +195,58 @@ fn the_same_results_under_eviction_and_preemption() {
     }
 }
 
+/// Two models that take turns in a pool with room for one: what host memory has of them is not read from the disk again,
+/// and a model four times as large as host memory loads and serves.
+#[test]
+fn models_that_take_turns_come_from_host_memory() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = |name: &str| sources.path().join(name);
+    let tiny = |seed, family, context| RandomModel { seed, context, ..RandomModel::tiny(family) };
+    write_hf_model(&path("a"), &tiny(21, Family::Gpt2, 4000));
+    write_hf_model(&path("b"), &tiny(22, Family::Gpt2, 4000));
+    let prompt = [9, 8, 7, 25];
+    let on_cpu = open(data.path(), 64 << 20);
+    let models = ["a", "b"].map(|name| deploy(&on_cpu, name, &path(name)));
+    let expected = models.each_ref().map(|model| run(&on_cpu, request(model, &prompt, 3)).tokens);
+    let weights = models[0].weight_bytes;
+    drop(on_cpu);
+    let pool = (weights as usize + (512 << 10)).next_multiple_of(PAGE);
+    for host_memory in [8 * weights, weights / 4] {
+        let Some(stand_in) = gpu(pool, Delay::Random(host_memory)) else { return };
+        let config = NodeConfig { host_memory, ..on_gpu(&stand_in, data.path(), pool) };
+        let node = Node::open(config).unwrap();
+        eventually("host memory is pinned", || {
+            node.status().host_tier_bytes + PAGE as u64 > host_memory * 7 / 8
+        });
+        for round in 0..4 {
+            let before = node.status().bytes_from_host_total;
+            let mut loaded = 0;
+            for (name, expected) in ["a", "b"].iter().zip(&expected) {
+                let outcome = run(&node, request(&node.model(name).unwrap(), &prompt, 3));
+                assert_eq!(&outcome.tokens, expected, "{name}, round {round}");
+                loaded += outcome.timing.bytes_loaded;
+            }
+            let status = node.status();
+            let hits = status.bytes_from_host_total - before;
+            println!(
+                "{host_memory} bytes of host memory, round {round}: {hits} of {loaded} bytes from it: {} tensors",
+                status.host_tensors
+            );
+            assert!(loaded >= weights, "the pool has room for both");
+            assert!(
+                status.host_weight_bytes <= status.host_tier_bytes && status.host_tier_bytes <= host_memory
+            );
+            if round > 0 && host_memory > weights {
+                assert_eq!(hits, loaded, "all of it is in host memory");
+            } else if round > 0 {
+                assert!(hits < loaded);
+            }
+        }
+        assert!(node.status().bytes_from_host_total > 0);
+        nothing_is_left(node, &stand_in);
+    }
+}
+
 /// What a GPU can die of, at any moment of a request: the request fails and says why, the next one is served.
 #[test]
 fn a_lost_gpu_is_set_up_anew() {
