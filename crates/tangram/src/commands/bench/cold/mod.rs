@@ -18,8 +18,8 @@ use anyhow::{Context, bail};
 use clap::Args;
 use tangram_checkpoint::{DATA_FILE, Manifest, read_manifest};
 use tangram_node::{
-    Arrived, Computed, DeployedModel, GenerateEvent, GenerateRequest, Node, NodeConfig, Observer,
-    SamplingParams, WeightLayout,
+    Arrived, Computed, DeployedModel, GenerateEvent, GenerateRequest, Generation, Node, NodeConfig, Observer,
+    SamplingParams, Timing, WeightLayout,
 };
 
 use self::report::{Arrival, Cold, Report, Stage};
@@ -28,6 +28,9 @@ use crate::config::PoolLayout;
 
 /// Beside the weights, the pool has room for the keys and values of the prompts.
 const KV_BYTES: u64 = 128 << 20;
+
+/// Tokens that the other model generates: enough that it does so when the request comes.
+const FILLER_TOKENS: usize = 4;
 
 /// What to load, and what to compute.
 #[derive(Args)]
@@ -155,27 +158,32 @@ impl Bench {
     fn cold(&mut self, tokens: usize) -> anyhow::Result<Cold> {
         raw::drop_cache(&self.file)?;
         let disk = raw::direct(&self.file)?;
-        self.first_token(&self.filler.clone(), 1)?;
-        // At once: a node with nothing to do fetches what is asked for next, and here that is no secret.
+        // The other model is still busy when the request comes, and ends then: a node with nothing to do fetches what is
+        // asked for next, and here that is no secret. The time counts from when the request's turn has come.
+        let mut filling = self.start(&self.filler.clone(), 1, FILLER_TOKENS)?;
+        first_token(&mut filling)?;
         self.recorder.take();
-        let started = Instant::now();
-        let loaded = self.first_token(&self.model.clone(), tokens)?;
-        let first_token = started.elapsed().as_secs_f64();
+        let submitted = Instant::now();
+        let mut generation = self.start(&self.model.clone(), tokens, 1)?;
+        let timing = first_token(&mut generation)?;
         let recorded = self.recorder.take();
+        let loaded = timing.bytes_loaded;
         let there = self.model.weight_bytes - loaded;
         // Beside the other model is hardly any room.
         if there > self.model.weight_bytes / 10 {
             bail!("{} of the model were in memory", crate::output::bytes(there));
         }
-        let resident = Instant::now();
-        self.first_token(&self.model.clone(), tokens)?;
-        let prefill = resident.elapsed().as_secs_f64();
+        let mut resident = self.start(&self.model.clone(), tokens, 1)?;
+        let resident = first_token(&mut resident)?;
+        let prefill = (resident.first_token - resident.queue).as_secs_f64();
+        let started = submitted + timing.queue;
         let since = |at: Instant| at.saturating_duration_since(started).as_secs_f64();
         let stage = |offset| self.manifest.tensors.iter().find(|tensor| tensor.offset == offset);
         let arrivals = recorded.arrived.iter().filter_map(|&(offset, bytes, at)| {
             Some(Arrival { stage: stage(offset)?.stage as usize, bytes, at: since(at) })
         });
-        let stages = recorded.computed.iter().map(|&(Computed { stage, tokens, started }, ended)| Stage {
+        let own = recorded.computed.iter().filter(|(computed, _)| computed.started >= started);
+        let stages = own.map(|&(Computed { stage, tokens, started }, ended)| Stage {
             stage,
             tokens,
             from: since(started),
@@ -183,7 +191,7 @@ impl Bench {
         });
         Ok(Cold {
             prompt_tokens: tokens,
-            first_token,
+            first_token: (timing.first_token - timing.queue).as_secs_f64(),
             disk: loaded as f64 * disk.seconds / disk.bytes as f64,
             prefill,
             arrivals: arrivals.collect(),
@@ -191,8 +199,13 @@ impl Bench {
         })
     }
 
-    /// Asks for one token after a prompt of so many tokens; gives the bytes that were loaded for it.
-    fn first_token(&mut self, model: &Arc<DeployedModel>, tokens: usize) -> anyhow::Result<u64> {
+    /// Asks for so many tokens after a prompt of so many.
+    fn start(
+        &mut self,
+        model: &Arc<DeployedModel>,
+        tokens: usize,
+        max_tokens: usize,
+    ) -> anyhow::Result<Generation> {
         self.prompts += 1;
         let vocab = model.spec.vocab as u32;
         let token = |at: u32| (self.prompts + at).wrapping_mul(2_654_435_761) % vocab;
@@ -200,20 +213,24 @@ impl Bench {
             model: model.clone(),
             prompt: (0..tokens as u32).map(token).collect(),
             sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            max_tokens: Some(1),
+            max_tokens: Some(max_tokens),
             ignore_eos: true,
             stop_token_ids: Vec::new(),
             grammar: None,
         };
-        let mut generation = self.node.generate(request)?;
-        let mut bytes = 0;
-        loop {
-            match generation.next_blocking().context("the node has ended")? {
-                GenerateEvent::Started(timing) => bytes = timing.bytes_loaded,
-                GenerateEvent::Token(_) => return Ok(bytes),
-                GenerateEvent::Finished { .. } => bail!("there is no token"),
-                GenerateEvent::Failed(error) => return Err(error.into()),
-            }
+        Ok(self.node.generate(request)?)
+    }
+}
+
+/// Waits for the first token; gives where the time until then went.
+fn first_token(generation: &mut Generation) -> anyhow::Result<Timing> {
+    let mut timing = Timing::default();
+    loop {
+        match generation.next_blocking().context("the node has ended")? {
+            GenerateEvent::Started(until_now) => timing = until_now,
+            GenerateEvent::Token(_) => return Ok(timing),
+            GenerateEvent::Finished { .. } => bail!("there is no token"),
+            GenerateEvent::Failed(error) => return Err(error.into()),
         }
     }
 }
