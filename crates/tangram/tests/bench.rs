@@ -90,6 +90,7 @@ fn a_checkpoint_is_loaded_in_every_way() {
         "cold, 16 loads at once",
         "memory copy",
         "warm",
+        "warm, again",
         "warm, sampled",
     ];
     assert_eq!(names, expected);
