@@ -108,6 +108,8 @@ pub struct ModelProfile {
 pub struct MachineProfile {
     /// Bytes of the pool.
     pub pool_bytes: u64,
+    /// Bytes of it that cached prefixes hold now: room that a simulator which knows no prefixes does not have either.
+    pub cached_prefix_bytes: u64,
     /// Bytes per second at which weights arrive; `None` before it was measured.
     pub load_bytes_per_second: Option<f64>,
     /// The share (0 to 1) of the device's arithmetic that a running load takes.

@@ -343,6 +343,7 @@ impl Node {
         let loading = models.iter().find_map(|model| model.forecast().loading());
         MachineProfile {
             pool_bytes: self.page_count * self.page_bytes,
+            cached_prefix_bytes: self.status().kv_cached_bytes,
             load_bytes_per_second: loading.map(|loading| loading.link.bytes_per_second),
             load_share: loading.map_or(0.0, |loading| loading.share),
             models: models.iter().map(|model| model.profile()).collect(),

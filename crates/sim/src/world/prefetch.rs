@@ -12,6 +12,9 @@ const TRIED: usize = 8;
 /// A transfer can be given up between pieces of so many bytes.
 const PIECE_BYTES: f64 = 16e6;
 
+/// Where the processor copies, the live node brings in so many bytes at a time and does not give them up.
+const BATCH_BYTES: f64 = 4.0 * 1024.0 * 1024.0;
+
 impl World<'_> {
     /// Starts the next prefetch on a device whose link is free; if it is busy, comes back when it is.
     pub(super) fn pump(&mut self, index: u32) {
@@ -85,7 +88,12 @@ impl World<'_> {
     /// Gives up a prefetch under way on a device whose link a request needs for something else: what has arrived of it
     /// is lost, and the link is free after the piece that it is carrying.
     pub(super) fn cancel_fetch(&mut self, index: u32) {
+        let profile = &self.scenario.profile;
         let device = &mut self.devices[index as usize];
+        let rest = seconds(device.link_free.saturating_sub(self.now));
+        if profile.load_share > 0.0 && rest * profile.link.bytes_per_second <= BATCH_BYTES {
+            return;
+        }
         let Some(slot) = device.fetching.take_if(|slot| device.slots[*slot as usize].holders == 0) else {
             return;
         };
@@ -96,9 +104,8 @@ impl World<'_> {
             layout.remove(slot);
         }
         self.economies[index as usize].evicted(slot);
-        let rest = seconds(device.link_free - self.now);
-        self.totals.fetched_bytes -= bytes.min((rest * self.scenario.profile.link.bytes_per_second) as u64);
-        let piece = self.after(rest.min(PIECE_BYTES / self.scenario.profile.link.bytes_per_second));
+        self.totals.fetched_bytes -= bytes.min((rest * profile.link.bytes_per_second) as u64);
+        let piece = self.after(rest.min(PIECE_BYTES / profile.link.bytes_per_second));
         self.devices[index as usize].link_free = piece;
         self.note(|log| write!(log, "give-up device={index} slot={slot}"));
     }

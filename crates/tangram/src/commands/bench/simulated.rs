@@ -57,7 +57,7 @@ pub(super) fn compare(
     let scenario = Scenario {
         profile: Profile {
             name: "measured",
-            pool_bytes: profile.pool_bytes,
+            pool_bytes: profile.pool_bytes.saturating_sub(profile.cached_prefix_bytes),
             link: Link { bytes_per_second: rate, transfer_seconds: 0.0 },
             move_bytes_per_second: MOVE_BYTES_PER_SECOND,
             disk_bytes_per_second: rate,
