@@ -78,7 +78,7 @@ pub fn run(node: &Node, request: GenerateRequest) -> Outcome {
 
 /// Waits until a condition on the node's published status holds.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "never happened: {what}");
         std::thread::sleep(Duration::from_millis(2));
