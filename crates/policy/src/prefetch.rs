@@ -20,6 +20,10 @@ use std::collections::HashMap;
 use crate::eviction::{self, Candidate};
 use crate::retention::TensorKey;
 
+/// Bytes brought in at a time where the processor that computes also copies. They are not given up, so a request that
+/// comes meanwhile waits for no more than these.
+pub const BATCH_BYTES: u64 = 4 << 20;
+
 /// Something is brought in over others only if its worth per byte is this many doublings above each of theirs.
 pub const MARGIN: f64 = 0.5;
 

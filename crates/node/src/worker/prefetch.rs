@@ -3,13 +3,11 @@
 //! Never takes anything from a request: it runs only while none is there (on this device copying and computing take the
 //! same cores), and lets go when one comes.
 
+use tangram_policy::prefetch::BATCH_BYTES;
 use tangram_pool::Vacancy;
 
 use super::Worker;
 use crate::model::loads;
-
-/// Bytes brought in at a time. A request that comes meanwhile waits for no more than that.
-const BATCH_BYTES: u64 = 4 << 20;
 
 impl Worker {
     /// Starts the next piece of prefetching if there is nothing else to do.

@@ -3,6 +3,8 @@
 use std::fmt::Write;
 use std::time::Instant;
 
+use tangram_policy::prefetch::BATCH_BYTES;
+
 use super::{Event, World};
 use crate::trace::seconds;
 
@@ -11,9 +13,6 @@ const TRIED: usize = 8;
 
 /// A transfer can be given up between pieces of so many bytes.
 const PIECE_BYTES: f64 = 16e6;
-
-/// Where the processor copies, the live node brings in so many bytes at a time and does not give them up.
-const BATCH_BYTES: f64 = 4.0 * 1024.0 * 1024.0;
 
 impl World<'_> {
     /// Starts the next prefetch on a device whose link is free; if it is busy, comes back when it is.
@@ -91,7 +90,7 @@ impl World<'_> {
         let profile = &self.scenario.profile;
         let device = &mut self.devices[index as usize];
         let rest = seconds(device.link_free.saturating_sub(self.now));
-        if profile.load_share > 0.0 && rest * profile.link.bytes_per_second <= BATCH_BYTES {
+        if profile.load_share > 0.0 && rest * profile.link.bytes_per_second <= BATCH_BYTES as f64 {
             return;
         }
         let Some(slot) = device.fetching.take_if(|slot| device.slots[*slot as usize].holders == 0) else {
