@@ -60,12 +60,7 @@ pub(crate) struct Options {
 
 /// Measures and reports.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
-    let parent = match &options.scratch {
-        Some(dir) => dir.clone(),
-        None if options.source.is_dir() => options.source.clone(),
-        None => options.source.parent().map(Path::to_owned).unwrap_or_default(),
-    };
-    let scratch = Scratch::create(&parent)?;
+    let scratch = Scratch::create(options.scratch.as_deref(), &options.source)?;
     let mut bench = Bench::new(&scratch.0, &options.source, options.pool)?;
     let mut report = Report::new(options.source.display().to_string(), &bench.manifest);
     // Not counted. What is loaded for the second time is read through the page cache, and when it is then dropped all the

@@ -60,12 +60,7 @@ pub(super) struct Cost {
 
 /// Measures and reports.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
-    let scratch = match &options.scratch {
-        Some(dir) => dir.clone(),
-        None if options.source.is_dir() => options.source.clone(),
-        None => options.source.parent().map(Path::to_owned).unwrap_or_default(),
-    };
-    let scratch = Scratch::create(&scratch)?;
+    let scratch = Scratch::create(options.scratch.as_deref(), &options.source)?;
     let source = tangram_checkpoint::open(&options.source)?;
     let bytes = source.weight_bytes();
     eprintln!("importing {} into {}", crate::output::bytes(bytes), scratch.0.display());
@@ -162,7 +157,10 @@ fn import_compressed(
 pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
-    pub(super) fn create(parent: &Path) -> anyhow::Result<Scratch> {
+    /// In `parent`, or beside the source.
+    pub(super) fn create(parent: Option<&Path>, source: &Path) -> anyhow::Result<Scratch> {
+        let beside = if source.is_dir() { source } else { source.parent().unwrap_or(Path::new("")) };
+        let parent = parent.unwrap_or(beside);
         let dir = parent.join(format!("tangram-bench-load-{}", std::process::id()));
         std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         Ok(Scratch(dir))
