@@ -294,6 +294,25 @@ impl Arena {
         Ok(())
     }
 
+    /// Pages (index in the arena, physical page), ascending, as few runs that are contiguous in both.
+    fn runs(&self, pages: impl Iterator<Item = (usize, u32)>) -> Vec<Mapping> {
+        let page_bytes = self.memory.page_bytes();
+        let mut runs: Vec<Mapping> = Vec::new();
+        for (page, physical) in pages {
+            let address = self.address + page * page_bytes;
+            match runs.last_mut() {
+                Some(last)
+                    if last.address + last.pages as usize * page_bytes == address
+                        && last.first_page + last.pages == physical =>
+                {
+                    last.pages += 1;
+                }
+                _ => runs.push(Mapping { address, first_page: physical, pages: 1 }),
+            }
+        }
+        runs
+    }
+
     fn map_fresh(&self, state: &mut ArenaState, fresh: &[usize]) -> Result<(), DeviceError> {
         if fresh.is_empty() {
             return Ok(());
@@ -307,19 +326,7 @@ impl Arena {
         })?;
         drop(free);
         let physical: Vec<u32> = runs.iter().flat_map(|&(start, length)| start..start + length).collect();
-        let mut batch: Vec<Mapping> = Vec::new();
-        for (&page, &physical) in fresh.iter().zip(&physical) {
-            let address = self.address + page * page_bytes;
-            match batch.last_mut() {
-                Some(last)
-                    if last.address + last.pages as usize * page_bytes == address
-                        && last.first_page + last.pages == physical =>
-                {
-                    last.pages += 1;
-                }
-                _ => batch.push(Mapping { address, first_page: physical, pages: 1 }),
-            }
-        }
+        let batch = self.runs(fresh.iter().copied().zip(physical.iter().copied()));
         // SAFETY: the addresses are pages of this arena's own reservation that are not in `mapped`; the physical
         // pages were free until now, so they are mapped nowhere.
         if let Err(error) = unsafe { self.memory.device.map(&batch) } {
@@ -395,24 +402,16 @@ impl Arena {
 
     /// Unmaps pages (index, physical page) that are no longer in `mapped`, and frees them.
     fn unmap_emptied(&self, mut emptied: Vec<(usize, u32)>) {
-        let page_bytes = self.memory.page_bytes();
         emptied.sort_unstable();
-        let mut ranges: Vec<(usize, usize)> = Vec::new();
-        for &(page, _) in &emptied {
-            let address = self.address + page * page_bytes;
-            match ranges.last_mut() {
-                Some((start, bytes)) if *start + *bytes == address => *bytes += page_bytes,
-                _ => ranges.push((address, page_bytes)),
-            }
-        }
-        if ranges.is_empty() {
+        let runs = self.runs(emptied.iter().copied());
+        if runs.is_empty() {
             return;
         }
         // SAFETY: no live extent covers these pages, so nobody holds references into them.
-        if unsafe { self.memory.device.unmap(&ranges) }.is_ok() {
+        if unsafe { self.memory.device.unmap(&runs) }.is_ok() {
             let mut free = lock(&self.memory.free);
-            for (_, physical) in emptied {
-                free.give(physical, 1);
+            for run in runs {
+                free.give(run.first_page, run.pages);
             }
         }
         // If the system refused to unmap, the pages stay out of circulation rather than being mapped twice.

@@ -1,14 +1,14 @@
-//! The CPU as a device: physical pages are offsets of one memory file, mapped shared at fixed addresses.
+//! The CPU as a device: physical pages are parts of one private range, their home, and mapping moves them elsewhere.
 //!
-//! The file takes memory from the system only when a page is first written. It must never be mapped twice at once:
-//! the resident set would count such a page twice and the aliasing rules of [`crate::Arena`] would break.
+//! `mremap` moves entries of page tables, 2 MiB by one entry where huge pages or whole tables can move, so that a page which
+//! was written once is mapped again without a fault: mapping and unmapping a GiB takes 2 ms of processor time, where a memory
+//! file that is mapped and populated takes 45 (measured in docs/measurements/2026-11-loading.md). Memory is taken from the
+//! system when a page is first written. Nobody may touch the home of a page: it would get other memory there.
 
 use std::ffi::c_void;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap_fixed, munmap};
 
 use crate::{Device, DeviceError, Mapping, Memory, Stream};
 
@@ -16,12 +16,13 @@ use crate::{Device, DeviceError, Mapping, Memory, Stream};
 /// hashes; more would take cores from the forward pass.
 const STREAMS: usize = 2;
 
-/// Alignment of reservations, so that a huge page can back an aligned part of any arena.
-const RESERVATION_ALIGNMENT: usize = 2 << 20;
+/// Bytes of a huge page, and of what one page table maps. Reservations are aligned to it, so that whole ones can move.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Pages of one memory file.
+/// Pages with a home in one private range.
 pub struct CpuDevice {
-    file: OwnedFd,
+    /// Where page 0 is at home.
+    home: usize,
     page_bytes: usize,
     page_count: usize,
     streams: Vec<Stream>,
@@ -33,11 +34,12 @@ fn system(operation: &'static str) -> impl Fn(rustix::io::Errno) -> DeviceError 
 
 impl CpuDevice {
     /// A page size that bounds the number of mappings (the kernel allows a process 65,530) and the rounding of
-    /// small pools: a 4096th of the pool, between the system page and 2 MiB, more only for pools over 16 GiB.
+    /// small pools: huge pages for 2 GiB and more, larger ones only for pools over 16 GiB; a 4096th of a small pool, but not
+    /// less than the system's page.
     pub fn default_page_bytes(pool_bytes: usize) -> usize {
         let wanted = (pool_bytes / 4096).next_power_of_two();
-        let upper = if pool_bytes > (16 << 30) { wanted } else { 2 << 20 };
-        wanted.clamp(rustix::param::page_size(), upper)
+        let least = if pool_bytes < (2 << 30) { rustix::param::page_size() } else { HUGE_PAGE_BYTES };
+        wanted.max(least)
     }
 
     /// A page size that a user asked for, if a pool of `pool_bytes` can have it.
@@ -54,28 +56,102 @@ impl CpuDevice {
         Ok(page_bytes)
     }
 
-    /// Makes a device of `pool_bytes / page_bytes` pages (rounded down) and opens its memory.
+    /// Makes a device of `pool_bytes / page_bytes` pages (rounded down), which take no memory yet.
     ///
     /// # Errors
-    /// [`DeviceError::System`] when the memory file or the copy threads cannot be made.
+    /// [`DeviceError::System`] when the address space is exhausted or the copy threads cannot be made.
     pub fn open(pool_bytes: usize, page_bytes: usize) -> Result<Arc<Memory>, DeviceError> {
         assert!(page_bytes.is_power_of_two() && page_bytes >= rustix::param::page_size());
         let page_count = pool_bytes / page_bytes;
-        let file = memfd_create("tangram-pool", MemfdFlags::CLOEXEC)
-            .map_err(system("creating the pool's memory file"))?;
-        ftruncate(&file, (page_count * page_bytes) as u64)
-            .map_err(system("sizing the pool's memory file"))?;
         let streams = (0..STREAMS)
             .map(|i| Stream::start(&format!("copy-{i}")))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|source| DeviceError::System { operation: "starting a copy thread", source })?;
-        Ok(Memory::new(Box::new(CpuDevice { file, page_bytes, page_count, streams })))
+        let home = make_home(page_count * page_bytes, page_bytes)?;
+        Ok(Memory::new(Box::new(CpuDevice { home, page_bytes, page_count, streams })))
+    }
+
+    fn home_of(&self, page: u32) -> usize {
+        self.home + page as usize * self.page_bytes
     }
 }
 
+impl Drop for CpuDevice {
+    fn drop(&mut self) {
+        // SAFETY: made by `make_home` with this size. Every arena holds the device, so all pages are at home.
+        let _ = unsafe { munmap(self.home as *mut c_void, home_bytes(self.page_count * self.page_bytes)) };
+    }
+}
+
+/// Bytes of the home of pages of so many bytes: with the page that keeps it one mapping.
+fn home_bytes(pages_bytes: usize) -> usize {
+    pages_bytes + rustix::param::page_size()
+}
+
+/// Makes a private range for `bytes` bytes of pages.
+fn make_home(bytes: usize, page_bytes: usize) -> Result<usize, DeviceError> {
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let home = reserve_aligned(home_bytes(bytes), HUGE_PAGE_BYTES.max(page_bytes), protection)?;
+    // SAFETY: the range was mapped just above and nobody knows of it. Both advices change no byte: huge pages are
+    // worth it where none is moved in parts, and a child process that is yet to become another program needs no copy
+    // of the pool. The write to the page behind the last one gives the range its reverse mapping before anything is
+    // moved: what is moved shares it, and so joins its neighbours again when it comes back. Without it each piece would
+    // stay a mapping of its own, and a move of several would be refused.
+    unsafe {
+        if page_bytes >= HUGE_PAGE_BYTES {
+            let _ = madvise(home as *mut c_void, bytes, Advice::LinuxHugepage);
+        }
+        let _ = madvise(home as *mut c_void, home_bytes(bytes), Advice::LinuxDontFork);
+        std::ptr::write_volatile((home + bytes) as *mut u8, 1);
+    }
+    Ok(home)
+}
+
+/// Maps fresh private memory at an aligned address.
+fn reserve_aligned(bytes: usize, alignment: usize, protection: ProtFlags) -> Result<usize, DeviceError> {
+    let padded = bytes.checked_add(alignment).ok_or(DeviceError::System {
+        operation: "reserving address space",
+        source: std::io::ErrorKind::OutOfMemory.into(),
+    })?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory.
+    let start = unsafe { mmap_anonymous(std::ptr::null_mut(), padded, protection, flags) }
+        .map_err(system("reserving address space"))? as usize;
+    let address = start.next_multiple_of(alignment);
+    let tail = start + padded - (address + bytes);
+    // SAFETY: both trimmed parts belong to the mapping made above and nobody has seen their addresses.
+    unsafe {
+        if address > start {
+            let _ = munmap(start as *mut c_void, address - start);
+        }
+        if tail > 0 {
+            let _ = munmap((address + bytes) as *mut c_void, tail);
+        }
+    }
+    Ok(address)
+}
+
+/// Moves the pages of a mapped range to another, whose mapping is replaced. The old range stays mapped, with nothing in it.
+///
+/// # Safety
+/// The caller must own both ranges, and nobody may hold references into either.
+unsafe fn move_pages(from: usize, to: usize, bytes: usize) -> Result<(), rustix::io::Errno> {
+    // SAFETY: as the caller says. Without `DONTUNMAP` the old range would be a hole, which another thread's mapping could
+    // fall into.
+    unsafe {
+        mremap_fixed(
+            from as *mut c_void,
+            bytes,
+            bytes,
+            MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP,
+            to as *mut c_void,
+        )
+    }
+    .map(|_| ())
+}
+
 // SAFETY: reservations come from the kernel as fresh anonymous mappings and so are disjoint from everything else;
-// `map` replaces parts of them by shared read-write mappings of the memory file; `unmap` puts inaccessible
-// anonymous memory back.
+// `map` moves readable and writable memory to parts of them; `unmap` moves it back and leaves inaccessible memory.
 unsafe impl Device for CpuDevice {
     fn name(&self) -> &str {
         "cpu"
@@ -90,33 +166,7 @@ unsafe impl Device for CpuDevice {
     }
 
     fn reserve(&self, bytes: usize) -> Result<usize, DeviceError> {
-        let alignment = RESERVATION_ALIGNMENT.max(self.page_bytes);
-        let padded = bytes.checked_add(alignment).ok_or(DeviceError::System {
-            operation: "reserving address space",
-            source: std::io::ErrorKind::OutOfMemory.into(),
-        })?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory.
-        let start = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                padded,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }
-        .map_err(system("reserving address space"))? as usize;
-        let address = start.next_multiple_of(alignment);
-        let tail = start + padded - (address + bytes);
-        // SAFETY: both trimmed parts belong to the mapping made above and nobody has seen their addresses.
-        unsafe {
-            if address > start {
-                let _ = munmap(start as *mut c_void, address - start);
-            }
-            if tail > 0 {
-                let _ = munmap((address + bytes) as *mut c_void, tail);
-            }
-        }
-        Ok(address)
+        reserve_aligned(bytes, HUGE_PAGE_BYTES.max(self.page_bytes), ProtFlags::empty())
     }
 
     unsafe fn unreserve(&self, address: usize, bytes: usize) {
@@ -126,41 +176,28 @@ unsafe impl Device for CpuDevice {
 
     unsafe fn map(&self, batch: &[Mapping]) -> Result<(), DeviceError> {
         for (done, mapping) in batch.iter().enumerate() {
-            let bytes = mapping.pages as usize * self.page_bytes;
-            // SAFETY: the caller says that the range lies in a reservation and is unmapped, so replacing it
-            // destroys nothing; the pages are mapped nowhere else.
-            let mapped = unsafe {
-                mmap(
-                    mapping.address as *mut c_void,
-                    bytes,
-                    ProtFlags::READ | ProtFlags::WRITE,
-                    MapFlags::SHARED | MapFlags::FIXED,
-                    &self.file,
-                    mapping.first_page as u64 * self.page_bytes as u64,
-                )
-            };
-            if let Err(errno) = mapped {
-                let undo: Vec<_> =
-                    batch[..done].iter().map(|m| (m.address, m.pages as usize * self.page_bytes)).collect();
+            let (from, bytes) = (self.home_of(mapping.first_page), mapping.pages as usize * self.page_bytes);
+            // SAFETY: the caller says that the range lies in a reservation and is unmapped, so replacing it destroys
+            // nothing, and that the pages are mapped nowhere else, so they are at home, where nobody looks.
+            if let Err(errno) = unsafe { move_pages(from, mapping.address, bytes) } {
                 // SAFETY: these runs were mapped by this call and nobody has been told.
-                let _ = unsafe { self.unmap(&undo) };
-                return Err(system("mapping pages")(errno));
-            }
-            if bytes >= RESERVATION_ALIGNMENT {
-                // Advice only: a kernel without huge pages for shared memory refuses it, and nothing is lost.
-                // SAFETY: the range was mapped just above.
-                let _ = unsafe { madvise(mapping.address as *mut c_void, bytes, Advice::LinuxHugepage) };
+                let _ = unsafe { self.unmap(&batch[..done]) };
+                return Err(system("mapping pages (which takes Linux 5.7 or newer)")(errno));
             }
         }
         Ok(())
     }
 
-    unsafe fn unmap(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError> {
-        for &(address, bytes) in batch {
-            // SAFETY: the caller says that nobody uses the range; it stays reserved as inaccessible memory.
+    unsafe fn unmap(&self, batch: &[Mapping]) -> Result<(), DeviceError> {
+        for mapping in batch {
+            let bytes = mapping.pages as usize * self.page_bytes;
+            // SAFETY: the caller says that nobody uses the range. Its pages go home, which is empty since they left. What
+            // is left in their place is replaced by inaccessible memory, so it stays reserved.
             unsafe {
+                move_pages(mapping.address, self.home_of(mapping.first_page), bytes)
+                    .map_err(system("unmapping pages"))?;
                 mmap_anonymous(
-                    address as *mut c_void,
+                    mapping.address as *mut c_void,
                     bytes,
                     ProtFlags::empty(),
                     MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
@@ -198,14 +235,13 @@ unsafe impl Device for CpuDevice {
     }
 
     unsafe fn prepare_write(&self, address: usize, bytes: usize) {
-        // One call fills the page tables of the whole range, where writing would fault page by page. Populating for
-        // reading maps the pages around each fault as well, and writable like the mapping, which takes two thirds of the
-        // time that populating for writing does. Advice only: older kernels refuse, and nothing is lost.
+        // One call takes all the memory that the range lacks, where writing would fault page by page. Advice only: older
+        // kernels refuse, and nothing is lost.
         let page = rustix::param::page_size();
         let (start, end) = (address / page * page, (address + bytes).next_multiple_of(page));
         // SAFETY: the caller says that the range is mapped; populating changes no byte. The pages at its ends are
         // mapped whole.
-        let _ = unsafe { madvise(start as *mut c_void, end - start, Advice::LinuxPopulateRead) };
+        let _ = unsafe { madvise(start as *mut c_void, end - start, Advice::LinuxPopulateWrite) };
     }
 
     fn host_accessible(&self) -> bool {
@@ -214,5 +250,51 @@ unsafe impl Device for CpuDevice {
 
     fn streams(&self) -> &[Stream] {
         &self.streams
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Arena;
+    use crate::arena::{Claim, Contents};
+
+    /// Mappings of this process that lie in a range.
+    fn mappings(start: usize, bytes: usize) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let starts =
+            maps.lines().map(|line| usize::from_str_radix(line.split('-').next().unwrap(), 16).unwrap());
+        starts.filter(|at| (start..start + bytes).contains(at)).count()
+    }
+
+    #[test]
+    fn pages_that_were_moved_about_join_again_at_home() {
+        let page = rustix::param::page_size();
+        let memory = CpuDevice::open(64 * page, page).unwrap();
+        let arena = Arena::reserve(memory.clone(), 256 * page).unwrap();
+        // Every other page first, so that the rest is mapped in pieces.
+        let (mut even, mut odd) = (Vec::new(), Vec::new());
+        for index in 0..32 {
+            even.push(arena.claim((index * 2) * page, page).unwrap());
+        }
+        let home = even[0].address();
+        for index in 0..32 {
+            let claim = Claim { offset: (index * 2 + 1) * page, len: page };
+            let mut extents = arena.claim_all(&[claim], Contents::Overwritten).unwrap();
+            extents[0].write(0, &[index as u8; 8]).unwrap();
+            odd.append(&mut extents);
+        }
+        drop(even);
+        // One claim over what is free, which lies in 32 pieces, and then over everything at once.
+        let large = arena.claim(128 * page, 32 * page).unwrap();
+        assert_eq!(large.to_vec().unwrap(), vec![0; 32 * page]);
+        for (index, extent) in odd.iter().enumerate() {
+            assert_eq!(extent.to_vec().unwrap()[..8], [index as u8; 8]);
+        }
+        drop((large, odd));
+        assert_eq!(memory.free_pages(), 64);
+        let all = arena.claim(0, 64 * page).unwrap();
+        assert_eq!(mappings(home, 64 * page), 1, "the pages came back in pieces that did not join");
+        assert_eq!(all.to_vec().unwrap(), vec![0; 64 * page]);
     }
 }

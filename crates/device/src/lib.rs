@@ -146,14 +146,14 @@ pub unsafe trait Device: Send + Sync {
     /// The addresses must lie in a reservation and be unmapped; the pages must be mapped nowhere else.
     unsafe fn map(&self, batch: &[Mapping]) -> Result<(), DeviceError>;
 
-    /// Unmaps whole runs (address, bytes); the range stays reserved.
+    /// Unmaps runs of pages; the ranges stay reserved.
     ///
     /// # Errors
     /// [`DeviceError::System`] when the system refuses; the pages then count as lost.
     ///
     /// # Safety
-    /// The ranges must be mapped and nobody may hold references into them.
-    unsafe fn unmap(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError>;
+    /// Exactly these pages must be mapped there, and nobody may hold references into them.
+    unsafe fn unmap(&self, batch: &[Mapping]) -> Result<(), DeviceError>;
 
     /// Fills mapped ranges (address, bytes) with zeros before returning.
     ///

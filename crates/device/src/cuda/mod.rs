@@ -293,8 +293,9 @@ unsafe impl Device for CudaDevice {
         result
     }
 
-    unsafe fn unmap(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError> {
-        batch.iter().try_for_each(|&(address, bytes)| self.unmap_pages(address, bytes))
+    unsafe fn unmap(&self, batch: &[Mapping]) -> Result<(), DeviceError> {
+        let unmap = |run: &Mapping| self.unmap_pages(run.address, run.pages as usize * self.page_bytes);
+        batch.iter().try_for_each(unmap)
     }
 
     unsafe fn zero(&self, batch: &[(usize, usize)]) -> Result<(), DeviceError> {
