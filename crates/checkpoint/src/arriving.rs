@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::Checksum;
 use crate::import::{DATA_FILE, TOKENIZER_FILE, finish, is_plain_name, place_after, write_synced};
 use crate::manifest::{CHUNK_BYTES, ContentId, Hash, Manifest, TensorEntry};
 use crate::{CheckpointError, KnownTensor, Source};
@@ -23,7 +24,7 @@ pub struct Arriving<'a> {
     source: &'a Source,
     dir: PathBuf,
     file: File,
-    /// With identities and chunk hashes that are true only for what has been filled.
+    /// With identities and checksums that are true only for what has been filled.
     manifest: Manifest,
 }
 
@@ -56,7 +57,7 @@ impl<'a> Arriving<'a> {
                 stage: source.spec().stage(tensor.role) as u32,
                 checkpoint: checkpoint_id.to_owned(),
                 offset,
-                chunks: vec![Hash([0; 32]); tensor.bytes.div_ceil(CHUNK_BYTES) as usize],
+                chunks: vec![Checksum::Crc64(0); tensor.bytes.div_ceil(CHUNK_BYTES) as usize],
                 stored: Vec::new(),
                 in_place: None,
             });
@@ -84,7 +85,7 @@ impl<'a> Arriving<'a> {
         Ok(Arriving { source, dir: dir.to_path_buf(), file, manifest })
     }
 
-    /// What is known: places, sizes and roles are true, identities and chunk hashes stand for what is to come.
+    /// What is known: places, sizes and roles are true, identities and checksums stand for what is to come.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
@@ -111,7 +112,7 @@ impl<'a> Arriving<'a> {
                 buffer.resize((tensor.bytes - at).min(CHUNK_BYTES) as usize, 0);
                 self.source.read_at(tensor, at, &mut buffer)?;
                 id.update(&buffer);
-                *chunk = Hash::of(&buffer);
+                *chunk = Checksum::of(&buffer);
                 let written = self.file.write_all_at(&buffer, entry.offset + at);
                 written.map_err(|error| CheckpointError::io(&self.dir.join(DATA_FILE), error))?;
             }

@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::Checksum;
 use crate::compression::{self, Compressor, Layout};
 use crate::file::read_limited;
 use crate::in_place::{self, FilePlace, InPlace, InPlaceFile};
@@ -26,7 +27,8 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 const LARGE_TENSOR: u64 = 64 << 10;
 /// Alignment of large tensors and of the file's end, in bytes.
 const PAGE: u64 = 4096;
-/// Largest manifest in bytes: a model of a terabyte needs about 40 MB of chunk hashes.
+/// Largest manifest in bytes: a model of a terabyte needs about 10 MB of checksums, and needed 40 MB of
+/// hashes.
 const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
 /// A tensor that is already on this disk, in the data file of a checkpoint. One that is read in place from a file of the
@@ -37,8 +39,8 @@ pub struct KnownTensor {
     pub checkpoint: String,
     /// Offset in that data file, in bytes.
     pub offset: u64,
-    /// BLAKE3 of each [`CHUNK_BYTES`] chunk as it is stored.
-    pub chunks: Vec<Hash>,
+    /// The checksum of each [`CHUNK_BYTES`] chunk as it is stored.
+    pub chunks: Vec<Checksum>,
     /// Stored bytes of each chunk, if it is compressed; see [`TensorEntry::stored`].
     pub stored: Vec<u32>,
 }
@@ -350,13 +352,13 @@ impl<'a> Import<'a> {
     }
 
     /// Reads and hashes a tensor, and copies it to `offset` of the data file on the way, if there is one. Gives its
-    /// identity and, as it is stored, the hashes and (if it is compressed) the lengths of its chunks.
+    /// identity and, as it is stored, the checksums and (if it is compressed) the lengths of its chunks.
     fn copy(
         &mut self,
         tensor: &Described<'_>,
         offset: Option<u64>,
         read: ReadAt<'_>,
-    ) -> Result<(ContentId, Vec<Hash>, Vec<u32>), CheckpointError> {
+    ) -> Result<(ContentId, Vec<Checksum>, Vec<u32>), CheckpointError> {
         let mut id = ContentId::hasher(tensor.dtype, tensor.shape);
         let count = tensor.bytes.div_ceil(CHUNK_BYTES) as usize;
         let (mut chunks, mut stored) = (Vec::with_capacity(count), Vec::with_capacity(count));
@@ -369,7 +371,7 @@ impl<'a> Import<'a> {
             let frame = offset.and_then(|_| self.compressor.frame(tensor.dtype, &self.buffer));
             compressed |= frame.is_some();
             let chunk = frame.as_ref().unwrap_or(&self.buffer);
-            chunks.push(Hash::of(chunk));
+            chunks.push(Checksum::of(chunk));
             stored.push(chunk.len() as u32);
             if let Some(offset) = offset {
                 self.writer.write(offset + at, chunk)?;
@@ -473,7 +475,7 @@ struct Version {
 /// Reads and checks the manifest in `dir`, the directory of an imported checkpoint.
 ///
 /// A manifest that is accepted is consistent in itself: its sizes follow from its spec and its own tensors lie in
-/// the data file, or in place in a file that it lists. Whether the files hold what the hashes say is found when its chunks are read.
+/// the data file, or in place in a file that it lists. Whether the files hold what the checksums say is found when its chunks are read.
 pub fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
     let path = dir.join(MANIFEST_FILE);
     let bytes = read_limited(&path, MAX_MANIFEST_BYTES)?;

@@ -6,6 +6,7 @@
 mod adapter;
 mod adapter_config;
 mod arriving;
+mod checksum;
 mod compression;
 mod config;
 pub mod dtype;
@@ -32,6 +33,7 @@ mod tokenizer;
 
 pub use adapter::AdapterSource;
 pub use arriving::{Arriving, WaitFor};
+pub use checksum::{Checksum, ChecksumRun};
 pub use compression::{Layout, codec_format, stored_chunk_bytes};
 pub use dtype::DType;
 pub use error::CheckpointError;

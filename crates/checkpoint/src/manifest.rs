@@ -5,9 +5,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::in_place::{FilePlace, InPlace};
-use crate::{DType, ModelSpec, Role};
+use crate::{Checksum, DType, ModelSpec, Role};
 
-/// Bytes covered by one chunk hash. Chunks start at the tensor's first byte; the last one may be shorter.
+/// Bytes covered by one checksum. Chunks start at the tensor's first byte; the last one may be shorter.
 pub const CHUNK_BYTES: u64 = 2 << 20;
 
 /// Every tensor starts at a multiple of this in its data file, and in memory.
@@ -18,7 +18,7 @@ pub const TENSOR_ALIGNMENT: u64 = 256;
 pub struct Hash(pub [u8; 32]);
 
 impl Hash {
-    /// BLAKE3 of some bytes: what a chunk's bytes are compared with.
+    /// BLAKE3 of some bytes.
     pub fn of(bytes: &[u8]) -> Hash {
         Hash(*blake3::hash(bytes).as_bytes())
     }
@@ -38,6 +38,14 @@ impl Hash {
     /// The identity of a whole tensor: its shape (outermost dimension first) and its bytes as stored.
     pub fn of_tensor(dtype: DType, shape: &[u64], bytes: &[u8]) -> ContentId {
         Hash(*Hash::hasher(dtype, shape).update(bytes).finalize().as_bytes())
+    }
+
+    /// Reads 64 hexadecimal digits.
+    ///
+    /// # Errors
+    /// When they are something else.
+    pub(crate) fn from_hex(text: &str) -> Result<Hash, blake3::HexError> {
+        blake3::Hash::from_hex(text).map(|hash| Hash(*hash.as_bytes()))
     }
 
     /// 64 lower-case hexadecimal digits.
@@ -61,8 +69,7 @@ impl Serialize for Hash {
 impl<'de> Deserialize<'de> for Hash {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let hash = blake3::Hash::from_hex(&text).map_err(serde::de::Error::custom)?;
-        Ok(Hash(*hash.as_bytes()))
+        Hash::from_hex(&text).map_err(serde::de::Error::custom)
     }
 }
 
@@ -90,8 +97,8 @@ pub struct TensorEntry {
     /// Offset in that data file, a multiple of [`TENSOR_ALIGNMENT`]. With `in_place`, which no data file holds, the
     /// place among the tensors of that checkpoint that are read in place.
     pub offset: u64,
-    /// BLAKE3 of each [`CHUNK_BYTES`] chunk as it is stored, in order.
-    pub chunks: Vec<Hash>,
+    /// The checksum of each [`CHUNK_BYTES`] chunk as it is stored, in order.
+    pub chunks: Vec<Checksum>,
     /// Of a compressed tensor, the bytes that are stored of each chunk; as many as the chunk has where it is stored as it
     /// is. Empty for a tensor that is not compressed. A chunk's stored bytes begin where its plain bytes would.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -161,9 +168,10 @@ pub struct Manifest {
 
 impl Manifest {
     /// The layout version that this build writes.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
 
-    /// The oldest version that this build reads. Version 1 had no compressed tensors.
+    /// The oldest version that this build reads. Version 1 had no compressed tensors, and version 2 BLAKE3
+    /// for checksums.
     pub const OLDEST_VERSION: u32 = 1;
 
     /// Bytes of all tensors, wherever they lie.

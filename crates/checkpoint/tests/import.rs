@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use tangram_checkpoint::{
-    CHUNK_BYTES, CheckpointError, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, Layout,
+    CHUNK_BYTES, CheckpointError, Checksum, ContentId, DATA_FILE, ImportProgress, KnownTensor, Layout,
     MANIFEST_FILE, Manifest, Mlp, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, TensorEntry, codec_format,
     import, import_as, open, read_manifest, stored_chunk_bytes,
 };
@@ -84,8 +84,8 @@ fn every_family_is_written_in_order_aligned_and_verifiable() {
                 end = entry.offset + entry.bytes;
                 let bytes = &data[entry.offset as usize..end as usize];
                 assert_eq!(bytes, read_tensor(&source, entry.role));
-                let hashes: Vec<Hash> = bytes.chunks(CHUNK_BYTES as usize).map(Hash::of).collect();
-                assert_eq!(entry.chunks, hashes);
+                let sums: Vec<Checksum> = bytes.chunks(CHUNK_BYTES as usize).map(Checksum::of).collect();
+                assert_eq!(entry.chunks, sums);
             }
             assert!(manifest.has_tokenizer && target.join(TOKENIZER_FILE).exists());
         }
@@ -376,7 +376,7 @@ fn stored_tensor(data: &[u8], entry: &TensorEntry) -> Vec<u8> {
     for (index, chunk) in bytes.chunks_mut(CHUNK_BYTES as usize).enumerate() {
         let start = entry.offset as usize + index * CHUNK_BYTES as usize;
         let stored = &data[start..start + stored_chunk_bytes(&entry.stored, entry.bytes, index) as usize];
-        assert_eq!(Hash::of(stored), entry.chunks[index]);
+        assert_eq!(Checksum::of(stored), entry.chunks[index]);
         if stored.len() == chunk.len() {
             chunk.copy_from_slice(stored);
         } else {

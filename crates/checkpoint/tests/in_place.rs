@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use tangram_checkpoint::{
-    ContentId, DATA_FILE, Hash, InPlaceFile, KnownTensor, LayerRole, MANIFEST_FILE, Manifest, Role, Source,
-    TENSOR_ALIGNMENT, import, import_in_place, open, read_manifest,
+    Checksum, ContentId, DATA_FILE, InPlaceFile, KnownTensor, LayerRole, MANIFEST_FILE, Manifest, Role,
+    Source, TENSOR_ALIGNMENT, import, import_in_place, open, read_manifest,
 };
 use tangram_testkit::{
     Family, Float, GgmlType, GgufOptions, Quantised, RandomModel, write_gguf, write_hf_model,
@@ -90,7 +90,7 @@ fn compare(temp: &Path, name: &str) -> Vec<Role> {
     for entry in placed.tensors.iter().filter(|entry| entry.in_place.is_some()) {
         assert!(entry.offset >= end && entry.offset % TENSOR_ALIGNMENT == 0, "{name}: places in memory");
         end = entry.offset + entry.bytes;
-        let chunks: Vec<Hash> = imported
+        let chunks: Vec<Checksum> = imported
             .tensors
             .iter()
             .find(|imported| imported.role == entry.role)

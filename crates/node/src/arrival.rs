@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tangram_checkpoint::Hash;
+use tangram_checkpoint::Checksum;
 use tangram_pool::{LoadFailure, Vacancy};
 use tangram_store::TensorLoad;
 
@@ -19,8 +19,8 @@ pub(crate) struct Arrival {
 
 #[derive(Debug)]
 struct State {
-    /// Chunk hashes of those that are there.
-    here: Vec<Option<Arc<[Hash]>>>,
+    /// Checksums of those that are there.
+    here: Vec<Option<Arc<[Checksum]>>>,
     failure: Option<String>,
 }
 
@@ -35,7 +35,7 @@ impl Arrival {
     }
 
     /// A tensor lies in the data file.
-    pub(crate) fn arrived(&self, index: usize, chunks: &[Hash]) {
+    pub(crate) fn arrived(&self, index: usize, chunks: &[Checksum]) {
         if let Some(place) = self.lock().here.get_mut(index) {
             *place = Some(chunks.into());
         }
@@ -46,8 +46,8 @@ impl Arrival {
         self.lock().failure.get_or_insert_with(|| reason.to_owned());
     }
 
-    /// The chunk hashes of a tensor that is there.
-    pub(crate) fn chunks(&self, index: usize) -> Option<Arc<[Hash]>> {
+    /// The checksums of a tensor that is there.
+    pub(crate) fn chunks(&self, index: usize) -> Option<Arc<[Checksum]>> {
         self.lock().here.get(index)?.clone()
     }
 

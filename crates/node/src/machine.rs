@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use tangram_checkpoint::{CHUNK_BYTES, DType, Hash};
+use tangram_checkpoint::{CHUNK_BYTES, Checksum, DType, Hash};
 use tangram_codec::Format;
 use tangram_device::cpu::CpuDevice;
 use tangram_engine::{Executor, Rates, StageWork};
@@ -251,7 +251,7 @@ fn measure_load_of(path: &Path) -> Result<f64, String> {
         (0..LOAD_TENSORS).map(entry).collect()
     };
     let sets = [0, 1].map(|set| pool.catalogue(&entries(set), |_| bytes));
-    let chunks: Arc<[Hash]> = [Hash::of(&chunk)].into();
+    let chunks: Arc<[Checksum]> = [Checksum::of(&chunk)].into();
     let mut best = f64::INFINITY;
     // Pages are new the first time and used from then on, as in a server that has run for a while.
     for keys in [&sets[0], &sets[1], &sets[0]] {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tangram_checkpoint::{Hash, InPlaceFile, Manifest, Role, TensorEntry};
+use tangram_checkpoint::{Checksum, Hash, InPlaceFile, Manifest, Role, TensorEntry};
 use tangram_device::Extent;
 use tangram_engine::{Adapter, Model, TensorDesc, Tensors};
 use tangram_pool::{CatalogueEntry, LoadFailure, Tensor, Vacancy, pages_alone};
@@ -23,7 +23,7 @@ use crate::machine::Machine;
 pub(crate) struct Location {
     pub(crate) file: PathBuf,
     pub(crate) offset: u64,
-    pub(crate) chunks: Arc<[Hash]>,
+    pub(crate) chunks: Arc<[Checksum]>,
     pub(crate) compressed: Option<Compressed>,
     pub(crate) name: String,
     /// What the file must still be, if it is the user's.

@@ -12,7 +12,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use tangram_checkpoint::{CHUNK_BYTES, Hash};
+use tangram_checkpoint::{CHUNK_BYTES, Checksum, Hash};
 use tangram_device::cuda::{CudaConfig, CudaDevice, Driver, stand_in};
 use tangram_device::{Arena, HostPool, Memory};
 use tangram_policy::TensorKey;
@@ -43,7 +43,7 @@ struct World {
     store: Arc<Store>,
     path: PathBuf,
     tensor_bytes: usize,
-    chunks: Vec<Arc<[Hash]>>,
+    chunks: Vec<Arc<[Checksum]>>,
     keys: Vec<TensorKey>,
 }
 
@@ -103,8 +103,9 @@ fn open(
         pool.keep_in_host(host);
     }
     let data = std::fs::read(path).unwrap();
-    let chunks =
-        data.chunks(tensor_bytes).map(|tensor| tensor.chunks(CHUNK_BYTES as usize).map(Hash::of).collect());
+    let chunks = data
+        .chunks(tensor_bytes)
+        .map(|tensor| tensor.chunks(CHUNK_BYTES as usize).map(Checksum::of).collect());
     let chunks = chunks.collect();
     let entries: Vec<CatalogueEntry> = (0..tensors)
         .map(|i| CatalogueEntry {

@@ -1,7 +1,7 @@
 //! One part of a tensor on its way: how the bytes that were read become the bytes of the part, checked while they are hot.
 //!
 //! This is the seam for everything that lies between a file's bytes and a tensor's. That is nothing (they were read to
-//! their place), or a copy out of an aligned buffer; then the chunk's hash, computed over what the copy has just left in
+//! their place), or a copy out of an aligned buffer; then the chunk's checksum, computed over what the copy has just left in
 //! the cache. Of a compressed chunk the stored bytes stay in the buffer, are verified there and decoded to their place.
 //! Nobody can read a part before [`Job::finish`].
 
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::io::{Errno, ReadWriteFlags};
-use tangram_checkpoint::Hash;
+use tangram_checkpoint::Checksum;
 use tangram_codec::Format;
 use tangram_pool::{LoadFailure, Part};
 
@@ -24,10 +24,10 @@ use crate::schedule::{LoadId, Urgency};
 use crate::trust::Trust;
 use crate::{Arrived, Notify, Observe, Wake};
 
-/// Bytes that are copied from the page cache before they are hashed: they fit a core's own cache.
+/// Bytes that are copied from the page cache before they are verified: they fit a core's own cache.
 const HOT_BYTES: usize = 256 << 10;
 
-/// Stored bytes that do not match their hash.
+/// Stored bytes that do not match their checksum.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
     /// The file.
@@ -61,7 +61,7 @@ pub(crate) struct Job {
     /// Of a part that is stored compressed.
     pub(crate) frame: Option<Frame>,
     /// What its bytes are compared with; `None` if they are not.
-    pub(crate) hash: Option<Hash>,
+    pub(crate) sum: Option<Checksum>,
     pub(crate) name: Arc<str>,
     pub(crate) wake: Wake,
     pub(crate) damaged: Notify,
@@ -130,9 +130,9 @@ impl Job {
 
     /// Takes in the bytes and verifies them.
     pub(crate) fn land(mut self, arrival: Arrival) -> Landed {
-        let sum = match arrival {
+        let right = match arrival {
             Arrival::Cached => match self.take_from_cache() {
-                Some(sum) => sum,
+                Some(right) => right,
                 None => {
                     self.uncached = true;
                     return Landed::Again(Box::new(self));
@@ -144,14 +144,14 @@ impl Job {
                 return Landed::Over(self.finish(Err(problem)));
             }
         };
-        let result = if self.matches(sum) || self.read_again() {
+        let result = if right || self.read_again() {
             self.decode()
         } else {
             let file = self.file.path().to_owned();
             let damage = Damage { file, tensor: self.name.to_string(), offset: self.tensor_offset };
             let _ = catch_unwind(AssertUnwindSafe(|| (self.damaged)(&damage)));
             Err(format!(
-                "the stored bytes at offset {} do not match their hash: the file is damaged",
+                "the stored bytes at offset {} do not match their checksum: the file is damaged",
                 self.offset
             ))
         };
@@ -175,36 +175,32 @@ impl Job {
             .map_err(|error| format!("the stored bytes at offset {} are of no use: {error}", self.offset))
     }
 
-    fn matches(&self, sum: Option<Hash>) -> bool {
-        self.hash.is_none() || self.hash == sum
-    }
-
-    /// Copies from the page cache; gives the hash if one is wanted, which is not computed if it was computed not long
-    /// ago. `None` if not all of it is there.
-    fn take_from_cache(&mut self) -> Option<Option<Hash>> {
-        let Some(hash) = self.hash else { return self.copy_from_cache(false) };
+    /// Copies from the page cache; says whether the bytes are right, which is not asked again if they were not long ago.
+    /// `None` if not all of it is there.
+    fn take_from_cache(&mut self) -> Option<bool> {
+        let Some(sum) = self.sum else { return self.copy_from_cache(None) };
         let (file, now) = (self.file.cached().clone(), Instant::now());
         let stamp = self.trust.stamp(&file);
-        let known = stamp.is_some_and(|stamp| self.trust.holds(stamp, self.offset, hash, now));
-        let sum = self.copy_from_cache(!known)?;
+        let known = stamp.is_some_and(|stamp| self.trust.holds(stamp, self.offset, sum, now));
+        let right = self.copy_from_cache(Some(sum).filter(|_| !known))?;
         // What was there may have changed while it was copied.
         let unchanged = stamp.filter(|&stamp| self.trust.stamp(&file) == Some(stamp));
         match (known, unchanged) {
-            (true, Some(_)) => Some(Some(hash)),
-            (true, None) => Some(self.stored().map(|stored| Hash::of(stored))),
-            (false, Some(stamp)) if sum == Some(hash) => {
-                self.trust.note(stamp, self.offset, hash, now);
-                Some(sum)
+            (true, Some(_)) => Some(true),
+            (true, None) => Some(self.is_right()),
+            (false, Some(stamp)) if right => {
+                self.trust.note(stamp, self.offset, sum, now);
+                Some(true)
             }
-            (false, _) => Some(sum),
+            (false, _) => Some(right),
         }
     }
 
-    /// Copies from the page cache without ever waiting for the disk; gives the hash if it is wanted. `None` if not all
-    /// of it is there.
-    fn copy_from_cache(&mut self, hashed: bool) -> Option<Option<Hash>> {
-        let mut hasher = hashed.then(blake3::Hasher::new);
-        let step = if hasher.is_some() { HOT_BYTES } else { self.len };
+    /// Copies from the page cache without ever waiting for the disk; says whether the bytes have the checksum, if one is
+    /// given. `None` if not all of it is there.
+    fn copy_from_cache(&mut self, sum: Option<Checksum>) -> Option<bool> {
+        let mut run = sum.map(|sum| sum.run());
+        let step = if run.is_some() { HOT_BYTES } else { self.len };
         let (file, mut offset) = (self.file.cached().clone(), self.offset);
         for piece in self.stored()?.chunks_mut(step) {
             let mut done = 0;
@@ -220,22 +216,20 @@ impl Job {
                 }
             }
             offset += piece.len() as u64;
-            if let Some(hasher) = &mut hasher {
-                hasher.update(piece);
+            if let Some(run) = &mut run {
+                run.update(piece);
             }
         }
-        Some(hasher.map(|hasher| Hash(*hasher.finalize().as_bytes())))
+        Some(run.map(|run| run.finish()) == sum)
     }
 
-    /// Copies what came through the buffer, and gives the hash if it is wanted.
-    fn take_from_buffer(&mut self) -> Option<Hash> {
+    /// Copies what came through the buffer, and says whether the bytes are right.
+    fn take_from_buffer(&mut self) -> bool {
         if let Some(frame) = &mut self.frame {
             frame.at = self.copies.drain(..).next().map_or(0, |(from, _)| from.start);
-            let wanted = self.hash.is_some();
-            return self.stored().filter(|_| wanted).map(|stored| Hash::of(stored));
+            return self.is_right();
         }
-        let bytes = self.part.bytes_mut()?;
-        if let Some(buffer) = &mut self.buffer {
+        if let (Some(bytes), Some(buffer)) = (self.part.bytes_mut(), &mut self.buffer) {
             for (from, to) in self.copies.drain(..) {
                 let len = from.len();
                 if let Some((from, to)) = buffer.bytes().get(from).zip(bytes.get_mut(to..to + len)) {
@@ -243,7 +237,13 @@ impl Job {
                 }
             }
         }
-        self.hash.map(|_| Hash::of(bytes))
+        self.is_right()
+    }
+
+    /// Whether the stored bytes have the checksum that they should have, if they should have one.
+    fn is_right(&mut self) -> bool {
+        let Some(sum) = self.sum else { return true };
+        self.stored().is_some_and(|stored| sum.matches(stored))
     }
 
     /// Whether the bytes are right when the disk is asked once more: a file is called damaged for what is on the disk
@@ -252,7 +252,7 @@ impl Job {
         self.file.drop_from_cache(self.offset, self.len);
         let (file, offset) = (self.file.cached().clone(), self.offset);
         let Some(bytes) = self.stored() else { return false };
-        file.read_exact_at(bytes, offset).is_ok() && Some(Hash::of(bytes)) == self.hash
+        file.read_exact_at(bytes, offset).is_ok() && self.is_right()
     }
 }
 

@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tangram_checkpoint::{CHUNK_BYTES, Hash, TensorEntry, codec_format};
+use tangram_checkpoint::{CHUNK_BYTES, Checksum, TensorEntry, codec_format};
 use tangram_codec::Format;
 use tangram_device::Memory;
 use tangram_pool::{LoadFailure, Vacancy};
@@ -59,8 +59,8 @@ pub struct TensorLoad {
     pub file: PathBuf,
     /// First byte in the file.
     pub offset: u64,
-    /// BLAKE3 of each chunk of [`CHUNK_BYTES`] as it is stored.
-    pub chunks: Arc<[Hash]>,
+    /// The checksum of each chunk of [`CHUNK_BYTES`] as it is stored.
+    pub chunks: Arc<[Checksum]>,
     /// How its chunks are stored, if not as they are.
     pub compressed: Option<Compressed>,
     /// What to call it in an error.
@@ -93,7 +93,7 @@ impl Compressed {
 /// Called whenever a tensor has arrived or failed; must not block.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
-/// Called when stored bytes do not match their hash; must not block.
+/// Called when stored bytes do not match their checksum; must not block.
 pub type Notify = Arc<dyn Fn(&Damage) + Send + Sync>;
 
 /// A part of a tensor that lies in its place now, verified.
@@ -110,7 +110,7 @@ pub struct Arrived<'a> {
 /// Called when a part has arrived, on a thread that copies; must not block.
 pub type Observe = Arc<dyn Fn(Arrived<'_>) + Send + Sync>;
 
-/// How much of what is loaded is compared with its hash.
+/// How much of what is loaded is compared with its checksum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verification {
     /// All of it that comes from the disk. What comes from the page cache as it was found right within the last ten
@@ -243,7 +243,7 @@ impl Store {
                     }
                 };
                 let start = part.index() as u64 * CHUNK_BYTES;
-                let hash = tensor.chunks.get(part.index()).copied();
+                let sum = tensor.chunks.get(part.index()).copied();
                 let plain = CHUNK_BYTES.min(len - start) as usize;
                 let frame = tensor.compressed.as_ref();
                 let frame = frame.and_then(|compressed| compressed.frame(part.index(), plain));
@@ -254,7 +254,7 @@ impl Store {
                     offset: tensor.offset + start,
                     len: frame.map_or(plain, |(_, stored)| stored),
                     frame: frame.map(|(format, _)| Frame { format, at: 0 }),
-                    hash: hash.filter(|_| self.is_verified(load, tensor.offset + start)),
+                    sum: sum.filter(|_| self.is_verified(load, tensor.offset + start)),
                     part,
                     file,
                     name: name.clone(),

@@ -74,7 +74,7 @@ fn world_of(sizes: &[usize], setup: Setup) -> World {
     let mut pool = Pool::new(memory.clone(), setup.backend).unwrap();
     let entries: Vec<_> = (0..sizes.len())
         .map(|i| CatalogueEntry {
-            id: Hash::of(&(i as u64).to_le_bytes()),
+            id: tangram_checkpoint::Hash::of(&(i as u64).to_le_bytes()),
             checkpoint: "c".into(),
             offset: (offsets[i] as usize).next_multiple_of(256) as u64
                 + 256 * i as u64 * u64::from(setup.alignment < 256),
@@ -111,7 +111,7 @@ impl World {
     fn loads(&self, activation: &mut Activation) -> Vec<TensorLoad> {
         let load = |vacancy: Vacancy| {
             let i = self.keys.iter().position(|key| *key == vacancy.tensor().key()).unwrap();
-            let chunks = self.data[i].chunks(CHUNK).map(Hash::of);
+            let chunks = self.data[i].chunks(CHUNK).map(Checksum::of);
             TensorLoad {
                 file: self.path.clone(),
                 offset: self.offsets[i],
@@ -227,7 +227,7 @@ fn load_compressed(setup: Setup, cold: bool, change: impl Fn(&mut Vec<Vec<u8>>))
     }
     let mut activation = world.pool.activate(&world.keys[1..], &[], 0.0).unwrap();
     let mut loads = world.loads(&mut activation);
-    loads[0].chunks = frames.iter().map(|frame| Hash::of(frame)).collect();
+    loads[0].chunks = frames.iter().map(|frame| Checksum::of(frame)).collect();
     let stored = frames.iter().map(|frame| frame.len() as u32).collect();
     loads[0].compressed = Some(Compressed { format: Format::Bf16, stored });
     let (wake, woken) = wake();
@@ -313,15 +313,15 @@ fn what_the_cache_gives_again_is_not_hashed_again_but_what_the_disk_gives_is() {
     Arc::get_mut(&mut world.store).unwrap().trust = trust.clone();
     let file = std::fs::File::open(&world.path).unwrap();
     let stamp = |trust: &Trust| trust.stamp(&file).unwrap();
-    let (right, wrong) = (Hash::of(&world.data[0]), Hash::of(b"something else"));
+    let (right, wrong) = (Checksum::of(&world.data[0]), Checksum::of(b"something else"));
     // The bytes of the first tensor, each time to another place.
     world.data = vec![world.data[0].clone(); 3];
     world.offsets = vec![0; 3];
-    let load = |world: &mut World, i: usize, hash: Hash| {
+    let load = |world: &mut World, i: usize, sum: Checksum| {
         let mut activation = world.pool.activate(&world.keys[i..=i], &[], 0.0).unwrap();
         let (wake, woken) = wake();
         let mut loads = world.loads(&mut activation);
-        loads[0].chunks = [hash].into();
+        loads[0].chunks = [sum].into();
         world.store.load(loads, &wake);
         woken.recv_timeout(PATIENCE).expect("the load ends");
         activation.lease.tensors()[0].is_ready()

@@ -1,8 +1,8 @@
-//! Which chunks need not be hashed again when they are copied from the page cache.
+//! Which chunks need not be verified again when they are copied from the page cache.
 //!
-//! The page cache is memory, as the pool is, and what lies in the pool is not hashed over and over either. So a chunk that
-//! was copied from there and matched its hash is taken as it is from then on, for [`TRUST`], if it comes from the page
-//! cache again and its file has not changed. What is read from the disk is always hashed. One thing stays open: the kernel
+//! The page cache is memory, as the pool is, and what lies in the pool is not verified over and over either. So a chunk that
+//! was copied from there and matched its checksum is taken as it is from then on, for [`TRUST`], if it comes from the page
+//! cache again and its file has not changed. What is read from the disk is always verified. One thing stays open: the kernel
 //! may drop a page and read it again for somebody else, from a disk that has gone bad within these minutes.
 
 use std::collections::HashMap;
@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::fstat;
-use tangram_checkpoint::Hash;
+use tangram_checkpoint::Checksum;
 
 /// For how long a match counts.
 const TRUST: Duration = Duration::from_secs(600);
@@ -38,7 +38,7 @@ type Key = (Stamp, u64);
 /// What has matched.
 pub(crate) struct Trust {
     tick: Duration,
-    matched: Mutex<HashMap<Key, (Hash, Instant)>>,
+    matched: Mutex<HashMap<Key, (Checksum, Instant)>>,
 }
 
 impl Default for Trust {
@@ -69,15 +69,15 @@ impl Trust {
         })
     }
 
-    /// Whether the chunk at `offset` matched `hash` not long before `now`.
-    pub(crate) fn holds(&self, stamp: Stamp, offset: u64, hash: Hash, now: Instant) -> bool {
+    /// Whether the chunk at `offset` matched `sum` not long before `now`.
+    pub(crate) fn holds(&self, stamp: Stamp, offset: u64, sum: Checksum, now: Instant) -> bool {
         let matched = self.matched.lock().unwrap_or_else(PoisonError::into_inner);
         let matched = matched.get(&(stamp, offset));
-        matched.is_some_and(|&(of, at)| of == hash && now.saturating_duration_since(at) < TRUST)
+        matched.is_some_and(|&(of, at)| of == sum && now.saturating_duration_since(at) < TRUST)
     }
 
     /// The chunk at `offset` matched, as it came from the page cache.
-    pub(crate) fn note(&self, stamp: Stamp, offset: u64, hash: Hash, now: Instant) {
+    pub(crate) fn note(&self, stamp: Stamp, offset: u64, sum: Checksum, now: Instant) {
         let mut matched = self.matched.lock().unwrap_or_else(PoisonError::into_inner);
         if matched.len() >= MOST_CHUNKS && !matched.contains_key(&(stamp, offset)) {
             matched.retain(|_, (_, at)| now.saturating_duration_since(*at) < TRUST);
@@ -85,7 +85,7 @@ impl Trust {
                 matched.clear();
             }
         }
-        matched.insert((stamp, offset), (hash, now));
+        matched.insert((stamp, offset), (sum, now));
     }
 }
 
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_match_counts_for_a_while_and_for_the_same_file_place_and_hash() {
+    fn a_match_counts_for_a_while_and_for_the_same_file_place_and_checksum() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("data");
         std::fs::write(&path, b"before").unwrap();
@@ -102,27 +102,27 @@ mod tests {
         assert_eq!(Trust::default().stamp(&file), None, "a further change now might not be seen");
         let trust = Trust::with_tick(Duration::ZERO);
         let stamp = trust.stamp(&file).unwrap();
-        let (hash, now) = (Hash::of(b"x"), Instant::now());
-        assert!(!trust.holds(stamp, 0, hash, now));
-        trust.note(stamp, 0, hash, now);
-        assert!(trust.holds(stamp, 0, hash, now));
-        assert!(trust.holds(stamp, 0, hash, now + TRUST - Duration::from_secs(1)));
-        assert!(!trust.holds(stamp, 0, hash, now + TRUST), "not for ever");
-        assert!(!trust.holds(stamp, 1, hash, now), "another place");
-        assert!(!trust.holds(stamp, 0, Hash::of(b"y"), now), "another hash");
+        let (sum, now) = (Checksum::of(b"x"), Instant::now());
+        assert!(!trust.holds(stamp, 0, sum, now));
+        trust.note(stamp, 0, sum, now);
+        assert!(trust.holds(stamp, 0, sum, now));
+        assert!(trust.holds(stamp, 0, sum, now + TRUST - Duration::from_secs(1)));
+        assert!(!trust.holds(stamp, 0, sum, now + TRUST), "not for ever");
+        assert!(!trust.holds(stamp, 1, sum, now), "another place");
+        assert!(!trust.holds(stamp, 0, Checksum::of(b"y"), now), "another checksum");
         std::fs::write(&path, b"behind").unwrap();
         let changed = trust.stamp(&file).unwrap();
         assert_ne!(changed, stamp);
-        assert!(!trust.holds(changed, 0, hash, now), "the file has changed");
+        assert!(!trust.holds(changed, 0, sum, now), "the file has changed");
     }
 
     #[test]
     fn what_is_remembered_is_limited() {
         let trust = Trust::with_tick(Duration::ZERO);
         let stamp = Stamp { disk: 0, number: 0, bytes: 0, modified: (0, 0), changed: (0, 0) };
-        let (hash, now) = (Hash::of(b"x"), Instant::now());
-        (0..=MOST_CHUNKS as u64).for_each(|offset| trust.note(stamp, offset, hash, now));
+        let (sum, now) = (Checksum::of(b"x"), Instant::now());
+        (0..=MOST_CHUNKS as u64).for_each(|offset| trust.note(stamp, offset, sum, now));
         assert!(trust.matched.lock().unwrap().len() <= MOST_CHUNKS);
-        assert!(trust.holds(stamp, MOST_CHUNKS as u64, hash, now), "the last one is");
+        assert!(trust.holds(stamp, MOST_CHUNKS as u64, sum, now), "the last one is");
     }
 }

@@ -100,7 +100,7 @@ impl World {
         TensorLoad {
             file: self.path.clone(),
             offset: self.offsets[i],
-            chunks: self.data[i].chunks(CHUNK).map(Hash::of).collect(),
+            chunks: self.data[i].chunks(CHUNK).map(tangram_checkpoint::Checksum::of).collect(),
             compressed: None,
             name: format!("t{i}"),
             vacancy,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use tangram_checkpoint::{Hash, Manifest};
+use tangram_checkpoint::{Checksum, Hash, Manifest};
 use tangram_device::cpu::CpuDevice;
 use tangram_policy::TensorKey;
 use tangram_pool::{Backend, CatalogueEntry, Lease, Pool};
@@ -44,7 +44,7 @@ impl Mode {
 struct Place {
     offset: u64,
     bytes: u64,
-    chunks: Arc<[Hash]>,
+    chunks: Arc<[Checksum]>,
     compressed: Option<Compressed>,
     name: String,
 }
