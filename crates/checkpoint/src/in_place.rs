@@ -62,7 +62,7 @@ impl InPlaceFile {
     }
 
     /// Whether the file is still the one that was deployed, as far as the file system knows. Costs one system call;
-    /// whether its bytes are the same is found by their hashes when they are read.
+    /// whether its bytes are the same is found by their checksums when they are read.
     ///
     /// # Errors
     /// What is different and what to do, for the user.

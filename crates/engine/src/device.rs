@@ -148,6 +148,13 @@ impl DevicePass {
         }
     }
 
+    /// As [`Pass::set_early_rows`]; on a GPU they are not used.
+    pub fn set_early_rows(&mut self, rows: Vec<u8>) {
+        if let DevicePass::Cpu(pass) = self {
+            pass.set_early_rows(rows);
+        }
+    }
+
     /// Rows of its output.
     pub fn output_rows(&self) -> usize {
         match self {

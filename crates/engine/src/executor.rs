@@ -24,7 +24,7 @@ const SPARE_MEMORY: usize = 2;
 /// Where the bytes of a model's tensors are.
 pub trait Weights: Sync {
     /// The bytes of a tensor, by its index in the slice given to [`Model::new`]. Called only for tensors of stages
-    /// that the caller declared ready.
+    /// that the caller declared ready; for the token embedding not before the last one, if its rows came early.
     fn tensor(&self, index: usize) -> &[u8];
 
     /// The bytes of a tensor of adapter `adapter` of the pass (its index in what [`Executor::begin_adapted`] was
@@ -125,6 +125,11 @@ pub enum PassError {
     /// The adapters do not fit the batch or the model.
     #[error("adapters: {0}")]
     Adapter(&'static str),
+    /// Rows that were read before their matrix are not those that it has.
+    #[error(
+        "the rows of the token embedding that were read early are not those that arrived: the file has changed"
+    )]
+    EarlyRows,
     /// A tensor has not as many bytes as its type and shape demand.
     #[error("tensor {index} has {found} bytes, expected are {expected}")]
     TensorBytes {
@@ -225,9 +230,18 @@ pub struct Pass {
     pub(crate) generates: bool,
     pub(crate) memory: Memory,
     pub(crate) adapted: Option<Adapted>,
+    /// The row of the token embedding for each row of the batch.
+    pub(crate) early_rows: Option<Vec<u8>>,
 }
 
 impl Pass {
+    /// Lets stage 0 take the rows of the token embedding from here: one per token of the batch, in its order, as they
+    /// are stored, [`Model::token_row_bytes`] each. The embedding itself need then not be there before the last
+    /// stage, which compares the two.
+    pub fn set_early_rows(&mut self, rows: Vec<u8>) {
+        self.early_rows = Some(rows);
+    }
+
     /// The stage that runs next; [`tangram_checkpoint::ModelSpec::stages`] when the pass is done.
     pub fn stage(&self) -> usize {
         self.stage
@@ -336,6 +350,7 @@ impl Executor {
             generates: spec.generates(),
             memory,
             adapted: None,
+            early_rows: None,
         })
     }
 

@@ -27,7 +27,15 @@ pub(crate) fn run(
     ready_stages: usize,
 ) -> Result<(), PassError> {
     let adapted = pass.adapted.as_ref();
-    let step = Step { executor, model, weights, adapted, rows: pass.rows, output_rows: pass.output_rows };
+    let step = Step {
+        executor,
+        model,
+        weights,
+        adapted,
+        rows: pass.rows,
+        output_rows: pass.output_rows,
+        early_rows: pass.early_rows.as_deref(),
+    };
     let mut table = std::mem::take(&mut pass.memory.kv);
     let result = (|| {
         let places = &pass.memory.places;
@@ -48,7 +56,10 @@ pub(crate) fn run(
                 stage if stage <= model.layers.len() => {
                     step.layer(&mut pass.memory, stage - 1, view.as_mut())?
                 }
-                _ => step.head(&mut pass.memory)?,
+                _ => {
+                    step.check_early_rows(&pass.memory)?;
+                    step.head(&mut pass.memory)?;
+                }
             }
             pass.stage += 1;
         }
@@ -66,6 +77,7 @@ struct Step<'a> {
     adapted: Option<&'a Adapted>,
     rows: usize,
     output_rows: usize,
+    early_rows: Option<&'a [u8]>,
 }
 
 impl<'a> Step<'a> {
@@ -80,9 +92,33 @@ impl<'a> Step<'a> {
 
     /// Row `row` of a matrix, widened.
     fn row(&self, tensor: &Tensor, row: usize, out: &mut [f32]) -> Result<(), PassError> {
+        dequantise_row(self.executor.isa, tensor.dtype, self.row_bytes(tensor, row)?, out);
+        Ok(())
+    }
+
+    fn row_bytes(&self, tensor: &Tensor, row: usize) -> Result<&'a [u8], PassError> {
         let start = row * tensor.row_bytes();
-        let bytes = &self.bytes(tensor)?[start..start + tensor.row_bytes()];
+        Ok(&self.bytes(tensor)?[start..start + tensor.row_bytes()])
+    }
+
+    /// The row of the token embedding for row `row` of the batch, which has this token, widened.
+    fn token_row(&self, row: usize, token: u32, out: &mut [f32]) -> Result<(), PassError> {
+        let tensor = &self.model.token_embedding;
+        let Some(early) = self.early_rows else { return self.row(tensor, token as usize, out) };
+        let bytes = early.chunks_exact(tensor.row_bytes()).nth(row).ok_or(PassError::EarlyRows)?;
         dequantise_row(self.executor.isa, tensor.dtype, bytes, out);
+        Ok(())
+    }
+
+    /// Compares the rows that came early with the embedding, which was verified.
+    fn check_early_rows(&self, memory: &Memory) -> Result<(), PassError> {
+        let Some(early) = self.early_rows else { return Ok(()) };
+        let tensor = &self.model.token_embedding;
+        for (&token, early) in memory.tokens.iter().zip(early.chunks_exact(tensor.row_bytes())) {
+            if self.row_bytes(tensor, token as usize)? != early {
+                return Err(PassError::EarlyRows);
+            }
+        }
         Ok(())
     }
 
@@ -158,7 +194,7 @@ impl<'a> Step<'a> {
             for token in 0..place.tokens {
                 let row = place.row + token;
                 let x = &mut x[row * hidden..(row + 1) * hidden];
-                self.row(&self.model.token_embedding, memory.tokens[row] as usize, x)?;
+                self.token_row(row, memory.tokens[row], x)?;
                 if let Some(scale) = spec.embedding_scale {
                     x.iter_mut().for_each(|x| *x *= scale);
                 }

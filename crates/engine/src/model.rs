@@ -254,6 +254,11 @@ impl Model {
         &self.spec
     }
 
+    /// Bytes of a row of the token embedding as it is stored.
+    pub fn token_row_bytes(&self) -> usize {
+        self.token_embedding.row_bytes()
+    }
+
     /// The KV blocks that sequences need; `None` where nothing is cached (embedding models).
     pub fn kv(&self) -> Option<KvLayout> {
         self.kv

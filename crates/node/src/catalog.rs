@@ -4,7 +4,7 @@
 //! DIR/catalog.redb              deployed name -> checkpoint id, time; locked by the running node
 //! DIR/checkpoints/ID/           data.bin, manifest.json, tokenizer.json
 //! DIR/staging/ID/               an import under way
-//! DIR/damaged.jsonl             tensors that did not match their hashes (`damage.rs`)
+//! DIR/damaged.jsonl             tensors that did not match their checksums (`damage.rs`)
 //! ```
 //! Invariants: a checkpoint becomes part of the catalogue by one committed transaction after its files are durable
 //! under their final name; whatever no catalogued model refers to is litter and is removed at the next start. So a
@@ -186,7 +186,7 @@ impl Catalog {
         })
     }
 
-    /// Tensors that did not match their hashes.
+    /// Tensors that did not match their checksums.
     pub(crate) fn damaged(&self) -> &Arc<Damaged> {
         &self.damaged
     }

@@ -1,4 +1,4 @@
-//! Stored tensors that did not match their hashes, remembered over restarts.
+//! Stored tensors that did not match their checksums, remembered over restarts.
 //!
 //! What is damaged on disk stays damaged, so a start refuses the models that need it by name instead of letting their first
 //! request fail; and no new deployment refers to it. The list is a file of JSON lines in the data directory; an entry goes

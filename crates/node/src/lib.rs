@@ -265,11 +265,8 @@ impl Node {
         deployment: &Deployment,
         arrival: Option<&Arc<Arrival>>,
     ) -> Result<Arc<DeployedModel>, String> {
-        let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes)?;
-        let plan = match arrival {
-            Some(arrival) => plan.arriving(arrival),
-            None => plan,
-        };
+        let rows_first = self.device.is_cpu();
+        let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes, rows_first, arrival)?;
         self.device.supports(&plan.engine)?;
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
@@ -277,7 +274,8 @@ impl Node {
             Some(base) => {
                 let manifest = Arc::new(manifest.without_adapter());
                 let deployment = Deployment { created: deployment.created, manifest };
-                let plan = ModelPlan::new(catalog, &deployment, &self.machine, self.page_bytes)?;
+                let (machine, page_bytes) = (&self.machine, self.page_bytes);
+                let plan = ModelPlan::new(catalog, &deployment, machine, page_bytes, rows_first, None)?;
                 Some((self.describe(catalog, base, &deployment, &plan)?, plan))
             }
         };

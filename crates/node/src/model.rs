@@ -18,6 +18,9 @@ use crate::catalog::{Catalog, Deployment};
 use crate::forecast::{Forecast, footprint};
 use crate::machine::Machine;
 
+/// A smaller token embedding is here before its rows could be.
+const LEAST_EMBEDDING: u64 = 1 << 20;
+
 /// Where a tensor's bytes are on disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Location {
@@ -79,7 +82,7 @@ pub(crate) struct ModelPlan {
     /// What an adapter adds to it.
     pub(crate) adapter: Option<AdapterPlan>,
     pub(crate) manifest: Arc<Manifest>,
-    /// Catalogue entries of the unique tensors, in execution order.
+    /// Catalogue entries of the unique tensors, in the order in which they are loaded ([`load_order`]).
     pub(crate) entries: Vec<CatalogueEntry>,
     /// Where the unique tensors lie.
     pub(crate) locations: Vec<Location>,
@@ -87,12 +90,22 @@ pub(crate) struct ModelPlan {
     pub(crate) unique_of: Vec<usize>,
     /// For each stage of the forward pass, how many unique tensors it and all earlier ones need.
     pub(crate) needed_by_stage: Vec<usize>,
+    /// The token embedding, of a model whose passes can do with rows of it until their last stage.
+    pub(crate) early_rows: Option<EarlyRows>,
     /// Sizes of the address ranges that the entries refer to, of data files and of what is read in place, bytes.
     pub(crate) data_bytes: Vec<(String, u64)>,
     /// What it takes of the pool, and how long it takes.
     pub(crate) forecast: Arc<Forecast>,
     /// Equal for models that compute the same function from the same tensors, whatever they are called.
     pub(crate) identity: Hash,
+}
+
+/// A token embedding whose rows can be read before it is loaded.
+#[derive(Clone, Copy)]
+pub(crate) struct EarlyRows {
+    /// Which unique tensor it is.
+    pub(crate) unique: usize,
+    pub(crate) row_bytes: usize,
 }
 
 /// What an adapter adds to its base.
@@ -122,6 +135,8 @@ impl ModelPlan {
         deployment: &Deployment,
         machine: &Arc<Machine>,
         page_bytes: u64,
+        rows_first: bool,
+        arrival: Option<&Arc<Arrival>>,
     ) -> Result<ModelPlan, String> {
         let manifest = deployment.manifest.clone();
         let descs = manifest.tensors.iter().map(|tensor| TensorDesc {
@@ -140,8 +155,11 @@ impl ModelPlan {
         let files = manifest.in_place.iter().flat_map(|in_place| &in_place.files);
         let files: Vec<Arc<InPlaceFile>> = files.cloned().map(Arc::new).collect();
         let mut seen = HashMap::new();
-        for tensor in &manifest.tensors {
-            let stage = tensor.stage as usize;
+        let (order, late) = load_order(&manifest, rows_first && arrival.is_none());
+        unique_of.resize(manifest.tensors.len(), 0);
+        for index in order {
+            let tensor = &manifest.tensors[index];
+            let stage = if late == Some(index) { stages - 1 } else { tensor.stage as usize };
             let unique = *seen.entry(tensor.id).or_insert_with(|| {
                 if let Some(bytes) = bytes_by_stage.get_mut(stage) {
                     *bytes += tensor.bytes;
@@ -153,10 +171,12 @@ impl ModelPlan {
                     bytes: tensor.bytes,
                     depth: stage as f64 / stages as f64,
                 });
-                locations.push(locate(catalog, tensor, &files));
+                let mut location = locate(catalog, tensor, &files);
+                location.arrival = arrival.map(|arrival| (arrival.clone(), index));
+                locations.push(location);
                 entries.len() - 1
             });
-            unique_of.push(unique);
+            unique_of[index] = unique;
             if let Some(needed) = needed_by_stage.get_mut(stage) {
                 *needed = entries.len();
             }
@@ -189,8 +209,11 @@ impl ModelPlan {
         let forecast = Arc::new(Forecast::new(engine.clone(), machine.clone(), footprint, bytes_by_stage));
         let adapter = match manifest.spec.updates.is_empty() {
             true => None,
-            false => Some(AdapterPlan::new(&manifest, &of_adapter, &unique_of)?),
+            false => Some(AdapterPlan::new(&manifest, &of_adapter, &unique_of, rows_first)?),
         };
+        let early_rows = late.and_then(|index| {
+            Some(EarlyRows { unique: *unique_of.get(index)?, row_bytes: engine.token_row_bytes() })
+        });
         Ok(ModelPlan {
             identity: identity(&manifest)?,
             engine,
@@ -200,18 +223,10 @@ impl ModelPlan {
             locations,
             unique_of,
             needed_by_stage,
+            early_rows,
             data_bytes,
             forecast,
         })
-    }
-
-    /// The plan of a model that is still arriving. Its tensors all have identities of their own, so that they are numbered
-    /// as in the manifest.
-    pub(crate) fn arriving(mut self, arrival: &Arc<Arrival>) -> ModelPlan {
-        for (index, location) in self.locations.iter_mut().enumerate() {
-            location.arrival = Some((arrival.clone(), index));
-        }
-        self
     }
 
     /// Whether the model is still arriving, so that how fast it loads says nothing about this machine.
@@ -249,12 +264,18 @@ impl ModelPlan {
 }
 
 impl AdapterPlan {
-    fn new(manifest: &Manifest, descs: &[TensorDesc], unique_of: &[usize]) -> Result<AdapterPlan, String> {
+    fn new(
+        manifest: &Manifest,
+        descs: &[TensorDesc],
+        unique_of: &[usize],
+        rows_first: bool,
+    ) -> Result<AdapterPlan, String> {
         let engine = Adapter::new(&manifest.spec, descs).map_err(|error| error.to_string())?;
         // In the order in which the base's own plan numbers them: by first appearance.
         let mut of_base: Vec<usize> = Vec::new();
         let mut index_in_base = HashMap::new();
-        for unique in of_role(manifest, unique_of, |role| !is_adapters(role)) {
+        let (order, _) = load_order(manifest, rows_first);
+        for unique in of_role(manifest, unique_of, &order, |role| !is_adapters(role)) {
             index_in_base.entry(unique).or_insert_with(|| {
                 of_base.push(unique);
                 of_base.len() - 1
@@ -262,7 +283,7 @@ impl AdapterPlan {
         }
         let mut own: Vec<usize> = Vec::new();
         let mut index_in_own = HashMap::new();
-        let places = of_role(manifest, unique_of, is_adapters).into_iter().map(|unique| {
+        let places = of_role(manifest, unique_of, &order, is_adapters).into_iter().map(|unique| {
             if let Some(&index) = index_in_base.get(&unique) {
                 return AdapterPlace::Base(index);
             }
@@ -317,10 +338,31 @@ fn is_adapters(role: Role) -> bool {
     matches!(role, Role::LowRank(..))
 }
 
-/// The unique tensors of those tensors of a manifest whose role is wanted.
-fn of_role(manifest: &Manifest, unique_of: &[usize], wanted: impl Fn(Role) -> bool) -> Vec<usize> {
-    let tensors = manifest.tensors.iter().zip(unique_of);
+/// The unique tensors of those tensors of a manifest whose role is wanted, in this order.
+fn of_role(
+    manifest: &Manifest,
+    unique_of: &[usize],
+    order: &[usize],
+    wanted: impl Fn(Role) -> bool,
+) -> Vec<usize> {
+    let tensors =
+        order.iter().filter_map(|&index| Some((manifest.tensors.get(index)?, unique_of.get(index)?)));
     tensors.filter(|(tensor, _)| wanted(tensor.role)).map(|(_, &unique)| unique).collect()
+}
+
+/// The order in which the tensors of a manifest are loaded: that of execution, in which they stand there. With
+/// `rows_first` the token embedding, of which a pass needs only the rows of its tokens before the head, goes to the end
+/// (of the base's tensors; behind them are an adapter's own) if its rows can be read from the file; it is the second of
+/// the results then. A quarter of the bytes of a small model is not waited for that way.
+fn load_order(manifest: &Manifest, rows_first: bool) -> (Vec<usize>, Option<usize>) {
+    let tensors = &manifest.tensors;
+    let late = tensors.iter().position(|tensor| tensor.role == Role::TokenEmbedding);
+    let late = late.filter(|&index| {
+        let embedding = &tensors[index];
+        rows_first && embedding.stored.is_empty() && embedding.bytes >= LEAST_EMBEDDING
+    });
+    let others = (0..tensors.len()).filter(|&index| late != Some(index));
+    (others.chain(late).collect(), late)
 }
 
 /// [`ModelPlan::identity`].

@@ -82,7 +82,7 @@ fn damage_is_found_and_repaired_by_deploying_again() {
     bytes[200] ^= 1;
     fs::write(&file, bytes).unwrap();
     let error = finish(node.generate(request(&model, &PROMPT, 4)).unwrap()).err().unwrap().to_string();
-    assert!(error.contains("hash") && error.contains("deploy"), "{error}");
+    assert!(error.contains("checksum") && error.contains("deploy"), "{error}");
     let again = deploy(&node, WeightLayout::Compressed, "m", &source);
     assert_eq!(answer(&node, &again).len(), 24);
 }

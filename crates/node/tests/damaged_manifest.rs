@@ -74,7 +74,7 @@ fn damaged_data_is_refused_until_it_is_deployed_again() {
         let model = node.model("damaged").unwrap();
         let error = finish(node.generate(request(&model, &[5, 6, 7], 4)).unwrap()).err().unwrap();
         let RequestError::LoadFailed { reason, .. } = error else { panic!("{error}") };
-        assert!(reason.contains("hash") && reason.contains("data.bin"), "{reason}");
+        assert!(reason.contains("checksum") && reason.contains("data.bin"), "{reason}");
     }
     {
         let node = open(data.path(), MEMORY);

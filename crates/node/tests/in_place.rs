@@ -179,7 +179,7 @@ fn a_changed_file_fails_its_model_with_what_to_do_and_no_other() {
     write_at(last as u64, bytes[last] ^ 1);
     set_time();
     let node = open(data.path(), MEMORY);
-    refused(&node, "do not match their hash");
+    refused(&node, "do not match their checksum");
 
     // Deploying again is what helps.
     fs::write(&weights, &bytes).unwrap();

@@ -18,6 +18,7 @@ mod plan;
 mod probe;
 mod reuse;
 mod ring;
+mod rows;
 mod schedule;
 mod source;
 mod trust;
@@ -37,6 +38,7 @@ use tangram_pool::{LoadFailure, Vacancy};
 
 pub use job::Damage;
 pub use probe::{Measured, Tuning, disk_of, measure};
+pub use rows::RowRead;
 pub use schedule::LoadId;
 
 use file::DataFile;
@@ -206,6 +208,14 @@ impl Store {
     /// As [`Store::load`], for tensors that nobody waits for yet: they come when nothing else does.
     pub fn prefetch(&self, tensors: Vec<TensorLoad>, wake: &Wake) -> LoadId {
         self.start(tensors, Urgency::Prefetch, wake)
+    }
+
+    /// Reads some rows of a matrix before all of it is there. `done` gets them, one after the other and compared with
+    /// nothing, or an error; it is called once, on another thread, and not at all when no thread can be started.
+    pub fn read_rows(&self, read: RowRead, done: impl FnOnce(io::Result<Vec<u8>>) + Send + 'static) {
+        let body = move || done(read.read());
+        // Without it the rows come with their matrix.
+        let _ = std::thread::Builder::new().name("rows".to_owned()).spawn(body);
     }
 
     fn start(&self, tensors: Vec<TensorLoad>, urgency: Urgency, wake: &Wake) -> LoadId {

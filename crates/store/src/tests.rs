@@ -368,7 +368,7 @@ fn a_flipped_bit_fails_its_tensor_by_name_and_no_other() {
         assert!(tensors[0].is_ready() && tensors[2].is_ready());
         let Some(LoadFailure::Failed(message)) = tensors[1].failure() else { panic!("must fail") };
         assert!(
-            message.contains("t1") && message.contains("hash") && message.contains("deploy"),
+            message.contains("t1") && message.contains("checksum") && message.contains("deploy"),
             "{message}"
         );
         let damage = Damage { file: world.path.clone(), tensor: "t1".to_owned(), offset: world.offsets[1] };

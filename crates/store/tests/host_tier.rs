@@ -251,7 +251,9 @@ fn what_is_wrong_on_the_disk_is_not_kept_and_what_was_right_is() {
     std::fs::write(&world.path, wrong).unwrap();
     let loading = world.start(&[0, 1]).unwrap();
     let lease = world.end(loading);
-    assert!(matches!(lease.tensors()[0].failure(), Some(LoadFailure::Failed(why)) if why.contains("hash")));
+    assert!(
+        matches!(lease.tensors()[0].failure(), Some(LoadFailure::Failed(why)) if why.contains("checksum"))
+    );
     assert!(lease.tensors()[1].is_ready());
     world.release(lease);
     assert_eq!(world.kept(), (1, MIB as u64));

@@ -182,6 +182,52 @@ fn only_tensors_of_ready_stages_are_read() {
 }
 
 #[test]
+fn early_rows_stand_in_for_the_token_embedding_until_the_last_stage() {
+    struct Late<'a>(&'a Sample, usize);
+    impl tangram_engine::Weights for Late<'_> {
+        fn tensor(&self, index: usize) -> &[u8] {
+            assert_ne!(index, self.1, "the embedding is not there yet");
+            self.0.tensor(index)
+        }
+    }
+    let executor = Executor::new(2);
+    let families = ["llama", "gemma3", "gpt2", "mixtral"].map(|family| sample(spec(family), DType::BF16, 5));
+    let quantised = sample(spec("qwen2"), DType::Q8_0, 5);
+    for sample in families.iter().chain([&quantised]) {
+        let roles = sample.model.spec().required_roles();
+        let embedding = roles.iter().position(|&role| role == Role::TokenEmbedding).expect("an embedding");
+        let (one, two) = (tokens(9, 1), tokens(5, 2));
+        let chunk = |tokens| Chunk { tokens, position: 0, logits: LogitRows::All };
+        let batch = [chunk(&one), chunk(&two)];
+        let row_bytes = sample.model.token_row_bytes();
+        let rows = |tokens: &[u32]| -> Vec<u8> {
+            let bytes = |&token: &u32| &sample.bytes[embedding][token as usize * row_bytes..][..row_bytes];
+            tokens.iter().flat_map(bytes).copied().collect()
+        };
+        let run = |early: Option<Vec<u8>>| {
+            let mut blocks = [one.len(), two.len()].map(|tokens| Blocks::new(&sample.model).take(tokens));
+            let [first, second] = &mut blocks;
+            let mut kv = [first.as_mut_slice().into(), second.as_mut_slice().into()];
+            let mut pass = executor.begin(&sample.model, &batch)?;
+            if let Some(rows) = early {
+                pass.set_early_rows(rows);
+                let late = Late(sample, embedding);
+                let last = sample.model.spec().stages() - 1;
+                assert!(!executor.advance(&mut pass, &sample.model, &late, &mut kv, last)?);
+            }
+            executor.advance(&mut pass, &sample.model, sample, &mut kv, usize::MAX)?;
+            Ok::<_, PassError>([bits(pass.logits(0)), bits(pass.logits(1))])
+        };
+        let right = [rows(&one), rows(&two)].concat();
+        assert_eq!(run(Some(right.clone())), run(None));
+        let mut wrong = right.clone();
+        wrong[right.len() / 2] ^= 1;
+        assert_eq!(run(Some(wrong)), Err(PassError::EarlyRows), "other bytes than those of the embedding");
+        assert_eq!(run(Some(right[row_bytes..].to_vec())), Err(PassError::EarlyRows), "too few rows");
+    }
+}
+
+#[test]
 fn experts_that_no_token_goes_to_are_not_read() {
     struct Guarded<'a>(&'a Sample, std::sync::Mutex<Vec<usize>>);
     impl tangram_engine::Weights for Guarded<'_> {

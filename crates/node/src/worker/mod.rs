@@ -17,6 +17,7 @@ pub(crate) use admit::MAX_BATCH;
 pub(crate) use step::STEP_TOKENS;
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
@@ -124,6 +125,8 @@ struct Step {
     shares: Vec<Share>,
     /// Keys of the adapters of the pass, in its numbering.
     adapters: Vec<usize>,
+    /// Rows of the token embedding that the first stage waits for.
+    rows: Option<Receiver<io::Result<Vec<u8>>>>,
     /// Time computed so far.
     spent: Duration,
     /// Whether all weights were there from its beginning, so that its time is that of computing alone.

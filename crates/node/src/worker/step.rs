@@ -1,17 +1,20 @@
 //! Steps: composing a batch, running its forward pass as far as the weights have arrived, taking the results.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use tangram_engine::{Chunk, KvBlocks, LogitRows, Whole};
 use tangram_policy::{Runnable, Share, compose};
 use tangram_pool::{LoadFailure, Refusal, Tensor};
+use tangram_store::{RowRead, Store, Wake};
 
 use super::adapters::ActiveAdapter;
 use super::{Active, Step, Worker};
 use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
 use crate::forecast::Forecast;
-use crate::model::LeasedTensors;
+use crate::model::{EarlyRows, LeasedTensors, Location, ModelPlan};
 use crate::observe::Computed;
 use crate::sequence::{Sequence, Sink};
 
@@ -165,7 +168,13 @@ impl Worker {
         match self.executor.begin(model_plan, &chunks, &wholes, engines, &of_chunk) {
             Ok(pass) => {
                 let undisturbed = active.complete.is_some() && adapters.is_empty();
-                active.step = Some(Step { pass, shares, adapters, spent: Duration::ZERO, undisturbed });
+                let embedding =
+                    entry.plan.early_rows.filter(|rows| !is_ready(active.lease.tensors(), rows.unique));
+                let rows = embedding.map(|rows| {
+                    let tokens = chunks.iter().flat_map(|chunk| chunk.tokens).copied();
+                    read_rows(&self.store, &entry.plan, rows, tokens.collect(), self.wake.clone())
+                });
+                active.step = Some(Step { pass, shares, adapters, rows, spent: Duration::ZERO, undisturbed });
                 Begun::Ready
             }
             Err(error) => {
@@ -180,7 +189,7 @@ impl Worker {
         let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
         let Some(step) = active.step.as_mut() else { return Progress::Stalled };
         let before = step.pass.stage();
-        if before >= ready_stages {
+        if before >= ready_stages || !rows_are_here(step, entry.plan.early_rows, active.lease.tensors()) {
             return Progress::Stalled;
         }
         let adapter = |model: &usize| active.adapters.iter().find(|adapter| adapter.model == *model);
@@ -240,7 +249,7 @@ impl Worker {
     fn complete_step(&mut self, model: usize) {
         let Some(entry) = self.models[model].as_mut() else { return };
         let Some(active) = entry.active.as_mut() else { return };
-        let Some(Step { mut pass, shares, adapters: _, spent, undisturbed }) = active.step.take() else {
+        let Some(Step { mut pass, shares, spent, undisturbed, .. }) = active.step.take() else {
             return;
         };
         let now = Instant::now();
@@ -338,6 +347,47 @@ fn count_arrivals(active: &mut Active) -> Result<(), String> {
     }
     active.complete.get_or_insert_with(Instant::now);
     Ok(())
+}
+
+fn is_ready(tensors: &[Arc<Tensor>], unique: usize) -> bool {
+    tensors.get(unique).is_some_and(|tensor| tensor.is_ready())
+}
+
+/// Reads the rows of the token embedding for these tokens.
+fn read_rows(
+    store: &Store,
+    plan: &ModelPlan,
+    early: EarlyRows,
+    tokens: Vec<u32>,
+    wake: Wake,
+) -> Receiver<io::Result<Vec<u8>>> {
+    let (sender, receiver) = channel();
+    if let Some(Location { file, offset, .. }) = plan.locations.get(early.unique) {
+        let (file, row_bytes) = (file.clone(), early.row_bytes);
+        store.read_rows(RowRead { file, offset: *offset, row_bytes, rows: tokens }, move |rows| {
+            // Nobody waits for them any more if the embedding was faster.
+            let _ = sender.send(rows);
+            wake();
+        });
+    }
+    receiver
+}
+
+/// Whether the first stage has the rows that it takes from the token embedding. Where they cannot be read early it waits
+/// for the embedding.
+fn rows_are_here(step: &mut Step, early: Option<EarlyRows>, tensors: &[Arc<Tensor>]) -> bool {
+    let Some(rows) = &step.rows else { return true };
+    let here = match rows.try_recv() {
+        Ok(Ok(rows)) => {
+            step.pass.set_early_rows(rows);
+            true
+        }
+        _ => early.is_none_or(|early| is_ready(tensors, early.unique)),
+    };
+    if here {
+        step.rows = None;
+    }
+    here
 }
 
 /// The first failure among these tensors, for the user.

@@ -1,0 +1,149 @@
+//! Some rows of a stored matrix, read before the matrix itself arrives.
+//!
+//! Stands beside the queues of the disks: so few bytes, wanted at once, are not worth a turn. What it reads is compared with
+//! no checksum; whoever uses it must compare it with the matrix when that is there.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::buffer::Buffer;
+use crate::file::DataFile;
+use crate::plan::{Piece, Place};
+use crate::ring::{Bell, Ring};
+
+/// Which rows of which matrix.
+#[derive(Clone, Debug)]
+pub struct RowRead {
+    /// File that holds the matrix, as it is.
+    pub file: PathBuf,
+    /// Its first byte in the file.
+    pub offset: u64,
+    /// Bytes of a row.
+    pub row_bytes: usize,
+    /// Rows, in the order in which they are wanted; some may be equal.
+    pub rows: Vec<u32>,
+}
+
+impl RowRead {
+    /// Reads them, one after the other in memory.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or ends before a row does.
+    pub(crate) fn read(&self) -> io::Result<Vec<u8>> {
+        let file = DataFile::open(&self.file)?;
+        let size = self.rows.len().checked_mul(self.row_bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut bytes = vec![0; size];
+        if self.row_bytes == 0 {
+            return Ok(bytes);
+        }
+        let rows = self.rows.iter().zip(bytes.chunks_exact_mut(self.row_bytes));
+        let missing: Vec<(u64, &mut [u8])> = rows
+            .map(|(&row, into)| (self.offset + u64::from(row) * self.row_bytes as u64, into))
+            .filter_map(|(at, into)| (!read_cached(file.cached(), at, into)).then_some((at, into)))
+            .collect();
+        read_missing(&file, missing)?;
+        Ok(bytes)
+    }
+}
+
+/// Reads from the page cache what is there; `false` if it is not.
+fn read_cached(file: &File, mut at: u64, mut into: &mut [u8]) -> bool {
+    while !into.is_empty() {
+        match rustix::io::preadv2(file, &mut [IoSliceMut::new(into)], at, ReadWriteFlags::NOWAIT) {
+            Ok(0) => return false,
+            Ok(read) => {
+                at += read as u64;
+                into = into.get_mut(read..).unwrap_or_default();
+            }
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// Reads from the disk: all rows at a time where there is io_uring, else one after the other.
+fn read_missing(file: &DataFile, mut rows: Vec<(u64, &mut [u8])>) -> io::Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let ring = Bell::new().and_then(|bell| Ring::new(Arc::new(bell)));
+    let (Some((direct, alignment)), Ok(mut ring)) = (file.direct(), ring) else {
+        return rows.into_iter().try_for_each(|(at, into)| file.cached().read_exact_at(into, at));
+    };
+    // A row that occurs several times is read once.
+    rows.sort_unstable_by_key(|(at, _)| *at);
+    let unit = alignment.offset as u64;
+    let slot = |len: usize| (len + 2 * alignment.offset).next_multiple_of(Buffer::ALIGNMENT);
+    let (mut pieces, mut copies): (Vec<Piece>, Vec<(usize, &mut [u8])>) = (Vec::new(), Vec::new());
+    let (mut room, mut last) = (0, None);
+    for (at, into) in rows {
+        if last != Some(at) {
+            let (start, end) = (at / unit * unit, at + into.len() as u64);
+            let (len, needed) = ((end.next_multiple_of(unit) - start) as usize, (end - start) as usize);
+            pieces.push(Piece { offset: start, place: Place::Buffer, at: room..room + len, needed });
+            room += slot(into.len());
+            last = Some(at);
+        }
+        copies.push((room - slot(into.len()) + (at % unit) as usize, into));
+    }
+    ring.start(Buffer::new(room), direct.clone(), pieces);
+    let (mut buffer, result) = loop {
+        if let Some(over) = ring.wait().pop() {
+            break over;
+        }
+    };
+    result?;
+    for (from, into) in copies {
+        let bytes = buffer.bytes().get(from..from + into.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        into.copy_from_slice(bytes);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn rows_are_what_the_file_has(
+            row_bytes in 1usize..9000, offset in 0u64..20_000, cached in any::<bool>(),
+            rows in proptest::collection::vec(0u32..40, 0..60),
+        ) {
+            // Beside the sources: a directory for temporary files may be in memory.
+            let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+            let path = dir.path().join("matrix");
+            let bytes: Vec<u8> = (0..offset + 40 * row_bytes as u64).map(|i| (i * 31 + i / 253) as u8).collect();
+            std::fs::write(&path, &bytes).unwrap();
+            if !cached {
+                File::open(&path).unwrap().sync_all().unwrap();
+                DataFile::open(&path).unwrap().drop_from_cache(0, bytes.len());
+            }
+            let read = RowRead { file: path, offset, row_bytes, rows: rows.clone() };
+            let expected: Vec<u8> = rows
+                .iter()
+                .flat_map(|&row| {
+                    let start = offset as usize + row as usize * row_bytes;
+                    bytes[start..start + row_bytes].to_vec()
+                })
+                .collect();
+            prop_assert!(read.read().unwrap() == expected);
+            let beyond = RowRead { rows: vec![0, 40], ..read };
+            prop_assert!(beyond.read().is_err(), "a row that the file does not have");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_an_error() {
+        let read = RowRead { file: "/nowhere/at/all".into(), offset: 0, row_bytes: 8, rows: vec![1] };
+        assert!(read.read().is_err());
+    }
+}
