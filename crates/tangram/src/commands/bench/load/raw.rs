@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use rustix::fs::{Advice, OFlags, fadvise};
 use rustix::time::{ClockId, clock_gettime};
+use tangram_device::cpu::CpuDevice;
+use tangram_device::{Arena, Claim, Contents, Extent};
 
 use super::Cost;
 
@@ -54,24 +56,27 @@ pub(in super::super) fn direct(path: &Path) -> anyhow::Result<Cost> {
     let file = file.with_context(|| format!("{} cannot be read past the page cache", path.display()))?;
     let bytes = file.metadata()?.len();
     let next = AtomicU64::new(0);
-    let reader = || -> std::io::Result<()> {
-        let mut buffer = vec![1; READ + ALIGNMENT];
-        let address = buffer.as_ptr() as usize;
-        let start = address.next_multiple_of(ALIGNMENT) - address;
+    // Of the same kind as that of a pool, and written before: the limit is the disk's and not that of taking memory.
+    let memory = CpuDevice::open(READERS * READ, READ)?;
+    let arena = Arena::reserve(memory, READERS * READ)?;
+    let claims: Vec<Claim> = (0..READERS).map(|reader| Claim { offset: reader * READ, len: READ }).collect();
+    let buffers = arena.claim_all(&claims, Contents::Zeroed)?;
+    let reader = |mut buffer: Extent| -> std::io::Result<()> {
+        let buffer = buffer.host_bytes_mut().unwrap_or_default();
         loop {
             let at = next.fetch_add(READ as u64, Ordering::Relaxed);
             if at >= bytes {
                 return Ok(());
             }
             let whole = (bytes - at).next_multiple_of(ALIGNMENT as u64).min(READ as u64) as usize;
-            if file.read_at(&mut buffer[start..start + whole], at)? == 0 {
+            if file.read_at(&mut buffer[..whole], at)? == 0 {
                 return Err(std::io::ErrorKind::UnexpectedEof.into());
             }
         }
     };
     let (started, cpu) = (Instant::now(), cpu_time());
     std::thread::scope(|scope| {
-        let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
+        let readers: Vec<_> = buffers.into_iter().map(|buffer| scope.spawn(|| reader(buffer))).collect();
         readers.into_iter().try_for_each(|reader| {
             reader.join().unwrap_or_else(|_| Err(std::io::Error::other("a reader panicked")))
         })
