@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::cuda::Transfer;
@@ -15,13 +16,17 @@ use crate::{Device, DeviceError, HostBytes, HostPool, Mapping, Pinned, Staging, 
 pub struct Memory {
     device: Box<dyn Device>,
     free: Mutex<FreePages>,
+    /// Physical pages that were under an extent at some time.
+    used: Box<[AtomicBool]>,
 }
 
 impl Memory {
     /// All pages of `device` are free.
     pub fn new(device: Box<dyn Device>) -> Arc<Memory> {
-        let free = Mutex::new(FreePages::new(device.page_count() as u32));
-        Arc::new(Memory { device, free })
+        let pages = device.page_count();
+        let free = Mutex::new(FreePages::new(pages as u32));
+        let used = (0..pages).map(|_| AtomicBool::new(false)).collect();
+        Arc::new(Memory { device, free, used })
     }
 
     /// The device's name for people.
@@ -42,6 +47,15 @@ impl Memory {
     /// Physical pages that no extent uses.
     pub fn free_pages(&self) -> usize {
         lock(&self.free).free()
+    }
+
+    /// Bytes of this process's memory that the pages have taken from the system: they keep what was once written. 0 on a
+    /// device with memory of its own.
+    pub fn host_bytes_taken(&self) -> usize {
+        if !self.device.host_accessible() {
+            return 0;
+        }
+        self.used.iter().filter(|used| used.load(Ordering::Relaxed)).count() * self.page_bytes()
     }
 
     /// The device's copy streams.
@@ -263,8 +277,11 @@ impl Arena {
         }
         for &claim in claims {
             for page in self.pages_under(claim) {
-                if let Some((_, users)) = state.mapped.get_mut(&page) {
+                if let Some((physical, users)) = state.mapped.get_mut(&page) {
                     *users += 1;
+                    if let Some(used) = self.memory.used.get(*physical as usize) {
+                        used.store(true, Ordering::Relaxed);
+                    }
                 }
             }
         }

@@ -272,6 +272,7 @@ mod tests {
         let page = rustix::param::page_size();
         let memory = CpuDevice::open(64 * page, page).unwrap();
         let arena = Arena::reserve(memory.clone(), 256 * page).unwrap();
+        assert_eq!(memory.host_bytes_taken(), 0);
         // Every other page first, so that the rest is mapped in pieces.
         let (mut even, mut odd) = (Vec::new(), Vec::new());
         for index in 0..32 {
@@ -292,7 +293,7 @@ mod tests {
             assert_eq!(extent.to_vec().unwrap()[..8], [index as u8; 8]);
         }
         drop((large, odd));
-        assert_eq!(memory.free_pages(), 64);
+        assert_eq!((memory.free_pages(), memory.host_bytes_taken()), (64, 64 * page));
         let all = arena.claim(0, 64 * page).unwrap();
         assert_eq!(mappings(home, 64 * page), 1, "the pages came back in pieces that did not join");
         assert_eq!(all.to_vec().unwrap(), vec![0; 64 * page]);

@@ -32,7 +32,8 @@ pub(crate) async fn list(State(gateway): State<Arc<Gateway>>) -> Response {
 /// `GET /admin/status`: the node's figures, its models, and what the process takes.
 pub(crate) async fn status(State(gateway): State<Arc<Gateway>>) -> Response {
     let (node, models) = (gateway.node.status(), gateway.node.list());
-    Json(json!({"node": node, "models": models, "process": ProcessStatus::read()})).into_response()
+    let process = ProcessStatus::read(node.pool_taken_bytes);
+    Json(json!({"node": node, "models": models, "process": process})).into_response()
 }
 
 /// `GET /admin/profile`: the device and its models as a simulator needs them.

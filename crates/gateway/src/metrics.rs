@@ -158,7 +158,7 @@ impl Collector for NodeCollector {
             ("sequences_running", "Sequences running", status.running as u64),
             ("requests_waiting", "Requests waiting for admission", status.waiting as u64),
         ];
-        let process = ProcessStatus::read().map(|process| {
+        let process = ProcessStatus::read(status.pool_taken_bytes).map(|process| {
             [
                 ("process_resident_bytes", "Bytes of the process in memory", process.resident_bytes),
                 ("process_private_bytes", "Bytes of heap and stacks in memory", process.private_bytes),

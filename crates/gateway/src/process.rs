@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Figures of a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessStatus {
-    /// Bytes in memory, the pool's touched pages included.
+    /// Bytes in memory, what the pool has taken included.
     pub resident_bytes: u64,
     /// Of these, bytes that no file and no shared memory stands behind: heap and stacks. The pool is not among them.
     pub private_bytes: u64,
@@ -16,12 +16,14 @@ pub struct ProcessStatus {
 }
 
 impl ProcessStatus {
-    /// This process, now; `None` where the system has no `/proc` that says it.
-    pub(crate) fn read() -> Option<Self> {
+    /// This process, now, whose pool has taken so much; `None` where the system has no `/proc` that says it.
+    pub(crate) fn read(pool_taken_bytes: u64) -> Option<Self> {
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
         // The directory is read through a descriptor of its own, which is not counted.
         let files = std::fs::read_dir("/proc/self/fd").ok()?.count().saturating_sub(1);
-        Some(ProcessStatus { open_files: files as u64, ..Self::parse(&status)? })
+        let status = Self::parse(&status)?;
+        let private_bytes = status.private_bytes.saturating_sub(pool_taken_bytes);
+        Some(ProcessStatus { open_files: files as u64, private_bytes, ..status })
     }
 
     /// Reads what `/proc/PID/status` says.
@@ -56,11 +58,11 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn an_open_file_is_counted() {
-        let before = ProcessStatus::read().unwrap();
+        let before = ProcessStatus::read(0).unwrap();
         assert!(before.private_bytes > 0 && before.private_bytes <= before.resident_bytes);
         // Other tests open and close files meanwhile; fifty are more than they do.
         let files: Vec<_> = (0..50).map(|_| std::fs::File::open("/proc/self/status").unwrap()).collect();
-        assert!(ProcessStatus::read().unwrap().open_files > before.open_files + 25);
+        assert!(ProcessStatus::read(0).unwrap().open_files > before.open_files + 25);
         drop(files);
     }
 }

@@ -405,6 +405,9 @@ pub struct NodeStatus {
     pub pool_bytes: u64,
     /// Bytes of the pool that are free.
     pub free_bytes: u64,
+    /// Bytes of this process's memory that the pool has taken so far; 0 where the device has memory of its own.
+    #[serde(default)]
+    pub pool_taken_bytes: u64,
     /// Bytes of resident tensors, leased or not.
     pub resident_bytes: u64,
     /// Bytes of resident tensors that a running request holds.

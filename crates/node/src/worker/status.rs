@@ -32,6 +32,7 @@ impl Worker {
             .to_owned(),
             pool_bytes: memory.page_count() as u64 * page_bytes,
             free_bytes: self.pool.free_bytes(),
+            pool_taken_bytes: memory.host_bytes_taken() as u64,
             resident_bytes: stats.resident_bytes,
             leased_bytes: stats.leased_bytes,
             kv_bytes: stats.kv_bytes,
