@@ -13,6 +13,7 @@ use tangram_store::{Options, Store};
 
 use crate::host::keep_weights;
 use crate::swap::HostMemory;
+use crate::trial::Trial;
 
 /// What a node computes on.
 #[derive(Clone, Debug, Default)]
@@ -67,6 +68,7 @@ pub(crate) struct Setup {
     /// Of the executor for the processor.
     pub(crate) threads: usize,
     pub(crate) options: Options,
+    pub(crate) trial: Trial,
 }
 
 /// A device that is set up.
@@ -113,6 +115,7 @@ impl Setup {
         self.page_bytes = Some(memory.page_bytes() as u64);
         let mut pool = Pool::new(memory.clone(), self.backend).map_err(|error| error.to_string())?;
         let host = HostMemory::new(keep_weights(&mut pool, self.host_bytes));
+        self.trial.apply(&mut pool)?;
         Ok(Opened { pool, executor, store: Store::with_options(memory, self.options.clone()), host })
     }
 

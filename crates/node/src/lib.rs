@@ -17,6 +17,7 @@ mod observe;
 mod remote;
 mod sequence;
 mod swap;
+mod trial;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -54,7 +55,9 @@ use model::ModelPlan;
 pub use observe::{Computed, Observer};
 use sequence::{EmbedGroup, EmbedState, Generate, Sequence, Sink};
 pub use tangram_engine::PassShape;
+pub use tangram_policy::Baseline;
 pub use tangram_remote::{Options as RemoteOptions, RemoteError, RemoteSource};
+pub use trial::{Fill, Trial};
 use worker::{Command, Registration, Shared, Worker};
 
 /// How a node is set up.
@@ -83,6 +86,8 @@ pub struct NodeConfig {
     pub remote: RemoteOptions,
     /// Sees what is loaded and computed when. Passes then run stage by stage.
     pub observer: Option<Arc<dyn Observer>>,
+    /// What a measurement changes; the default changes nothing.
+    pub trial: Trial,
 }
 
 impl NodeConfig {
@@ -101,6 +106,7 @@ impl NodeConfig {
             verification: Verification::Full,
             remote: RemoteOptions::from_environment(),
             observer: None,
+            trial: Trial::default(),
         }
     }
 }
@@ -177,6 +183,7 @@ impl Node {
             backend: config.backend,
             threads,
             options: Options { verification: config.verification, damaged, observe },
+            trial: config.trial,
         };
         let opened = setup.open().map_err(NodeError::Device)?;
         let memory = opened.pool.memory();

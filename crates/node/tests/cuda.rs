@@ -15,8 +15,8 @@ use common::{config, deploy, eventually, finish, open, request, run, shared};
 use serde::Deserialize;
 use tangram_device::cuda::stand_in::{self, Delay, Left, Options, StandIn};
 use tangram_node::{
-    Backend, DeployedModel, Device, GenerateRequest, Grammar, Node, NodeConfig, RequestError, SamplingParams,
-    TokenText, Vocabulary,
+    Backend, Baseline, DeployedModel, Device, GenerateRequest, Grammar, Node, NodeConfig, RequestError,
+    SamplingParams, TokenText, Trial, Vocabulary,
 };
 use tangram_testkit::{
     Family, RandomAdapter, RandomModel, write_adapter, write_cross_encoder, write_hf_model,
@@ -304,4 +304,79 @@ fn what_has_no_kernels_is_refused_when_it_is_deployed() {
     let node = Node::open(on_gpu(&stand_in, data.path(), 4 << 20)).unwrap();
     let error = node.deploy("m", sources.path(), &mut |_| ControlFlow::Continue(())).unwrap_err();
     assert!(error.to_string().contains("scoring pairs of texts is not supported on GPUs"), "{error}");
+}
+
+/// What measurements compare ours with runs on the same device with the same tokens, and keeps what its rule says.
+#[test]
+fn rivals_of_measurements_have_the_same_tokens() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = |name: &str| sources.path().join(name);
+    for (name, seed) in [("a", 31), ("b", 32), ("c", 33)] {
+        write_hf_model(&path(name), &RandomModel { seed, context: 4000, ..RandomModel::tiny(Family::Gpt2) });
+    }
+    let on_cpu = open(data.path(), 64 << 20);
+    let models = ["a", "b", "c"].map(|name| deploy(&on_cpu, name, &path(name)));
+    let prompt = [9, 8, 7, 25];
+    let expected = models.each_ref().map(|model| run(&on_cpu, request(model, &prompt, 2)).tokens);
+    let weights = models[0].weight_bytes;
+    drop(on_cpu);
+    let pool = (2 * weights as usize + (512 << 10)).next_multiple_of(PAGE);
+    for (rule, backend) in [
+        (Baseline::NoReuse, Backend::Paged),
+        (Baseline::WholeModels, Backend::Paged),
+        (Baseline::Published, Backend::Segment),
+    ] {
+        let Some(stand_in) = gpu(pool, Delay::Random(rule as u64)) else { return };
+        let trial = Trial { baseline: Some(rule), ..Trial::default() };
+        let node = NodeConfig { backend, trial, ..on_gpu(&stand_in, data.path(), pool) };
+        let node = Node::open(node).unwrap();
+        let mut loaded = Vec::new();
+        for model in [0, 1, 0, 0, 2, 0, 1] {
+            let outcome = run(&node, request(&node.model(["a", "b", "c"][model]).unwrap(), &prompt, 2));
+            assert_eq!(outcome.tokens, expected[model], "{rule:?}");
+            loaded.push(outcome.timing.bytes_loaded);
+        }
+        println!("{rule:?}: of {weights} bytes {loaded:?}");
+        match rule {
+            Baseline::NoReuse => assert_eq!(loaded, [weights; 7]),
+            // The second goes for the third, and the third for the second.
+            Baseline::WholeModels => {
+                assert_eq!(loaded, [weights, weights, 0, 0, weights, 0, weights]);
+            }
+            Baseline::Published => {
+                // Worth is not per byte, so small parts even of the one that is used most have gone.
+                assert_eq!(loaded[..5], [weights, weights, 0, 0, weights]);
+                assert!(loaded[5] > 0 && loaded[5] < weights);
+            }
+        }
+        nothing_is_left(node, &stand_in);
+    }
+}
+
+/// Weights that stand for others, so that models can be measured that no disk would hold.
+#[test]
+fn one_block_of_host_memory_stands_for_all_weights() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let pool = 4 << 20;
+    let Some(stand_in) = gpu(pool, Delay::Latest) else { return };
+    write_hf_model(sources.path(), &RandomModel { seed: 41, ..RandomModel::tiny(Family::Llama) });
+    let fill =
+        |bytes: &mut [u8]| bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|b| *b = 0.01f32.to_le_bytes());
+    let config = || NodeConfig {
+        trial: Trial { weights: Some((1 << 20, Arc::new(fill))), ..Trial::default() },
+        ..on_gpu(&stand_in, data.path(), pool)
+    };
+    let node = Node::open(config()).unwrap();
+    deploy(&node, "m", sources.path());
+    let ask = |node: &Node| run(node, request(&node.model("m").unwrap(), &[9, 8, 7, 250], 3));
+    let (cold, resident) = (ask(&node), ask(&node));
+    assert_eq!(cold.timing.bytes_loaded, node.model("m").unwrap().weight_bytes);
+    assert_eq!((cold.tokens.clone(), resident.timing.bytes_loaded), (resident.tokens, 0));
+    let status = node.status();
+    assert_eq!(status.bytes_from_host_total, status.bytes_loaded_total + status.bytes_prefetched_total);
+    nothing_is_left(node, &stand_in);
+    // They are not the model's own.
+    let own = Node::open(NodeConfig { trial: Trial::default(), ..config() }).unwrap();
+    assert_ne!(ask(&own).tokens, cold.tokens);
+    nothing_is_left(own, &stand_in);
 }

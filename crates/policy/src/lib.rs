@@ -4,6 +4,7 @@
 //! The live node drives this code, and a simulator can drive the same.
 
 pub mod admission;
+pub mod baseline;
 pub mod batch;
 pub mod eviction;
 pub mod expectation;
@@ -18,6 +19,7 @@ pub mod retention;
 pub mod stall;
 
 pub use admission::{Admission, Attempt};
+pub use baseline::{Baseline, Baselines};
 pub use batch::{Runnable, Share, compose};
 pub use expectation::Expectations;
 pub use host::HostRetention;

@@ -12,6 +12,7 @@ use tangram_device::{HostBytes, HostPool};
 use tangram_policy::{Event, HostRetention, TensorKey};
 
 use crate::pool::Pool;
+use crate::room::ALIGNMENT;
 use crate::tensor::Vacancy;
 
 /// A tensor's bytes in host memory, once all of them are there.
@@ -62,6 +63,8 @@ pub(crate) struct HostTier {
     memory: HostPool,
     retention: HostRetention,
     copies: HashMap<TensorKey, Arc<HostCopy>>,
+    /// In measurements, bytes that stand for all tensors.
+    stand_in: Option<Arc<HostBytes>>,
 }
 
 impl Pool {
@@ -69,7 +72,24 @@ impl Pool {
     /// anything is catalogued.
     pub fn keep_in_host(&mut self, memory: HostPool) {
         debug_assert!(self.slots.is_empty(), "tensors that host memory does not know");
-        self.host = Some(HostTier { memory, retention: HostRetention::new(), copies: HashMap::new() });
+        let (retention, copies) = (HostRetention::new(), HashMap::new());
+        self.host = Some(HostTier { memory, retention, copies, stand_in: None });
+    }
+
+    /// Brings every tensor in from a part of these bytes, whatever its content is: for measurements with more models than
+    /// host memory holds. They must be at least as many as the largest tensor has. To be called after
+    /// [`Pool::keep_in_host`] and before anything is catalogued.
+    pub fn stand_in_for_all(&mut self, bytes: HostBytes) {
+        if let Some(host) = &mut self.host {
+            host.stand_in = Some(Arc::new(bytes));
+        }
+    }
+
+    /// Where something stands for all tensors, host memory has each of them.
+    pub(crate) fn note_stand_in(&mut self, tensor: TensorKey) {
+        if self.host.as_ref().is_some_and(|host| host.stand_in.is_some()) {
+            self.apply(Event::Hosted { tensor, hosted: true });
+        }
     }
 
     /// The accounts of host memory, if copies are kept there.
@@ -110,6 +130,17 @@ impl Pool {
     /// those that come from disk is kept.
     pub(crate) fn supply(&mut self, vacancies: &mut [Vacancy]) {
         let Some(host) = &self.host else { return };
+        if let Some(stand_in) = &host.stand_in {
+            for vacancy in vacancies {
+                let (key, len) = (vacancy.tensor().key(), vacancy.tensor().len());
+                // Anywhere, so that no cache has what the tensor before it had.
+                let places = stand_in.len().saturating_sub(len) / ALIGNMENT + 1;
+                let at = key.0.wrapping_mul(0x9E37_79B1) as usize % places * ALIGNMENT;
+                self.stats.from_host_total += len as u64;
+                vacancy.supply = Supply::Host(Arc::new(HostBytes::part(stand_in, at, len)));
+            }
+            return;
+        }
         // Copies that are going to be read are held before any other makes room.
         for vacancy in vacancies.iter_mut() {
             let copy = host.copies.get(&vacancy.tensor().key());

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tangram_checkpoint::ContentId;
 use tangram_device::{DeviceError, Extent, Memory};
 use tangram_policy::eviction::{self, Candidate};
-use tangram_policy::{Event, Retention, TensorKey};
+use tangram_policy::{Baseline, Baselines, Event, Retention, TensorKey};
 
 use crate::host::HostTier;
 use crate::paged::Paged;
@@ -193,6 +193,8 @@ pub struct Pool {
     pub(crate) published: HashMap<TensorKey, PublishedBlock>,
     /// Copies of tensors in host memory, where that is not the device's own.
     pub(crate) host: Option<HostTier>,
+    /// Rules that decide in the policy's place, in measurements.
+    baseline: Option<Baselines>,
     pub(crate) stats: PoolStats,
     log: Option<Vec<Logged>>,
 }
@@ -218,9 +220,19 @@ impl Pool {
             kv: Vec::new(),
             published: HashMap::new(),
             host: None,
+            baseline: None,
             stats: PoolStats::default(),
             log: None,
         })
+    }
+
+    /// Keeps by this rule instead of by worth, for measurements; a segment is then packed as published. To be called before
+    /// anything is catalogued.
+    pub fn keep_by(&mut self, rule: Baseline) {
+        self.baseline = Some(Baselines::new(rule));
+        if let Room::Segment(segment) = &mut self.room {
+            segment.pack_as_published();
+        }
     }
 
     /// Records every event from now on, so that a test can replay the decisions.
@@ -346,7 +358,13 @@ impl Pool {
                 slot.models += 1;
             }
             self.apply(Event::Catalogued { tensor: key, bytes: entry.bytes, depth: entry.depth });
+            self.note_stand_in(key);
             keys.push(key);
+        }
+        if let Some(baseline) = &mut self.baseline {
+            let tensors: Vec<(TensorKey, u64)> =
+                keys.iter().copied().zip(entries.iter().map(|entry| entry.bytes)).collect();
+            baseline.catalogue(&tensors);
         }
         Ok(keys)
     }
@@ -496,6 +514,9 @@ impl Pool {
         self.supply(&mut vacancies);
         self.stats.loaded_total += bytes_loaded;
         self.stats.reused_total += bytes_reused;
+        if let Some((baseline, &first)) = self.baseline.as_mut().zip(keys.first()) {
+            baseline.used(first);
+        }
         Ok(Activation { lease: Lease { tensors }, missing: vacancies, bytes_loaded, bytes_reused })
     }
 
@@ -540,6 +561,9 @@ impl Pool {
             }
         }
         self.settle();
+        if self.baseline.as_ref().is_some_and(Baselines::keeps_nothing) {
+            self.evict_bytes(u64::MAX);
+        }
     }
 
     /// Looks after tensors without a lease that were arriving when they lost it: those that arrived become evictable,
@@ -587,7 +611,13 @@ impl Pool {
     /// Evicts what the policy chooses, of at least `shortage` bytes together, or everything idle if that is less;
     /// `false` if there is nothing.
     pub(crate) fn evict_bytes(&mut self, shortage: u64) -> bool {
-        let victims = eviction::choose(self.candidates(), shortage);
+        let victims = match &self.baseline {
+            None => eviction::choose(self.candidates(), shortage),
+            Some(baseline) => {
+                let idle = self.candidates().map(|candidate| (candidate.tensor, candidate.bytes));
+                baseline.victims(idle, shortage)
+            }
+        };
         self.record(|| Logged::Asked { shortage, victims: victims.clone() });
         self.evict_all(victims)
     }

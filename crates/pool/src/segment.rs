@@ -33,6 +33,7 @@ pub(crate) struct Segment {
     free: usize,
     idle: usize,
     packer: Packer,
+    strategy: Strategy,
     /// Residents as the packer reads them, and the sizes asked for; kept between plans.
     extents: Vec<packing::Extent>,
     sizes: Vec<u64>,
@@ -53,9 +54,14 @@ impl Segment {
             free: len,
             idle: 0,
             packer: Packer::new(len as u64, ALIGNMENT as u64),
+            strategy: Strategy::PartitionedGain,
             extents: Vec::new(),
             sizes: Vec::new(),
         })
+    }
+
+    pub(crate) fn pack_as_published(&mut self) {
+        self.strategy = Strategy::Published;
     }
 
     pub(crate) fn change(
@@ -148,7 +154,7 @@ impl Segment {
         }
         self.sizes.clear();
         self.sizes.extend(sizes.map(|bytes| bytes as u64));
-        self.packer.pack(Strategy::PartitionedGain, &self.extents, &self.sizes)
+        self.packer.pack(self.strategy, &self.extents, &self.sizes)
     }
 
     /// Takes blocks with zeros in them from the high end; `None` if the holes do not hold so many.

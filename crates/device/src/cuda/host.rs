@@ -61,6 +61,8 @@ pub struct HostBytes {
     /// First byte in the runs.
     at: usize,
     len: usize,
+    /// Whose bytes these are, where they are only for reading.
+    of: Option<Arc<HostBytes>>,
 }
 
 impl HostPool {
@@ -120,7 +122,7 @@ impl HostPool {
         };
         let runs = taken.iter().map(run).collect();
         drop(state);
-        Some(HostBytes { held: Arc::new(Held { shared: self.shared.clone(), runs }), at: 0, len })
+        Some(HostBytes { held: Arc::new(Held { shared: self.shared.clone(), runs }), at: 0, len, of: None })
     }
 }
 
@@ -165,10 +167,23 @@ impl HostBytes {
         self.len
     }
 
+    /// The same bytes once more, `len` of them from `at` on (at most all), for reading: nobody can write to them as long as
+    /// these exist, since whoever has them shared cannot have them alone.
+    pub fn part(of: &Arc<HostBytes>, at: usize, len: usize) -> HostBytes {
+        let at = at.min(of.len);
+        let len = len.min(of.len - at);
+        HostBytes { held: of.held.clone(), at: of.at + at, len, of: Some(of.clone()) }
+    }
+
+    fn assert_owned(&self) {
+        assert!(self.of.is_none(), "bytes that are shared are only for reading");
+    }
+
     /// Keeps the first `at` bytes (at most all) and gives the others away.
     pub fn split_off(&mut self, at: usize) -> HostBytes {
         let at = at.min(self.len);
-        let rest = HostBytes { held: self.held.clone(), at: self.at + at, len: self.len - at };
+        let rest =
+            HostBytes { held: self.held.clone(), at: self.at + at, len: self.len - at, of: self.of.clone() };
         self.len = at;
         rest
     }
@@ -176,15 +191,21 @@ impl HostBytes {
     /// Takes in what [`HostBytes::split_off`] gave away.
     ///
     /// # Panics
-    /// When `next` does not follow upon this.
+    /// When `next` does not follow upon this, or either is only for reading.
     pub fn join(&mut self, next: HostBytes) {
+        self.assert_owned();
+        next.assert_owned();
         let follows = Arc::ptr_eq(&self.held, &next.held) && self.at + self.len == next.at;
         assert!(follows, "only what follows can be joined");
         self.len += next.len;
     }
 
     /// The bytes, where they lie in one piece.
+    ///
+    /// # Panics
+    /// When they are only for reading.
     pub fn whole(&mut self) -> Option<&mut [u8]> {
+        self.assert_owned();
         let (address, bytes) = self.spans(0, self.len).next().filter(|&(_, bytes)| bytes == self.len)?;
         // SAFETY: the span is pinned and initialised (the system's fresh pages are) while `held` lives and lies in this
         // object's share of it, which is nobody else's, as `&mut self` says.
@@ -194,8 +215,9 @@ impl HostBytes {
     /// Copies bytes in, from `at` on.
     ///
     /// # Panics
-    /// When they reach beyond the end.
+    /// When they reach beyond the end, or are only for reading.
     pub fn write(&mut self, at: usize, from: &[u8]) {
+        self.assert_owned();
         let mut from = from;
         for (address, bytes) in self.spans(at, from.len()) {
             let (now, later) = from.split_at(bytes);
@@ -322,6 +344,32 @@ mod tests {
             drop((arena, memory, pool));
             assert_eq!((stand_in.left(), stand_in.violations()), (Left::default(), Vec::new()));
         }
+    }
+
+    #[test]
+    fn shared_bytes_are_read_and_never_written() {
+        let (stand_in, memory) = device(Delay::Latest, 64);
+        let pool = memory.host_pool().unwrap();
+        pool.grow(3 * UNIT).unwrap();
+        let content = pattern(2, 2 * UNIT);
+        let mut bytes = pool.take(content.len()).unwrap();
+        bytes.write(0, &content);
+        let bytes = Arc::new(bytes);
+        let parts = [(0, 9), (UNIT - 7, 20), (9, 2 * UNIT)];
+        let parts = parts.map(|(at, len)| (at, HostBytes::part(&bytes, at, len)));
+        drop(bytes);
+        assert_eq!(pool.free(), UNIT, "the parts keep the bytes");
+        for (at, mut part) in parts {
+            let mut read = vec![0; part.len()];
+            part.read(0, &mut read);
+            assert!(read == content[at..at + read.len()] && read.len() == part.len());
+            let tail = part.split_off(part.len() / 2);
+            for mut part in [tail, part] {
+                let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| part.write(0, &[1])));
+                assert!(written.is_err());
+            }
+        }
+        assert_eq!((pool.free(), stand_in.violations()), (3 * UNIT, Vec::new()));
     }
 
     /// The stand-in does nothing before somebody waits, so the bytes are read long after the owner has let go.

@@ -12,7 +12,8 @@ use crate::model::loads;
 impl Worker {
     /// Starts the next piece of prefetching if there is nothing else to do.
     pub(super) fn prefetch(&mut self) {
-        if !self.expectations.is_telling()
+        if !self.setup.trial.is_ours()
+            || !self.expectations.is_telling()
             || !self.queue.is_empty()
             || self.models.iter().flatten().any(|entry| entry.active.is_some())
         {

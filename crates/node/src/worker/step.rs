@@ -67,6 +67,8 @@ impl Worker {
         let Some(active) = entry.active.as_mut() else { return Progress::Stalled };
         let ready_stages = if active.arrived == entry.keys.len() {
             usize::MAX
+        } else if !self.setup.trial.is_ours() {
+            0
         } else {
             entry.plan.needed_by_stage.partition_point(|&needed| needed <= active.arrived)
         };
