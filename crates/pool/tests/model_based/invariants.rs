@@ -90,8 +90,17 @@ impl Program {
         }
     }
 
+    /// Whether what is at this address is read after this step: everything unless somebody asked for less, then one piece of
+    /// so many, others after each step, and now and then everything.
+    fn is_read(&self, address: usize) -> bool {
+        let one_of = crate::number("TANGRAM_MODEL_READS", 1).max(1);
+        let mixed = (address as u64 / 512 + self.step as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        self.step.is_multiple_of(250) || mixed.is_multiple_of(one_of)
+    }
+
     /// Everything that somebody holds has the bytes that it must have, and lies where nothing else lies.
     fn check_bytes(&self) {
+        let read = |address: usize| self.is_read(address);
         let mut spans: BTreeMap<usize, usize> = BTreeMap::new();
         let mut span = |address: usize, len: usize| {
             assert!(
@@ -115,9 +124,11 @@ impl Program {
                         let address = extent.address();
                         assert_eq!(Some(address), resident.address, "it moved under a lease");
                         if seen.insert(*content, address).is_none() {
-                            let bytes = extent.to_vec().expect("readable");
-                            assert!(bytes == self.universe.contents[*content].bytes, "content {content}");
-                            span(address, bytes.len());
+                            if read(address) {
+                                let bytes = extent.to_vec().expect("readable");
+                                assert!(bytes == self.universe.contents[*content].bytes, "content {content}");
+                            }
+                            span(address, extent.len());
                         }
                         continue;
                     }
@@ -135,13 +146,15 @@ impl Program {
         }
         for sequence in &self.sequences {
             for (block, tag) in &sequence.own {
-                assert!(reads(&block.to_vec().unwrap(), *tag), "a block at {:#x} changed", block.offset());
+                let right = !read(block.address()) || reads(&block.to_vec().unwrap(), *tag);
+                assert!(right, "a block at {:#x} changed", block.offset());
                 span(block.address(), block.len());
             }
             for (end, block) in sequence.prefix.blocks().iter().enumerate() {
                 let name = &sequence.blocks[..=end];
                 let hash = hash(sequence.identity, name);
-                assert!(reads(&block.to_vec().unwrap(), word(&hash)), "published block {name:?} changed");
+                let right = !read(block.address()) || reads(&block.to_vec().unwrap(), word(&hash));
+                assert!(right, "published block {name:?} changed");
                 let published = &self.reference.kv[sequence.identity].published[name];
                 assert_eq!(published.offset, block.offset(), "a block in use moved");
                 span(block.address(), block.len());

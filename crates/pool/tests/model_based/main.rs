@@ -1,8 +1,8 @@
 //! Random programs of deployments, requests, loads, KV growth, prefix sharing, failures and removals against the real
 //! pool and a plain model of it; every byte that anybody holds is read after every step.
 //!
-//! `TANGRAM_MODEL_OPS` sets the operations per layout and page size, `TANGRAM_MODEL_SEED` the first seed; see
-//! `docs/testing.md`.
+//! `TANGRAM_MODEL_OPS` sets the operations per layout and page size, `TANGRAM_MODEL_SEED` the first seed,
+//! `TANGRAM_MODEL_READS` that only one piece of so many is read after a step; see `docs/testing.md`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -31,7 +31,12 @@ fn number(variable: &str, default: u64) -> u64 {
 }
 
 fn run(backend: Backend, page_bytes: usize) {
-    let page_bytes = page_bytes * stand_in::page_scale();
+    // Nothing depends on pages in a segment, so there they need not be as large as a GPU's.
+    let page_bytes = match backend {
+        Backend::Paged => page_bytes * stand_in::page_scale(),
+        Backend::Segment if stand_in::page_scale() > 1 => 16 * page_bytes,
+        Backend::Segment => page_bytes,
+    };
     let (first, mut left) = (number("TANGRAM_MODEL_SEED", 1), number("TANGRAM_MODEL_OPS", 60_000) as usize);
     let enough = left >= 10_000;
     let has_host = universe::pool(backend, page_bytes, 1).host().is_some();

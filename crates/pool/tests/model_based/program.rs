@@ -70,7 +70,7 @@ pub struct Program {
     pub random: Xoshiro256PlusPlus,
     pub now: f64,
     pub tag: u64,
-    step: usize,
+    pub step: usize,
     name: String,
     trace: VecDeque<String>,
     pub counts: Counts,

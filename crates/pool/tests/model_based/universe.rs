@@ -10,9 +10,15 @@ use tangram_pool::{Backend, CatalogueEntry, Part, Pool};
 /// Host memory beside a device that the host cannot address: room for a third of the contents or so.
 const HOST_BYTES: usize = 1 << 20;
 
+/// Bytes of the device's pages: a GPU has none of less than 2 MiB.
+fn device_page(page_bytes: usize) -> usize {
+    if stand_in::page_scale() > 1 { page_bytes.max(2 << 20) } else { page_bytes }
+}
+
 /// The pool under test, over `pages` pages of `page_bytes`.
 pub fn pool(backend: Backend, page_bytes: usize, pages: usize) -> Pool {
-    let memory = stand_in::memory_under_test(pages * page_bytes, page_bytes);
+    let page = device_page(page_bytes);
+    let memory = stand_in::memory_under_test((pages * page_bytes).next_multiple_of(page), page);
     let mut pool = Pool::new(memory.clone(), backend).unwrap();
     if let Some(host) = memory.host_pool() {
         host.grow(HOST_BYTES).unwrap();
@@ -103,7 +109,8 @@ impl Universe {
         });
         let models = models.collect();
         let block_bytes = [page_bytes * 3 / 8 - 1, page_bytes, page_bytes * 5 / 4 - 2];
-        let pages = random.random_range(12..40);
+        let pages: usize = random.random_range(12..40);
+        let pages = (pages * page_bytes).next_multiple_of(device_page(page_bytes)) / page_bytes;
         Universe { backend, page_bytes, pages, contents, files, models, block_bytes }
     }
 
