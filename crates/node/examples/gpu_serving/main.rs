@@ -11,6 +11,7 @@
 //! Only `files` writes weights: as much of the disk as a model has, removed in the end unless `keep` is said.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod alone;
 mod ask;
 mod files;
 mod link;

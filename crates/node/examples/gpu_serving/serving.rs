@@ -10,6 +10,7 @@ use serde_json::json;
 use tangram_device::cuda::Driver;
 use tangram_node::{Arrived, Computed, Node, NodeConfig, Observer, Trial};
 
+use crate::alone::first_token;
 use crate::ask::{ask, close, config, exposed, finish, model, run as request};
 use crate::link::{self, Limits};
 use crate::report::{Goal, goal, mean, percentile, say};
@@ -38,6 +39,8 @@ fn measure(driver: &Arc<Driver>, shape: &Shape, path: &Path) -> Result<(), Box<d
         "limits",
         json!({ "plain_upload_gb_per_s": limits.upload / 1e9, "memory_gb_per_s": limits.memory / 1e9 }),
     );
+    let alone = first_token(driver, shape, &path.join("alone"), prompt)?;
+    say(name, "first_token_of_the_executor_alone", json!({ "prompt": prompt, "median_seconds": alone }));
     describe(&["a", "b"].map(|of| (of.to_owned(), *shape)), path)?;
     // Room for one, its keys and values, and no more.
     let pool = shape.bytes() + if shape.is_tiny() { 6 << 20 } else { 1536 << 20 };
@@ -55,7 +58,7 @@ fn measure(driver: &Arc<Driver>, shape: &Shape, path: &Path) -> Result<(), Box<d
         "node_opened",
         json!({ "seconds": started.elapsed().as_secs_f64(), "pool_bytes": node.pool_bytes() }),
     );
-    let resident = resident(&node, shape, prompt)?;
+    let resident = resident(&node, shape, prompt, alone)?;
     cold(&node, shape, prompt, limits, resident)?;
     prefill(&node, shape, prompt)?;
     decode(&node, shape, limits)?;
@@ -69,7 +72,7 @@ fn measure(driver: &Arc<Driver>, shape: &Shape, path: &Path) -> Result<(), Box<d
 }
 
 /// First tokens when everything is there; gives the median of their seconds.
-fn resident(node: &Node, shape: &Shape, prompt: usize) -> Result<f64, Box<dyn Error>> {
+fn resident(node: &Node, shape: &Shape, prompt: usize, alone: f64) -> Result<f64, Box<dyn Error>> {
     let model = model(node, "a")?;
     request(node, ask(&model, prompt, 1, 1))?;
     let (mut seconds, mut activations) = (Vec::new(), Vec::new());
@@ -91,10 +94,7 @@ fn resident(node: &Node, shape: &Shape, prompt: usize) -> Result<f64, Box<dyn Er
         }),
     );
     goal(2, "activation of a resident model, ms, median", typical, Goal::AtMost(1.0));
-    // What the executor takes without pool and node; `cuda-check` measures it, the script passes it on.
-    if let Some(plain) = std::env::var("PLAIN_FIRST_TOKEN").ok().and_then(|text| text.parse::<f64>().ok()) {
-        goal(3, "resident first token beside the executor alone", median / plain, Goal::AtMost(1.02));
-    }
+    goal(3, "resident first token beside the executor alone", median / alone, Goal::AtMost(1.02));
     Ok(median)
 }
 

@@ -15,7 +15,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
 use redb::{Database, TableDefinition};
 use serde_json::{Value, json};
-use tangram_checkpoint::{CHUNK_BYTES, DATA_FILE, Hash, MANIFEST_FILE, Manifest, TensorEntry};
+use tangram_checkpoint::{CHUNK_BYTES, DATA_FILE, Hash, MANIFEST_FILE, Manifest, Source, TensorEntry};
 use tangram_node::Fill;
 
 /// A decoder of Llama's family.
@@ -245,11 +245,7 @@ pub(crate) fn describe(models: &[(String, Shape)], data: &Path) -> Result<(), Bo
         let mut table = write.open_table(MODELS)?;
         for (name, shape) in models {
             let directory = data.join("checkpoints").join(name);
-            let source = directory.join("source");
-            let (file, head) = begin(shape, &source)?;
-            file.set_len(head + shape.bytes())?;
-            let manifest = manifest(name, &source)?;
-            std::fs::remove_dir_all(&source)?;
+            let manifest = manifest(name, &source(shape, &directory)?);
             File::create(directory.join(DATA_FILE))?.set_len(manifest.data_bytes)?;
             std::fs::write(directory.join(MANIFEST_FILE), serde_json::to_vec(&manifest)?)?;
             let record = json!({ "checkpoint": name, "created": 0 }).to_string();
@@ -260,8 +256,17 @@ pub(crate) fn describe(models: &[(String, Shape)], data: &Path) -> Result<(), Bo
     Ok(())
 }
 
-fn manifest(name: &str, source: &Path) -> Result<Manifest, Box<dyn Error>> {
-    let source = tangram_checkpoint::open(source)?;
+/// A model of this shape without its bytes. Leaves nothing in the directory.
+pub(crate) fn source(shape: &Shape, directory: &Path) -> Result<Source, Box<dyn Error>> {
+    let path = directory.join("source");
+    let (file, head) = begin(shape, &path)?;
+    file.set_len(head + shape.bytes())?;
+    let source = tangram_checkpoint::open(&path)?;
+    std::fs::remove_dir_all(&path)?;
+    Ok(source)
+}
+
+fn manifest(name: &str, source: &Source) -> Manifest {
     let spec = source.spec().clone();
     let mut tensors: Vec<_> = source.tensors().iter().collect();
     tensors.sort_by_key(|tensor| spec.stage(tensor.role));
@@ -284,7 +289,7 @@ fn manifest(name: &str, source: &Path) -> Result<Manifest, Box<dyn Error>> {
         }
     });
     let tensors = entries.collect();
-    Ok(Manifest {
+    Manifest {
         version: Manifest::VERSION,
         checkpoint: name.to_owned(),
         spec,
@@ -296,5 +301,5 @@ fn manifest(name: &str, source: &Path) -> Result<Manifest, Box<dyn Error>> {
         has_tokenizer: false,
         base: None,
         in_place: None,
-    })
+    }
 }

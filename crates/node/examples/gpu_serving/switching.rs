@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
-use tangram_device::cuda::Driver;
+use tangram_device::cuda::{Driver, Gpu};
 use tangram_node::{Backend, Baseline, Node, NodeConfig, Timing, Trial};
 
 use crate::ask::{ask, close, config, exposed, finish, model, run as request};
@@ -168,6 +168,9 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
         }),
     );
     let mut results: BTreeMap<&str, Vec<Served>> = BTreeMap::new();
+    let gpu = Gpu::open(driver, 0)?;
+    let free = gpu.memory()?.free;
+    let mut lost = 0;
     for name in &plan.policies {
         let (name, rule) = POLICIES
             .into_iter()
@@ -183,7 +186,7 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
             crate::ask::model(&node, model)?;
         }
         let opened = started.elapsed();
-        let before = node.status();
+        let (before, free_before) = (node.status(), gpu.memory()?.free);
         let started = Instant::now();
         let served = match name {
             "ours-queued" => queued(&node, plan)?,
@@ -191,6 +194,8 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
             _ => in_turn(&node, plan, &plan.requests, started)?,
         };
         let status = node.status();
+        // While it ran nothing was to be allocated.
+        lost = lost.max(free_before.saturating_sub(gpu.memory()?.free));
         say(
             "switching",
             name,
@@ -211,6 +216,10 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
         results.insert(name, served);
         close(node);
     }
+    lost = lost.max(free.saturating_sub(gpu.memory()?.free));
+    let requests: usize = results.values().map(Vec::len).sum();
+    let what = format!("device memory lost in {requests} requests of switching, by the driver, MiB");
+    goal(1, &what, (lost >> 20) as f64, Goal::AtMost(32.0));
     compare(&results);
     Ok(())
 }
