@@ -8,18 +8,20 @@
 //!
 //! `KEY=VALUE`: `trace=FILE` (CSV: arrival_s,model,input_tokens,...; else requests are drawn that ask for the same models as
 //! often, switch as often and have prompts as long on average), `requests=1000`, `seconds=90` (limit of each rule; rules
-//! are compared over what all of them have served), `policies=ours,published,...`,
+//! are compared over what all of them have served), `policies=ours,published,...`, `saved=FILE` (so that
+//! several runs, each of some rules, are compared),
 //! `prompt=16384` (longest),  `pool=BYTES`, `models=tiny|sixteenth` (for the
 //! stand-in of the driver, with and without kernels).
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tangram_device::cuda::{Driver, Gpu};
 use tangram_node::{Backend, Baseline, Node, NodeConfig, Timing, Trial};
@@ -46,7 +48,7 @@ struct Asked {
 }
 
 /// What a request cost, in milliseconds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Served {
     load: f64,
     /// From admission.
@@ -73,6 +75,8 @@ struct Plan {
     limit: Duration,
     pool: u64,
     policies: Vec<String>,
+    /// Where what other runs of the same requests have found is, and this one's is put.
+    saved: Option<PathBuf>,
 }
 
 pub(crate) fn run(driver: &Arc<Driver>, path: &Path, options: &[String]) -> Result<(), Box<dyn Error>> {
@@ -113,6 +117,7 @@ impl Plan {
             limit: Duration::from_secs(number("seconds", 90)?),
             pool: number("pool", pool)?,
             policies,
+            saved: options.get("saved").map(PathBuf::from),
         })
     }
 }
@@ -167,7 +172,9 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
             "all": all, "pool_bytes": plan.pool, "requests": plan.requests.len(),
         }),
     );
-    let mut results: BTreeMap<&str, Vec<Served>> = BTreeMap::new();
+    let saved = plan.saved.as_ref().and_then(|path| std::fs::read(path).ok());
+    let mut results: BTreeMap<String, Vec<Served>> =
+        saved.map_or(Ok(BTreeMap::new()), |text| serde_json::from_slice(&text))?;
     let gpu = Gpu::open(driver, 0)?;
     let free = gpu.memory()?.free;
     let mut lost = 0;
@@ -213,7 +220,10 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
                 "seconds": started.elapsed().as_secs_f64(),
             }),
         );
-        results.insert(name, served);
+        results.insert(name.to_owned(), served);
+        if let Some(path) = &plan.saved {
+            std::fs::write(path, serde_json::to_vec(&results)?)?;
+        }
         close(node);
     }
     lost = lost.max(free.saturating_sub(gpu.memory()?.free));
@@ -327,7 +337,7 @@ fn queued(node: &Node, plan: &Plan) -> Result<Vec<Served>, Box<dyn Error>> {
 }
 
 /// The goals, over the requests that all rules have served.
-fn compare(results: &BTreeMap<&str, Vec<Served>>) {
+fn compare(results: &BTreeMap<String, Vec<Served>>) {
     let both = |one: &str, other: &str, of: fn(&Served) -> f64| {
         let (one, other) = (results.get(one)?, results.get(other)?);
         let count = one.len().min(other.len());
