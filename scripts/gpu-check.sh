@@ -6,11 +6,12 @@
 #
 # FOLDER gets results.jsonl, a table (results.txt) and the programs' own words, part by part. With --build-only the programs
 # are built, stripped and left in FOLDER/bin: copy this script, scripts/gpu-peers.py and FOLDER to a machine with a GPU and
-# run it there. Parts, of which the first five run unless others are named:
+# run it there. Parts, of which the first six run unless others are named:
 #
 #   device     gpu_check: bytes are kept, what pages of 2 to 64 MiB cost, uploads beside a plain pinned copy
 #   pool       100,000 random operations on the pool, byte by byte
 #   kernels    cuda-check: every kernel against its twin, then the speed of those that matter
+#   parity     gpu_serving: all families in all types of random GGUF files as on the processor; reference models (GOLDENS)
 #   serving    gpu_serving: a model in the shape of Llama 3 8B, resident and cold from pinned host memory
 #   switching  gpu_serving: eight models in turn under ours, the published policy, whole-model LRU and without reuse
 #   files      gpu_serving: cold from the page cache; 16 GB are written to FOLDER for a while
@@ -18,11 +19,12 @@
 #              serving too, whose figures prefill and decoding are held against
 #
 # A part named alone has nine and a half minutes. Variables: SHAPES (of serving, files and peers), ROUNDS (how often kernels
-# meet their twins), OPERATIONS (on the pool), SWITCHING (options of gpu_serving switching), TRACE (servegen8.csv).
+# meet their twins), OPERATIONS (on the pool), SWITCHING (options of gpu_serving switching), TRACE (servegen8.csv), GOLDENS (a
+# folder of models with golden.json).
 set -uo pipefail
 
 build_only=false
-parts="device,pool,kernels,serving,switching"
+parts="device,pool,kernels,parity,serving,switching"
 alone=false
 folder=gpu-check
 while [[ $# -gt 0 ]]; do
@@ -91,6 +93,7 @@ if wanted pool; then
     pool segment $((operations - operations / 4))
 fi
 wanted kernels && run kernels 120 "$folder/bin/cuda-check" "${ROUNDS:-20}"
+wanted parity && run parity 60 "$folder/bin/gpu_serving" parity "$folder/models" ${GOLDENS:+"goldens=$GOLDENS"}
 # shellcheck disable=SC2086 # Shapes and options are words.
 {
     wanted serving && run serving 120 "$folder/bin/gpu_serving" serving "$folder/models" ${SHAPES:-}

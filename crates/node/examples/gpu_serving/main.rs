@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! cargo build --release -p tangram-node --example gpu_serving
+//! gpu_serving parity DIRECTORY [KEY=VALUE...]     the same on the GPU as on the processor, and as others computed
 //! gpu_serving serving DIRECTORY [SHAPE...]        resident, and cold from pinned host memory: first tokens, prefill, decoding
 //! gpu_serving files DIRECTORY [keep] [SHAPE...]   cold from files in the page cache
 //! gpu_serving switching DIRECTORY [KEY=VALUE...]  eight models in turn under ours and what it is measured against
@@ -15,6 +16,7 @@ mod alone;
 mod ask;
 mod files;
 mod link;
+mod parity;
 mod report;
 mod serving;
 mod shapes;
@@ -31,7 +33,7 @@ use tangram_device::cuda::{Driver, Gpu};
 const USUAL: [&str; 1] = ["llama-3-8b"];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let usage = "usage: gpu_serving serving|files|switching DIRECTORY [...]";
+    let usage = "usage: gpu_serving parity|serving|files|switching DIRECTORY [...]";
     let mut arguments = std::env::args().skip(1);
     let (what, directory) = arguments.next().zip(arguments.next()).ok_or(usage)?;
     let rest: Vec<String> = arguments.collect();
@@ -49,6 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut shapes = names.clone().map(Shape::named);
     match what.as_str() {
         "switching" => switching::run(&driver, directory, &rest),
+        "parity" => parity::run(&driver, directory, &rest),
         "serving" | "files" => {
             let named = shapes.by_ref().collect::<Result<Vec<Shape>, _>>()?;
             let usual = || USUAL.into_iter().map(Shape::named).collect::<Result<Vec<Shape>, _>>();
