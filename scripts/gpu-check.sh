@@ -101,7 +101,7 @@ wanted parity && run parity 60 "$folder/bin/gpu_serving" parity "$folder/models"
         usual="requests=200 seconds=25"
         $alone && usual="requests=1000 seconds=220"
         [[ -n "${TRACE:-}" ]] && usual="$usual trace=$TRACE"
-        run switching 180 "$folder/bin/gpu_serving" switching "$folder/models" $usual ${SWITCHING:-}
+        run switching 210 "$folder/bin/gpu_serving" switching "$folder/models" $usual ${SWITCHING:-}
     fi
     keep=""
     wanted peers && keep=keep

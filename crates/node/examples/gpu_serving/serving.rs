@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::json;
 use tangram_device::cuda::Driver;
-use tangram_node::{Arrived, Computed, Node, NodeConfig, Observer, Trial};
+use tangram_node::{Arrived, Backend, Computed, Node, NodeConfig, Observer, Trial};
 
 use crate::alone::first_token;
 use crate::ask::{ask, close, config, exposed, finish, model, run as request};
@@ -45,29 +45,36 @@ fn measure(driver: &Arc<Driver>, shape: &Shape, path: &Path) -> Result<(), Box<d
     // Room for one, its keys and values, and no more.
     let pool = shape.bytes() + if shape.is_tiny() { 6 << 20 } else { 1536 << 20 };
     let block = (2 * shape.largest()).max(8 << 20) as usize;
-    let with = |observer: Option<Arc<dyn Observer>>| NodeConfig {
+    let with = |backend: Backend, observer: Option<Arc<dyn Observer>>| NodeConfig {
         device_memory: Some(pool),
+        backend,
         trial: Trial { weights: Some((block, fill())), ..Trial::default() },
         observer,
         ..config(driver, path)
     };
-    let started = Instant::now();
-    let node = Node::open(with(None))?;
-    say(
-        name,
-        "node_opened",
-        json!({ "seconds": started.elapsed().as_secs_f64(), "pool_bytes": node.pool_bytes() }),
-    );
-    let resident = resident(&node, shape, prompt, alone)?;
-    cold(&node, shape, prompt, limits, resident)?;
-    prefill(&node, shape, prompt)?;
-    decode(&node, shape, limits)?;
-    say(name, "status", json!({ "scratch_bytes": node.status().scratch_bytes }));
-    close(node);
-    let watch = Arc::new(Watch::default());
-    let node = Node::open(with(Some(watch.clone())))?;
-    start_of_computing(&node, shape, prompt, &watch)?;
-    close(node);
+    for backend in [Backend::Paged, Backend::Segment] {
+        let started = Instant::now();
+        let node = Node::open(with(backend, None))?;
+        let layout = node.status().backend;
+        let seconds = started.elapsed().as_secs_f64();
+        say(
+            name,
+            "node_opened",
+            json!({ "layout": layout, "seconds": seconds, "pool_bytes": node.pool_bytes() }),
+        );
+        let resident = resident(&node, shape, prompt, alone)?;
+        cold(&node, shape, prompt, limits, resident)?;
+        if backend == Backend::Paged {
+            prefill(&node, shape, prompt)?;
+            decode(&node, shape, limits)?;
+            say(name, "status", json!({ "scratch_bytes": node.status().scratch_bytes }));
+        }
+        close(node);
+        let watch = Arc::new(Watch::default());
+        let node = Node::open(with(backend, Some(watch.clone())))?;
+        start_of_computing(&node, shape, prompt, &watch)?;
+        close(node);
+    }
     Ok(())
 }
 
@@ -89,12 +96,19 @@ fn resident(node: &Node, shape: &Shape, prompt: usize, alone: f64) -> Result<f64
         shape.name,
         "resident_first_token",
         json!({
-            "prompt": prompt, "median_seconds": median, "least_seconds": percentile(seconds.into_iter(), 1),
+            "layout": node.status().backend, "prompt": prompt, "median_seconds": median, "least_seconds": percentile(seconds.into_iter(), 1),
             "activation_median_ms": typical, "activation_most_ms": most,
         }),
     );
-    goal(2, "activation of a resident model, ms, median", typical, Goal::AtMost(1.0));
-    goal(3, "resident first token beside the executor alone", median / alone, Goal::AtMost(1.02));
+    let layout = node.status().backend;
+    goal(2, &format!("activation of a resident model ({layout}), ms, median"), typical, Goal::AtMost(1.0));
+    let beside = median / alone;
+    goal(
+        3,
+        &format!("resident first token beside the executor alone ({layout})"),
+        beside,
+        Goal::AtMost(1.02),
+    );
     Ok(median)
 }
 
@@ -126,9 +140,10 @@ fn cold(
         );
     }
     let rate = percentile(rates.into_iter(), 50);
-    goal(2, "load from host memory beside a plain copy", rate / limits.upload, Goal::AtLeast(0.95));
-    let over = percentile(over.into_iter(), 50);
-    goal(3, "cold first token / (1.05 max(bytes/link, prefill) + 10 ms)", over, Goal::AtMost(1.0));
+    let (layout, beside) = (node.status().backend, rate / limits.upload);
+    goal(2, &format!("load from host memory beside a plain copy ({layout})"), beside, Goal::AtLeast(0.95));
+    let what = format!("cold first token / (1.05 max(bytes/link, prefill) + 10 ms) ({layout})");
+    goal(3, &what, percentile(over.into_iter(), 50), Goal::AtMost(1.0));
     Ok(())
 }
 
@@ -214,8 +229,9 @@ fn start_of_computing(
     say(
         shape.name,
         "start_of_computing",
-        json!({ "median_ms": median, "mean_ms": mean(waits.into_iter()), "weight_bytes": shape.bytes() }),
+        json!({ "layout": node.status().backend, "median_ms": median, "mean_ms": mean(waits.into_iter()), "weight_bytes": shape.bytes() }),
     );
-    goal(2, "cold from host memory: start of computing, ms", median, Goal::AtMost(5.0));
+    let layout = node.status().backend;
+    goal(2, &format!("cold from host memory: start of computing ({layout}), ms"), median, Goal::AtMost(5.0));
     Ok(())
 }

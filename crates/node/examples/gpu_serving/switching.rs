@@ -3,14 +3,15 @@
 //!
 //! Every rule serves the same requests one after the other, with one token each. From their times follows what a client
 //! waits when requests come at the trace's times, since rivals serve them in order; ours is run at these times too
-//! (`ours-queued`), as it makes something of knowing who waits. Without reuse a request does not depend on those before, so
+//! (`ours-queued`), as it makes something of knowing who waits, and, if that is named, at times further apart
+//! (`ours-stretched`), as it makes something of idle time, or in a segment instead of pages (`ours-segment`). Without reuse a request does not depend on those before, so
 //! only some are run and counted for the others of their model.
 //!
 //! `KEY=VALUE`: `trace=FILE` (CSV: arrival_s,model,input_tokens,...; else requests are drawn that ask for the same models as
 //! often, switch as often and have prompts as long on average), `requests=1000`, `seconds=90` (limit of each rule; rules
 //! are compared over what all of them have served), `policies=ours,published,...`, `saved=FILE` (so that
 //! several runs, each of some rules, are compared),
-//! `prompt=16384` (longest),  `pool=BYTES`, `models=tiny|sixteenth` (for the
+//! `prompt=16384` (longest),  `pool=BYTES`, `stretch=30`, `models=tiny|sixteenth` (for the
 //! stand-in of the driver, with and without kernels).
 
 use std::collections::BTreeMap;
@@ -60,13 +61,27 @@ struct Served {
     reused: u64,
 }
 
-/// Rules by name.
-const POLICIES: [(&str, Option<Baseline>); 5] = [
-    ("ours", None),
-    ("ours-queued", None),
-    ("published", Some(Baseline::Published)),
-    ("whole-models", Some(Baseline::WholeModels)),
-    ("no-reuse", Some(Baseline::NoReuse)),
+/// What is run, and how.
+#[derive(Clone, Copy)]
+struct Policy {
+    name: &'static str,
+    rule: Option<Baseline>,
+    backend: Backend,
+    /// Whether it is run unless others are named.
+    usual: bool,
+}
+
+const OURS: Policy = Policy { name: "ours", rule: None, backend: Backend::Paged, usual: true };
+
+const POLICIES: [Policy; 7] = [
+    OURS,
+    Policy { name: "ours-queued", ..OURS },
+    Policy { name: "ours-stretched", usual: false, ..OURS },
+    Policy { name: "ours-segment", backend: Backend::Segment, ..OURS },
+    // As published: one range, kept together by moving.
+    Policy { name: "published", rule: Some(Baseline::Published), backend: Backend::Segment, usual: true },
+    Policy { name: "whole-models", rule: Some(Baseline::WholeModels), ..OURS },
+    Policy { name: "no-reuse", rule: Some(Baseline::NoReuse), ..OURS },
 ];
 
 struct Plan {
@@ -74,7 +89,9 @@ struct Plan {
     requests: Vec<Asked>,
     limit: Duration,
     pool: u64,
-    policies: Vec<String>,
+    /// How many times as far apart requests come under `ours-stretched`.
+    stretch: f64,
+    policies: Vec<Policy>,
     /// Where what other runs of the same requests have found is, and this one's is put.
     saved: Option<PathBuf>,
 }
@@ -107,15 +124,20 @@ impl Plan {
         requests.truncate(count);
         let most = number("prompt", 16_384)? as usize;
         requests.iter_mut().for_each(|asked| asked.prompt = asked.prompt.min(most));
-        let policies = options.get("policies").map_or_else(
-            || POLICIES.iter().map(|(name, _)| (*name).to_owned()).collect(),
-            |names| names.split(',').map(str::to_owned).collect(),
-        );
+        let find = |name: &str| {
+            let found = POLICIES.into_iter().find(|policy| policy.name == name);
+            found.ok_or_else(|| format!("no policy '{name}'"))
+        };
+        let policies = match options.get("policies") {
+            None => POLICIES.into_iter().filter(|policy| policy.usual).collect(),
+            Some(names) => names.split(',').map(find).collect::<Result<_, _>>()?,
+        };
         Ok(Plan {
             models: shapes.map(|shape| (shape.name.to_owned(), shape)).to_vec(),
             requests,
             limit: Duration::from_secs(number("seconds", 90)?),
             pool: number("pool", pool)?,
+            stretch: number("stretch", 30)? as f64,
             policies,
             saved: options.get("saved").map(PathBuf::from),
         })
@@ -178,17 +200,14 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
     let gpu = Gpu::open(driver, 0)?;
     let free = gpu.memory()?.free;
     let mut lost = 0;
-    for name in &plan.policies {
-        let (name, rule) = POLICIES
-            .into_iter()
-            .find(|(known, _)| known == name)
-            .ok_or_else(|| format!("no policy '{name}'"))?;
+    for policy in &plan.policies {
+        let name = policy.name;
         // The files are only described, and a node drops what it cannot use: made anew.
         let _ = std::fs::remove_dir_all(data.join("checkpoints"));
         let _ = std::fs::remove_file(data.join("catalog.redb"));
         describe(&plan.models, data)?;
         let started = Instant::now();
-        let node = Node::open(node_config(driver, data, plan, rule))?;
+        let node = Node::open(node_config(driver, data, plan, policy))?;
         for (model, _) in &plan.models {
             crate::ask::model(&node, model)?;
         }
@@ -196,7 +215,8 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
         let (before, free_before) = (node.status(), gpu.memory()?.free);
         let started = Instant::now();
         let served = match name {
-            "ours-queued" => queued(&node, plan)?,
+            "ours-queued" => queued(&node, plan, 1.0)?,
+            "ours-stretched" => queued(&node, plan, plan.stretch)?,
             "no-reuse" => sampled(&node, plan)?,
             _ => in_turn(&node, plan, &plan.requests, started)?,
         };
@@ -234,14 +254,13 @@ fn measure(driver: &Arc<Driver>, data: &Path, plan: &Plan) -> Result<(), Box<dyn
     Ok(())
 }
 
-fn node_config(driver: &Arc<Driver>, data: &Path, plan: &Plan, rule: Option<Baseline>) -> NodeConfig {
+fn node_config(driver: &Arc<Driver>, data: &Path, plan: &Plan, policy: &Policy) -> NodeConfig {
     let largest = plan.models.iter().map(|(_, shape)| shape.largest()).max().unwrap_or(0);
     let block = (2 * largest as usize).max(8 << 20);
     NodeConfig {
         device_memory: Some(plan.pool),
-        // As published: one range, kept together by moving.
-        backend: if rule == Some(Baseline::Published) { Backend::Segment } else { Backend::Paged },
-        trial: Trial { baseline: rule, weights: Some((block, fill())) },
+        backend: policy.backend,
+        trial: Trial { baseline: policy.rule, weights: Some((block, fill())) },
         ..config(driver, data)
     }
 }
@@ -324,12 +343,12 @@ fn sampled(node: &Node, plan: &Plan) -> Result<Vec<Served>, Box<dyn Error>> {
     Ok(all)
 }
 
-/// All at the trace's times. Those that are not over in time are not counted.
-fn queued(node: &Node, plan: &Plan) -> Result<Vec<Served>, Box<dyn Error>> {
+/// All at the trace's times, so many times as far apart.
+fn queued(node: &Node, plan: &Plan, stretch: f64) -> Result<Vec<Served>, Box<dyn Error>> {
     let started = Instant::now();
     let mut running = Vec::with_capacity(plan.requests.len());
     for (index, asked) in plan.requests.iter().enumerate() {
-        let due = started + Duration::from_secs_f64(asked.arrival);
+        let due = started + Duration::from_secs_f64(asked.arrival * stretch);
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         running.push(node.generate(prepare(node, plan, asked, index)?)?);
     }
@@ -347,32 +366,32 @@ fn compare(results: &BTreeMap<String, Vec<Served>>) {
     // Without reuse the order of the models is not that of the requests: over all of them.
     let all = |name: &str, of: fn(&Served) -> f64| Some(mean(results.get(name)?.iter().map(of)));
     let ratio = |(ours, theirs): (f64, f64)| theirs / ours.max(1e-6);
-    if let Some(pair) = all("ours", |one| one.load).zip(all("no-reuse", |one| one.load)) {
-        goal(5, "mean load: without reuse / ours", ratio(pair), Goal::AtLeast(6.2));
-    }
-    if let Some((ours, none)) = all("ours", |one| one.first_token).zip(all("no-reuse", |one| one.first_token))
-    {
-        goal(
-            5,
-            "mean first token: how much lower than without reuse",
-            1.0 - ours / none,
-            Goal::AtLeast(0.55),
-        );
-    }
-    if let Some(cold) = results.get("ours").zip(all("no-reuse", |one| one.first_token)) {
-        let (ours, none) = cold;
-        let cold = mean(ours.iter().filter(|one| one.loaded > 0).map(|one| one.first_token));
-        say("switching", "cold requests of ours alone: first token lower by", json!(1.0 - cold / none));
-    }
-    for name in ["ours", "ours-queued"] {
+    for name in ["ours", "ours-queued", "ours-stretched", "ours-segment"] {
+        if let Some(pair) = all(name, |one| one.load).zip(all("no-reuse", |one| one.load)) {
+            goal(5, &format!("mean load: without reuse / {name}"), ratio(pair), Goal::AtLeast(6.2));
+        }
+        if let Some((ours, none)) =
+            all(name, |one| one.first_token).zip(all("no-reuse", |one| one.first_token))
+        {
+            let what = format!("mean first token from admission, {name}: how much lower than without reuse");
+            goal(5, &what, 1.0 - ours / none, Goal::AtLeast(0.55));
+        }
         if let Some(pair) = both(name, "published", |one| one.exposed) {
             goal(5, &format!("mean exposed load: published / {name}"), ratio(pair), Goal::AtLeast(2.0));
         }
         if let Some(pair) = both(name, "whole-models", |one| one.exposed) {
             say("switching", &format!("mean exposed load: whole models / {name}"), json!(ratio(pair)));
         }
-        if let Some(pair) = both(name, "published", |one| one.queued) {
-            say("switching", &format!("mean first token with queue: published / {name}"), json!(ratio(pair)));
+    }
+    for name in ["ours", "ours-queued"] {
+        for other in ["published", "whole-models", "no-reuse"] {
+            if let Some(pair) = both(name, other, |one| one.queued) {
+                say(
+                    "switching",
+                    &format!("mean first token with queue: {other} / {name}"),
+                    json!(ratio(pair)),
+                );
+            }
         }
     }
 }
