@@ -11,6 +11,7 @@ use crate::cuda::{CudaExecutor, CudaPass, ExecuteError};
 use crate::executor::{Chunk, Executor, Pass, Weights, Whole};
 use crate::kernels::kv::KvBlocks;
 use crate::model::Model;
+use crate::sampling::{Shortlist, Wish};
 
 /// Where the tensors of a model, and of the adapters of a pass, lie on the device.
 pub trait Tensors: Sync {
@@ -120,6 +121,18 @@ impl DeviceExecutor {
         }
     }
 
+    /// The logits of a chunk of a pass that is done, as [`Pass::logits_mut`], wherever they are.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Gpu`]; [`ExecuteError::OtherDevice`].
+    pub fn row<'a>(&self, pass: &'a mut DevicePass, chunk: usize) -> Result<&'a mut [f32], ExecuteError> {
+        match (self, pass) {
+            (DeviceExecutor::Cpu(_), DevicePass::Cpu(pass)) => Ok(pass.logits_mut(chunk)),
+            (DeviceExecutor::Cuda(cuda), DevicePass::Cuda(pass)) => cuda.row(pass, chunk),
+            _ => Err(ExecuteError::OtherDevice),
+        }
+    }
+
     /// Bytes of working memory that it holds between passes.
     pub fn scratch_bytes(&self) -> usize {
         match self {
@@ -163,11 +176,23 @@ impl DevicePass {
         }
     }
 
-    /// The logits of a chunk, as [`Pass::logits_mut`].
-    pub fn logits_mut(&mut self, chunk: usize) -> &mut [f32] {
+    /// Whether it would be of use to say what sampling wants of the logits, by [`DevicePass::select`].
+    pub fn can_select(&self) -> bool {
+        matches!(self, DevicePass::Cuda(_))
+    }
+
+    /// As [`CudaPass::select`]; on the processor, where the logits are at hand, nothing changes.
+    pub fn select(&mut self, wishes: &[Option<Wish>]) {
+        if let DevicePass::Cuda(pass) = self {
+            pass.select(wishes);
+        }
+    }
+
+    /// As [`CudaPass::shortlist`].
+    pub fn shortlist(&self, chunk: usize) -> Option<&Shortlist> {
         match self {
-            DevicePass::Cpu(pass) => pass.logits_mut(chunk),
-            DevicePass::Cuda(pass) => pass.logits_mut(chunk),
+            DevicePass::Cpu(_) => None,
+            DevicePass::Cuda(pass) => pass.shortlist(chunk),
         }
     }
 

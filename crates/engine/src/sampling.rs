@@ -12,6 +12,10 @@ use rand::{Rng, SeedableRng};
 
 use crate::constraint::Constraint;
 
+mod shortlist;
+
+pub use shortlist::{CANDIDATES, Drawn, Shortlist, Wish};
+
 /// Below this temperature sampling is greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
 /// Most alternatives that can be asked for per token.
@@ -167,10 +171,12 @@ pub struct Sampler {
 }
 
 /// A token with its logit.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    token: u32,
-    logit: f32,
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Its id.
+    pub token: u32,
+    /// As the model gave it, or changed by bias and penalties.
+    pub logit: f32,
 }
 
 impl Candidate {
@@ -261,12 +267,9 @@ impl Sampler {
 
     /// A random token by temperature, then top-k, then top-p, then min-p.
     fn draw(&mut self, logits: &[f32], highest: f32) -> u32 {
-        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let SamplingParams { temperature, top_p, min_p, .. } = self.params;
         let weight = |logit: f32| ((logit - highest) / temperature).exp();
-        let top_k = match top_k {
-            Some(k) if k > 0 && (k as usize) < logits.len() => Some(k as usize),
-            _ => None,
-        };
+        let top_k = self.params.effective_top_k(logits.len());
         let random = unit(&mut self.random);
         if top_k.is_none() && top_p >= 1.0 {
             self.weights.clear();

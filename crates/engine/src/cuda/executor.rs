@@ -9,6 +9,7 @@ use tangram_checkpoint::Output;
 use tangram_device::{DeviceError, Extent};
 
 use super::plan::{Cut, Offset, Tables};
+use super::select::Selection;
 use super::working::Memory;
 use super::{Kernels, Launcher, launch, room};
 use crate::adapter::Adapter;
@@ -16,6 +17,7 @@ use crate::device::Tensors;
 use crate::executor::{Chunk, PassError, Place, check, places};
 use crate::kernels::kv::{BLOCK_TOKENS, KvBlocks, KvElement, KvProblem};
 use crate::model::{Model, Tensor};
+use crate::sampling::{Shortlist, Wish};
 
 /// Why a pass cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -154,7 +156,13 @@ pub struct CudaPass {
     pub(crate) layout: Layout,
     pub(crate) memory: Memory,
     pub(crate) adapters: Vec<Arc<Adapter>>,
-    /// On the host, once the pass is done.
+    /// Until the first call of [`CudaExecutor::advance`].
+    tables: Option<Tables>,
+    /// `None` where all of the output is copied to the host.
+    pub(crate) selection: Option<Selection>,
+    /// What was found out about the rows of the output, once the pass is done.
+    shortlists: Vec<Shortlist>,
+    /// On the host, once the pass is done: all of the output, or the one row that was asked for last.
     output: Vec<f32>,
 }
 
@@ -169,7 +177,27 @@ impl CudaPass {
         self.output_rows
     }
 
-    /// The logits of a chunk, as [`crate::Pass::logits`].
+    /// Has the GPU find out what sampling wants of the chunks' logits (one wish per chunk, for those with
+    /// [`LogitRows::Last`](crate::LogitRows::Last)) and keeps the logits there: see [`CudaPass::shortlist`] and
+    /// [`CudaExecutor::row`]. To be called before the pass advances. Without any wish nothing changes.
+    pub fn select(&mut self, wishes: &[Option<Wish>]) {
+        let one_each = self.places.iter().all(|place| place.output_rows <= 1);
+        if !self.generates || !one_each || wishes.iter().all(Option::is_none) || self.output_width == 0 {
+            return;
+        }
+        let Some(tables) = &mut self.tables else { return };
+        let rows = self.places.iter().enumerate().filter(|(_, place)| place.output_rows == 1);
+        let wishes = rows.map(|(chunk, _)| wishes.get(chunk).copied().flatten());
+        self.selection = Some(Selection::new(tables, wishes, self.output_width));
+    }
+
+    /// What the GPU found out about a chunk's logits. `None` before the pass is done, and where nothing was wished for.
+    pub fn shortlist(&self, chunk: usize) -> Option<&Shortlist> {
+        let Place { output_row, output_rows, .. } = self.places[chunk];
+        self.shortlists.get(output_row).filter(|_| output_rows == 1)
+    }
+
+    /// The logits of a chunk, as [`crate::Pass::logits`]; empty where they were kept on the GPU.
     pub fn logits(&self, chunk: usize) -> &[f32] {
         if self.generates { self.output(chunk) } else { &[] }
     }
@@ -178,6 +206,9 @@ impl CudaPass {
     pub fn logits_mut(&mut self, chunk: usize) -> &mut [f32] {
         let Place { output_row, output_rows, .. } = self.places[chunk];
         let range = output_row * self.output_width..(output_row + output_rows) * self.output_width;
+        if self.selection.is_some() {
+            return &mut [];
+        }
         if self.generates { self.output.get_mut(range).unwrap_or_default() } else { &mut [] }
     }
 
@@ -188,6 +219,9 @@ impl CudaPass {
 
     /// Empty before the pass is done.
     fn output(&self, chunk: usize) -> &[f32] {
+        if self.selection.is_some() {
+            return &[];
+        }
         let Place { output_row, output_rows, .. } = self.places[chunk];
         let range = output_row * self.output_width..(output_row + output_rows) * self.output_width;
         self.output.get(range).unwrap_or_default()
@@ -320,9 +354,8 @@ impl CudaExecutor {
             merges: tables.push(cut.merges.iter().map(|&merge| super::Merge::from(merge))),
         };
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut memory = spare.pop().unwrap_or_else(|| Memory::new(gpu));
+        let memory = spare.pop().unwrap_or_else(|| Memory::new(gpu));
         drop(spare);
-        memory.tables.fill(tables.bytes())?;
         Ok(CudaPass {
             model: model.id,
             stage: 0,
@@ -336,6 +369,9 @@ impl CudaExecutor {
             layout,
             memory,
             adapters,
+            tables: Some(tables),
+            selection: None,
+            shortlists: Vec::new(),
             output: Vec::new(),
         })
     }
@@ -385,6 +421,9 @@ impl CudaExecutor {
         if pass.model != model.id {
             return Err(PassError::OtherModel.into());
         }
+        if let Some(tables) = pass.tables.take() {
+            pass.memory.tables.fill(tables.bytes())?;
+        }
         if !blocks.is_empty() {
             let mut tables = Tables::default();
             tables.push(blocks);
@@ -393,18 +432,38 @@ impl CudaExecutor {
         let result = super::forward::run(&self.kernels, pass, model, weights, ready_stages);
         let done = pass.stage >= pass.stages;
         // Waits in every case, so that what was lent is free again when this returns.
-        let mut output = vec![0; if done { pass.output_rows * pass.output_width * 4 } else { 0 }];
-        let waited = if output.is_empty() {
-            pass.memory.tables.read(&mut [0; 4])
-        } else {
-            pass.memory.output.read(&mut output)
+        let selected = pass.selection.as_ref().filter(|_| done && result.is_ok());
+        let (from, bytes) = match selected {
+            Some(selection) => (&pass.memory.selection, selection.bytes(pass.output_rows)),
+            None if done => (&pass.memory.output, pass.output_rows * pass.output_width * 4),
+            None => (&pass.memory.output, 0),
+        };
+        let mut output = vec![0; bytes];
+        let waited = match bytes {
+            0 => pass.memory.tables.read(&mut [0; 4]),
+            _ => from.read(&mut output),
         };
         result?;
         waited?;
-        if done {
-            pass.output = output.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        match selected {
+            Some(selection) => pass.shortlists = selection.shortlists(&output, pass.output_rows),
+            None => pass.output = floats(&output),
         }
         Ok(done)
+    }
+
+    /// The logits of a chunk of a pass that is done, for changing in place; copied from the GPU if they were kept there.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Gpu`].
+    pub fn row<'a>(&self, pass: &'a mut CudaPass, chunk: usize) -> Result<&'a mut [f32], ExecuteError> {
+        if pass.shortlist(chunk).is_none() {
+            return Ok(pass.logits_mut(chunk));
+        }
+        let mut row = vec![0; pass.output_width * 4];
+        pass.memory.output.read_at(pass.places[chunk].output_row * row.len(), &mut row)?;
+        pass.output = floats(&row);
+        Ok(&mut pass.output)
     }
 
     /// Takes the memory of a pass back for later ones.
@@ -414,6 +473,10 @@ impl CudaExecutor {
             spare.push(pass.memory);
         }
     }
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
 }
 
 fn check_adapters(

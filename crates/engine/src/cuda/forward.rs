@@ -101,7 +101,7 @@ impl Step<'_> {
         &mut self.pass.memory
     }
 
-    fn table(&self, offset: Offset) -> u64 {
+    pub(super) fn table(&self, offset: Offset) -> u64 {
         self.pass.memory.tables.address() + offset.0
     }
 
@@ -625,7 +625,7 @@ impl Step<'_> {
             // SAFETY: the output has so many elements.
             unsafe { self.kernels.cap(launch::elements(elements), &arguments) }?;
         }
-        Ok(())
+        self.select(logits, output.rows)
     }
 
     fn pool(&mut self, pooling: Pooling, unit_length: bool) -> Result<(), ExecuteError> {

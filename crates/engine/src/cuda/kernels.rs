@@ -106,8 +106,9 @@ arguments! {
     /// Of `mask_logits`.
     MaskArguments, 32 bytes { logits: u64, rows: u64, masks: u64, vocab: u32, unused: u32, }
     /// Of `candidates`.
-    CandidatesArguments, 40 bytes {
-        logits: u64, candidates: u64, totals: u64, temperatures: u64, vocab: u32, wanted: u32,
+    CandidatesArguments, 56 bytes {
+        logits: u64, candidates: u64, totals: u64, temperatures: u64, randoms: u64, drawn: u64, vocab: u32,
+        wanted: u32,
     }
 }
 

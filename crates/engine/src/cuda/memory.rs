@@ -60,12 +60,21 @@ impl Buffer {
     /// # Errors
     /// [`DeviceError::Cuda`] when the driver refuses, or an earlier launch failed.
     pub fn read(&self, bytes: &mut [u8]) -> Result<(), DeviceError> {
-        assert!(bytes.len() <= self.bytes, "{} bytes of a buffer of {}", bytes.len(), self.bytes);
+        self.read_at(0, bytes)
+    }
+
+    /// [`Buffer::read`] from the byte `start` on.
+    ///
+    /// # Errors
+    /// As [`Buffer::read`].
+    pub fn read_at(&self, start: usize, bytes: &mut [u8]) -> Result<(), DeviceError> {
+        let end = start + bytes.len();
+        assert!(end <= self.bytes, "bytes {start} to {end} of a buffer of {}", self.bytes);
         if bytes.is_empty() {
             return Ok(());
         }
         // SAFETY: the buffer is that long.
-        unsafe { self.gpu.download(self.address, bytes) }
+        unsafe { self.gpu.download(self.address + start as u64, bytes) }
     }
 
     /// Where it is; 0 while it is empty.

@@ -16,6 +16,7 @@ mod memory;
 mod plan;
 mod program;
 mod room;
+mod select;
 mod working;
 
 pub use executor::{ALIGNMENT, Addresses, CudaExecutor, CudaPass, ExecuteError, Region};

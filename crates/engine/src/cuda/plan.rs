@@ -134,6 +134,12 @@ impl Element for f32 {
     }
 }
 
+impl Element for f64 {
+    fn put(self, bytes: &mut Vec<u8>) {
+        bytes.extend(self.to_le_bytes());
+    }
+}
+
 impl Element for u64 {
     fn put(self, bytes: &mut Vec<u8>) {
         bytes.extend(self.to_le_bytes());

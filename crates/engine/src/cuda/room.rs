@@ -15,6 +15,7 @@ use crate::adapter::Adapter;
 use crate::executor::{Chunk, LogitRows, longest};
 use crate::kernels::kv::BLOCK_TOKENS;
 use crate::model::Model;
+use crate::sampling::Wish;
 
 /// Gives addresses of nothing.
 struct Nothing {
@@ -82,6 +83,8 @@ pub(super) fn needed(
         let batch: Vec<Chunk<'_>> = positions.iter().map(chunk).collect();
         let of_chunk = vec![adapter.map(|_| 0); if adapter.is_some() { batch.len() } else { 0 }];
         let mut pass = executor.begin(model, &batch, adapter.cloned().into_iter().collect(), &of_chunk)?;
+        let wish = Wish { several: true, temperature: 1.0, random: 0.0 };
+        pass.select(&vec![Some(wish); batch.len()]);
         let blocks = match model.kv() {
             Some(_) => positions.iter().map(|positions| positions.end.div_ceil(BLOCK_TOKENS)).sum(),
             None => 0,

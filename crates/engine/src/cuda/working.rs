@@ -97,6 +97,8 @@ buffers! {
         factors: Buffer,
         inner: Buffer,
         output: Buffer,
+        /// What was found out about its rows: see [`super::select`].
+        selection: Buffer,
     }
 }
 

@@ -14,6 +14,7 @@ use tangram_checkpoint::{DType, Output, Pooling};
 use tangram_device::cuda::Gpu;
 use tangram_device::cuda::stand_in::{self, Options, StandIn};
 use tangram_engine::cuda::{self, Addresses, Buffer, CudaExecutor, Launcher, Region};
+use tangram_engine::sampling::{Sampler, SamplingParams};
 use tangram_engine::{Chunk, KvBlocks, LogitRows};
 
 use crate::adapter::{Stored, merged, random_adapter};
@@ -251,6 +252,62 @@ fn sequences_on_the_gpu_go_on_together_as_alone() {
             let alone = weights.in_chunks(&executor, tokens, &[tokens.len()]);
             assert_eq!(bits(found), bits(&alone[alone.len() - found.len()..]), "{family}");
         }
+    }
+}
+
+/// What the GPU finds out about rows of logits gives the tokens that the rows give.
+#[test]
+fn lists_of_the_gpu_choose_as_its_rows() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    let sample = sample(spec("qwen2"), DType::F16, 3);
+    let (model, weights) = (&sample.model, OnGpu::new(&emulated.gpu, &sample));
+    let with = |temperature| SamplingParams { temperature, ..SamplingParams::default() };
+    let params = [
+        (with(0.0), true),
+        (with(1.0), true),
+        (SamplingParams { top_k: Some(7), ..with(0.8) }, true),
+        (SamplingParams { top_p: 0.2, ..with(0.5) }, true),
+        (SamplingParams { min_p: 0.7, ..with(0.7) }, true),
+        (SamplingParams { repetition_penalty: 1.3, ..with(0.0) }, false),
+    ];
+    let texts: Vec<Vec<u32>> = (0..params.len()).map(|n| tokens(5 + n, n as u32)).collect();
+    let last = |tokens| Chunk { tokens, position: 0, logits: LogitRows::Last };
+    let mut batch: Vec<Chunk<'_>> = texts.iter().map(|text| last(text)).collect();
+    // One whose prompt goes on has no row.
+    batch.insert(2, Chunk { logits: LogitRows::None, ..last(&texts[0]) });
+    let mut sufficed = [0; 6];
+    for seed in 0..4 {
+        emulated.order(seed);
+        let sampler = |index: usize| {
+            let params = SamplingParams { seed: Some(seed), ..params[index].0.clone() };
+            Sampler::new(params, &texts[index], model.spec().vocab)
+        };
+        let mut samplers: Vec<Sampler> = (0..params.len()).map(sampler).collect();
+        let mut wishes: Vec<_> = samplers.iter().map(Sampler::wish).collect();
+        wishes.insert(2, None);
+        let mut pass = executor.begin(model, &batch, Vec::new(), &[]).expect("a pass");
+        pass.select(&wishes);
+        let mut blocks = Blocks::aligned(model, 16);
+        let mut taken: Vec<_> = batch.iter().map(|chunk| blocks.take(chunk.tokens.len())).collect();
+        let mut kv: Vec<KvBlocks<'_>> = taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
+        assert!(executor.advance(&mut pass, model, &weights, &mut kv, usize::MAX).expect("success"));
+        assert!(pass.shortlist(2).is_none() && executor.row(&mut pass, 2).expect("nothing").is_empty());
+        for index in 0..params.len() {
+            let chunk = index + usize::from(index >= 2);
+            let list = pass.shortlist(chunk).expect("every row has one").clone();
+            let row = executor.row(&mut pass, chunk).expect("the logits");
+            let expected = sampler(index).sample(row).expect("a token");
+            if let Some(found) = samplers[index].sample_from(&list) {
+                assert_eq!(found, expected, "{:?}", params[index].0);
+                sufficed[index] += 1;
+            }
+        }
+        executor.recycle(pass);
+    }
+    emulated.order(0);
+    for ((params, suffices), sufficed) in params.iter().zip(sufficed) {
+        assert_eq!(sufficed > 0, *suffices, "{params:?}: {sufficed} of 4");
     }
 }
 

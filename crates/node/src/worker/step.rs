@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use tangram_engine::{Chunk, KvBlocks, LogitRows, Whole};
+use tangram_engine::sampling::Wish;
+use tangram_engine::{Chunk, DeviceExecutor, DevicePass, KvBlocks, LogitRows, Whole};
 use tangram_policy::{Runnable, Share, compose};
 use tangram_pool::{LoadFailure, Refusal, Tensor};
 use tangram_store::{RowRead, Store, Wake};
@@ -168,7 +169,11 @@ impl Worker {
             .collect();
         let model_plan = &entry.plan.engine;
         match self.executor.begin(model_plan, &chunks, &wholes, engines, &of_chunk) {
-            Ok(pass) => {
+            Ok(mut pass) => {
+                if pass.can_select() {
+                    let wish = |share: &Share| wish(&active.sequences[share.sequence]);
+                    pass.select(&shares.iter().map(wish).collect::<Vec<_>>());
+                }
                 let undisturbed = active.complete.is_some() && adapters.is_empty();
                 let embedding =
                     entry.plan.early_rows.filter(|rows| !is_ready(active.lease.tensors(), rows.unique));
@@ -295,7 +300,7 @@ impl Worker {
             }
             let outcome = match &sequence.sink {
                 Sink::Embed { .. } => Some(Outcome::Vector(pass.embedding(chunk).to_vec())),
-                Sink::Generate(_) => sample(sequence, pass.logits_mut(chunk), now),
+                Sink::Generate(_) => sample(sequence, &self.executor, &mut pass, chunk, now),
             };
             // A sequence that has grown beyond longrope's original context goes on as a long one: as if it had
             // started with the tokens that it has now.
@@ -312,10 +317,14 @@ impl Worker {
         // From the back, so that the indices of the others stay right.
         for (index, outcome) in over.into_iter().rev() {
             let Some(sequence) = self.take_sequence(model, index) else { continue };
+            let outcome = match outcome {
+                Outcome::Failed(error) => Outcome::Failed(self.cause(error)),
+                outcome => outcome,
+            };
             self.end(sequence, |sequence| match outcome {
                 Outcome::Vector(vector) => sequence.deliver(vector, now),
                 Outcome::Finished(reason) => sequence.finish(reason, now),
-                Outcome::Failed(message) => sequence.fail(RequestError::Internal(message)),
+                Outcome::Failed(error) => sequence.fail(error),
                 Outcome::Gone => drop(sequence),
             });
         }
@@ -327,7 +336,7 @@ impl Worker {
 enum Outcome {
     Vector(Vec<f32>),
     Finished(FinishReason),
-    Failed(String),
+    Failed(RequestError),
     /// The client has gone.
     Gone,
 }
@@ -401,12 +410,35 @@ pub(super) fn first_failure(tensors: &[Arc<Tensor>]) -> Result<(), String> {
     }
 }
 
-/// Chooses the next token of a sequence whose tokens are all computed, and tells the client.
-fn sample(sequence: &mut Sequence, logits: &mut [f32], now: Instant) -> Option<Outcome> {
+/// What a sequence wants to know of its logits.
+fn wish(sequence: &Sequence) -> Option<Wish> {
+    match &sequence.sink {
+        Sink::Generate(generate) => generate.sampler.wish(),
+        Sink::Embed { .. } => None,
+    }
+}
+
+/// Chooses the next token of a sequence whose tokens are all computed, and tells the client. The logits themselves are
+/// looked at only where what the device found out about them does not suffice.
+fn sample(
+    sequence: &mut Sequence,
+    executor: &DeviceExecutor,
+    pass: &mut DevicePass,
+    chunk: usize,
+    now: Instant,
+) -> Option<Outcome> {
     let Sink::Generate(generate) = &mut sequence.sink else { return None };
-    let sampled = match generate.sampler.sample(logits) {
+    let from_list = pass.shortlist(chunk).and_then(|list| generate.sampler.sample_from(list));
+    let sampled = match from_list {
+        Some(sampled) => Ok(sampled),
+        None => match executor.row(pass, chunk) {
+            Ok(logits) => generate.sampler.sample(logits).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        },
+    };
+    let sampled = match sampled {
         Ok(sampled) => sampled,
-        Err(error) => return Some(Outcome::Failed(error.to_string())),
+        Err(problem) => return Some(Outcome::Failed(RequestError::Internal(problem))),
     };
     generate.generated += 1;
     let ended = sampled.complete || generate.end_tokens.contains(&sampled.token);

@@ -333,12 +333,17 @@ impl Bench {
         };
         let temperature = 0.8f32;
         let of_temperatures = self.upload_f32(&vec![temperature; rows]);
+        let share = self.between(0, 999) as f64 / 1000.0;
+        let of_randoms = self.upload(&share.to_le_bytes().repeat(rows));
         let (out, totals) = (self.output(rows * wanted * 2), self.output(rows * 2));
+        let drawn = self.output(rows * 6);
         let candidates = CandidatesArguments {
             logits: on_gpu.address(),
             candidates: out.address(),
             totals: totals.address(),
             temperatures: of_temperatures.address(),
+            randoms: of_randoms.address(),
+            drawn: drawn.address(),
             vocab: vocab as u32,
             wanted: wanted as u32,
         };
@@ -352,7 +357,9 @@ impl Bench {
         let found = self.read_u32(&out, rows * wanted * 2);
         let mut bytes = vec![0; rows * 8];
         totals.read(&mut bytes).expect("a result");
-        for row in 0..rows {
+        let mut of_drawn = vec![0; rows * 24];
+        drawn.read(&mut of_drawn).expect("a result");
+        for (row, drawn) in of_drawn.as_chunks::<24>().0.iter().enumerate() {
             let logits = &changed[row * vocab..(row + 1) * vocab];
             let mut order: Vec<usize> = (0..vocab).collect();
             order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
@@ -369,6 +376,19 @@ impl Bench {
                 logits.iter().map(|&logit| (f64::from(logit - highest) / f64::from(temperature)).exp()).sum();
             let found = f64::from_le_bytes(bytes.as_chunks().0[row]);
             assert!((found - total).abs() <= 1e-5 * total, "{found} {total}");
+            let weight = |token: usize| (f64::from(logits[token] - highest) / f64::from(temperature)).exp();
+            let [token, below, upto] = drawn.as_chunks::<8>().0 else { unreachable!("24 bytes") };
+            let (token, below, upto) = (
+                u64::from_le_bytes(*token) as u32 as usize,
+                f64::from_le_bytes(*below),
+                f64::from_le_bytes(*upto),
+            );
+            let before: f64 = (0..token).map(weight).sum();
+            assert!((below - before).abs() <= 1e-5 * total, "{below} before token {token}, not {before}");
+            assert!((upto - before - weight(token)).abs() <= 1e-5 * total, "{upto} up to token {token}");
+            let target = share * total;
+            let misses = (below - target).max(target - upto);
+            assert!(misses <= 1e-5 * total, "{target} of {total} is not between {below} and {upto}");
         }
     }
 }
