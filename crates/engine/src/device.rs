@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tangram_device::Extent;
 
 use crate::adapter::Adapter;
-use crate::cuda::{CudaExecutor, CudaPass, ExecuteError};
+use crate::cuda::{Counts, CudaExecutor, CudaPass, ExecuteError};
 use crate::executor::{Chunk, Executor, Pass, Weights, Whole};
 use crate::kernels::kv::KvBlocks;
 use crate::model::Model;
@@ -138,6 +138,21 @@ impl DeviceExecutor {
         match self {
             DeviceExecutor::Cpu(cpu) => cpu.scratch_bytes(),
             DeviceExecutor::Cuda(cuda) => cuda.scratch_bytes(),
+        }
+    }
+
+    /// As [`CudaExecutor::counts`]; nothing on the processor.
+    pub fn counts(&self) -> Counts {
+        match self {
+            DeviceExecutor::Cpu(_) => Counts::default(),
+            DeviceExecutor::Cuda(cuda) => cuda.counts(),
+        }
+    }
+
+    /// Lets go what is kept for passes of a model that will not come any more.
+    pub fn forget(&self, model: &Model) {
+        if let DeviceExecutor::Cuda(cuda) = self {
+            cuda.forget(model);
         }
     }
 

@@ -69,6 +69,19 @@ struct AllocationProp {
     location: c_int,
 }
 
+/// `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[repr(C)]
+struct KernelNodeParams {
+    function: *mut c_void,
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared_bytes: c_uint,
+    parameters: *mut *const c_void,
+    extra: *mut *mut c_void,
+    kernel: *mut c_void,
+    context: *mut c_void,
+}
+
 /// `CUmemAccessDesc`.
 #[repr(C)]
 struct AccessDesc {
@@ -447,6 +460,80 @@ entry_points! {
             }
             let work = gpu.launch(number(function), [x, y, z], threads, shared_bytes, *parameters)?;
             gpu.submit(number(stream), work)
+        })
+    }
+
+    fn cuGraphCreate(graph: *mut *mut c_void, flags: c_uint) {
+        here("cuGraphCreate", |gpu| match flags {
+            0 => put(graph, opaque(gpu.graphs.create())),
+            _ => Err(INVALID_VALUE),
+        })
+    }
+
+    fn cuGraphAddKernelNode_v2(
+        node: *mut *mut c_void,
+        graph: *mut c_void,
+        dependencies: *const *mut c_void,
+        count: usize,
+        params: *const KernelNodeParams,
+    ) {
+        here("cuGraphAddKernelNode_v2", |gpu| {
+            let Some(params) = params.as_ref() else { return Err(INVALID_VALUE) };
+            let [threads, 1, 1] = params.block else { return Err(INVALID_VALUE) };
+            if params.parameters.is_null() || !params.extra.is_null() || (count > 0 && dependencies.is_null()) {
+                return Err(INVALID_VALUE);
+            }
+            let before: Vec<usize> = (0..count).map(|index| number(*dependencies.add(index))).collect();
+            let function = number(params.function);
+            let work = gpu.launch(function, params.grid, threads, params.shared_bytes, *params.parameters)?;
+            match gpu.graphs.add(number(graph), &before, work) {
+                Ok(added) => put(node, opaque(added)),
+                Err(problem) => gpu.violation(problem),
+            }
+        })
+    }
+
+    fn cuGraphInstantiateWithFlags(exec: *mut *mut c_void, graph: *mut c_void, flags: u64) {
+        here("cuGraphInstantiateWithFlags", |gpu| {
+            let made = gpu.graphs.instantiate(number(graph)).filter(|_| flags == 0).ok_or(INVALID_VALUE)?;
+            put(exec, opaque(made))
+        })
+    }
+
+    fn cuGraphDestroy(graph: *mut c_void) {
+        here("cuGraphDestroy", |gpu| match gpu.graphs.destroy(number(graph)) {
+            true => Ok(()),
+            false => gpu.violation("a graph is destroyed that there is not".to_owned()),
+        })
+    }
+
+    fn cuGraphUpload(exec: *mut c_void, stream: *mut c_void) {
+        here("cuGraphUpload", |gpu| {
+            let known = gpu.graphs.launches(number(exec)).is_some() && gpu.streams.exists(number(stream));
+            if known { Ok(()) } else { Err(INVALID_HANDLE) }
+        })
+    }
+
+    fn cuGraphLaunch(exec: *mut c_void, stream: *mut c_void) {
+        here("cuGraphLaunch", |gpu| {
+            let Some(launches) = gpu.graphs.launches(number(exec)) else {
+                return gpu.violation("a graph is launched that there is not".to_owned());
+            };
+            launches.into_iter().try_for_each(|work| gpu.submit(number(stream), work))
+        })
+    }
+
+    fn cuGraphExecDestroy(exec: *mut c_void) {
+        here("cuGraphExecDestroy", |gpu| {
+            let exec = number(exec);
+            if gpu.streams.runs(exec) {
+                // The driver would let it end; whoever does this does not know what his memory is used for.
+                return gpu.violation("a graph is destroyed whose work has not been done".to_owned());
+            }
+            match gpu.graphs.destroy_exec(exec) {
+                true => Ok(()),
+                false => gpu.violation("a graph is destroyed that there is not".to_owned()),
+            }
         })
     }
 }

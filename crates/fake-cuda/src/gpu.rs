@@ -8,6 +8,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 
 use crate::emulator::{self, Kernel};
+use crate::graphs::Graphs;
 use crate::streams::{Streams, Work};
 use crate::{Delay, Left, Options};
 
@@ -71,6 +72,7 @@ pub(crate) struct Gpu {
     pub(crate) modules: usize,
     functions: Vec<Function>,
     pub(crate) streams: Streams,
+    pub(crate) graphs: Graphs,
     next: u64,
     sticky: i32,
     faults: Vec<Fault>,
@@ -97,6 +99,7 @@ impl Gpu {
             modules: 0,
             functions: Vec::new(),
             streams: Streams::default(),
+            graphs: Graphs::default(),
             next: 1,
             sticky: SUCCESS,
             faults: Vec::new(),
@@ -140,6 +143,7 @@ impl Gpu {
             streams: self.streams.count(),
             events: self.streams.events(),
             modules: self.modules,
+            graphs: self.graphs.count(),
             allocations: self.plain.len(),
         }
     }
@@ -224,11 +228,12 @@ impl Gpu {
         self.contexts > 0
     }
 
-    /// Ends the context's life and begins another: streams, events, modules, plain allocations and pinned memory go.
+    /// Ends the context's life and begins another: streams, events, graphs, modules, plain allocations and pinned memory go.
     /// Memory that is mapped is not part of a context; whether the driver takes it too is not documented, so it stays.
     pub(crate) fn reset(&mut self) {
         self.sticky = SUCCESS;
         self.streams = Streams::default();
+        self.graphs = Graphs::default();
         self.modules = 0;
         self.functions.clear();
         for address in self.plain.keys().copied().collect::<Vec<_>>() {
@@ -538,7 +543,7 @@ impl Gpu {
         let bytes = kernel.map_or(0, |kernel| kernel.argument_bytes) as usize;
         // SAFETY: the structure has so many bytes.
         let arguments = unsafe { std::slice::from_raw_parts(arguments.cast::<u8>(), bytes) }.to_vec();
-        Ok(Work::Kernel { kernel, blocks, shared_bytes, arguments })
+        Ok(Work::Kernel { kernel, blocks, shared_bytes, arguments, graph: None })
     }
 
     /// Whether copies read and write this host range later, and not at once.

@@ -18,6 +18,7 @@
 mod api;
 mod emulator;
 mod gpu;
+mod graphs;
 mod streams;
 
 use std::ffi::c_void;
@@ -79,6 +80,8 @@ pub struct Left {
     pub events: usize,
     /// Loaded modules.
     pub modules: usize,
+    /// Graphs, and what has been made of them.
+    pub graphs: usize,
     /// Plain allocations.
     pub allocations: usize,
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::emulator::{self, Kernel};
 
 /// Something that a stream was given to do. Addresses and sizes are in bytes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Work {
     /// Fills device memory with a byte.
     Fill { to: usize, bytes: usize, value: u8 },
@@ -17,8 +17,15 @@ pub(crate) enum Work {
     ToHost { from: usize, to: usize, bytes: usize },
     /// Within the device.
     Within { from: usize, to: usize, bytes: usize },
-    /// A kernel, if there is an emulator to run it: its blocks, bytes of shared memory and arguments.
-    Kernel { kernel: Option<Kernel>, blocks: [u32; 3], shared_bytes: u32, arguments: Vec<u8> },
+    /// A kernel, if there is an emulator to run it: its blocks, bytes of shared memory and arguments, and the graph by which
+    /// it was launched, if it was.
+    Kernel {
+        kernel: Option<Kernel>,
+        blocks: [u32; 3],
+        shared_bytes: u32,
+        arguments: Vec<u8>,
+        graph: Option<usize>,
+    },
 }
 
 impl Work {
@@ -56,7 +63,7 @@ impl Work {
         // SAFETY: the caller has checked all ranges; `copy` allows overlap, which is refused earlier.
         unsafe {
             match self {
-                Work::Kernel { kernel, blocks, shared_bytes, arguments } => {
+                Work::Kernel { kernel, blocks, shared_bytes, arguments, graph: _ } => {
                     return kernel.zip(emulator::get()).is_none_or(|(kernel, emulator)| {
                         emulator.run(kernel, blocks, shared_bytes, &arguments)
                     });
@@ -178,6 +185,12 @@ impl Streams {
             .map(|(&name, _)| name)
             .collect();
         busy.get(choice % busy.len().max(1)).copied()
+    }
+
+    /// Whether work of a graph has not been done.
+    pub(crate) fn runs(&self, exec: usize) -> bool {
+        let mut works = self.streams.values().flat_map(|stream| &stream.queue);
+        works.any(|work| matches!(work, Work::Kernel { graph: Some(graph), .. } if *graph == exec))
     }
 
     /// Whether work that has not been done uses any byte of a range.

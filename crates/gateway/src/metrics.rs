@@ -181,6 +181,8 @@ impl Collector for NodeCollector {
             ("swaps", "Preempted sequences whose KV was copied to host memory", status.swaps_total),
             ("cached_tokens", "Prompt tokens found in cached prefixes", status.cached_tokens_total),
             ("activations", "Models activated", status.activations_total),
+            ("replayed_steps", "Decode steps replayed from a CUDA graph", status.replayed_steps_total),
+            ("copied_rows", "Rows of logits copied from a GPU", status.copied_rows_total),
             ("device_rebuilds", "Times that a lost device was set up anew", status.device_rebuilds_total),
         ];
         for (name, help, value) in counters {

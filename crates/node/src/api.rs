@@ -456,6 +456,16 @@ pub struct NodeStatus {
     pub activations_total: u64,
     /// Times that a lost device was set up anew.
     pub device_rebuilds_total: u64,
+    /// Graphs of decode steps that there are, on a GPU.
+    #[serde(default)]
+    pub graphs: u64,
+    /// Decode steps that were replayed from a graph, since the device was set up.
+    #[serde(default)]
+    pub replayed_steps_total: u64,
+    /// Rows of logits copied from a GPU to choose a token from, since the device was set up. (Of other rows the GPU found out
+    /// what was needed.)
+    #[serde(default)]
+    pub copied_rows_total: u64,
     /// Bytes of host memory that the executor holds for activations, outside the pool.
     pub scratch_bytes: u64,
 }

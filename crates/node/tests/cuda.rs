@@ -122,10 +122,12 @@ fn golden_tokens_cold_and_resident() {
         assert!(cold.timing.bytes_loaded > 0);
     }
     let loaded = node.status().bytes_loaded_total;
-    check_together(&node, &cases, 4, "resident");
+    check_together(&node, &cases, 6, "resident");
     let after = node.status();
     assert_eq!(after.bytes_loaded_total, loaded, "everything was resident");
     assert_eq!(after.scratch_bytes, scratch, "everything was allocated when models were deployed");
+    eventually("steps are replayed", || node.status().replayed_steps_total > 0);
+    assert_eq!(after.copied_rows_total, 0, "greedy tokens are found on the GPU");
     nothing_is_left(node, &stand_in);
 }
 
@@ -243,6 +245,9 @@ fn models_that_take_turns_come_from_host_memory() {
             }
         }
         assert!(node.status().bytes_from_host_total > 0);
+        // Graphs hold the addresses of tensors, which leave and come back to them. Each model made one in its first round.
+        eventually("the last steps are counted", || node.status().replayed_steps_total == 2 * 3 * 2);
+        assert_eq!(node.status().graphs, 2);
         nothing_is_left(node, &stand_in);
     }
 }
@@ -252,6 +257,7 @@ fn models_that_take_turns_come_from_host_memory() {
 fn a_lost_gpu_is_set_up_anew() {
     const LAUNCH_FAILED: i32 = 719;
     const ECC: i32 = 214;
+    const OUT_OF_MEMORY: i32 = 2;
     let pool = 4 << 20;
     let Some(stand_in) = gpu(pool, Delay::Latest) else { return };
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -268,7 +274,10 @@ fn a_lost_gpu_is_set_up_anew() {
         ("execution", 30, ECC),
         ("cuMemcpyHtoDAsync_v2", 3, ECC),
         ("cuMemSetAccess", 1, ECC),
-        ("cuLaunchKernel", 60, LAUNCH_FAILED),
+        ("cuLaunchKernel", 20, LAUNCH_FAILED),
+        // Of a step that is replayed, and while a graph is made.
+        ("cuGraphLaunch", 2, LAUNCH_FAILED),
+        ("cuGraphLaunch", 3, ECC),
     ]) {
         stand_in.fail(call, nth, code);
         let error = match ask() {
@@ -282,6 +291,15 @@ fn a_lost_gpu_is_set_up_anew() {
         assert_eq!(again.timing.bytes_loaded, model.weight_bytes, "nothing is left of what was there");
         eventually("the rebuild is counted", || node.status().device_rebuilds_total == rebuilds);
     }
+    // Without a graph steps are launched one by one.
+    stand_in.fail("execution", 1, ECC);
+    assert!(ask().is_err());
+    stand_in.fail("cuGraphInstantiateWithFlags", 1, OUT_OF_MEMORY);
+    assert_eq!(ask().unwrap().tokens, expected);
+    assert_eq!(ask().unwrap().tokens, expected);
+    assert_eq!(stand_in.pending_faults(), 0);
+    eventually("the steps are counted", || node.status().graphs == 0 && node.status().running == 0);
+    assert_eq!(node.status().replayed_steps_total, 0);
     // A launch that is refused ends a request and nothing else.
     stand_in.fail("cuLaunchKernel", 5, 1);
     assert!(matches!(ask(), Err(RequestError::Internal(_))));

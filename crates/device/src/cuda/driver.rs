@@ -2,7 +2,7 @@
 //!
 //! Bound by hand rather than through a crate: a missing library or symbol must be an answer and not a panic, the
 //! library must be replaceable per device by the stand-in of the tests, and these four dozen functions have not
-//! changed since CUDA 11.2. Nothing here keeps state or knows what it is called for.
+//! changed since CUDA 12.0. Nothing here keeps state or knows what it is called for.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,9 @@ pub(crate) type StreamHandle = *mut c_void;
 pub(crate) type EventHandle = *mut c_void;
 pub(crate) type ModuleHandle = *mut c_void;
 pub(crate) type FunctionHandle = *mut c_void;
+pub(crate) type GraphHandle = *mut c_void;
+pub(crate) type GraphExecHandle = *mut c_void;
+pub(crate) type NodeHandle = *mut c_void;
 pub(crate) type MemoryHandle = u64;
 pub(crate) type Address = u64;
 
@@ -106,8 +109,28 @@ impl AccessDesc {
     }
 }
 
+/// `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[repr(C)]
+pub(crate) struct KernelNodeParams {
+    pub(crate) function: FunctionHandle,
+    pub(crate) grid_x: c_uint,
+    pub(crate) grid_y: c_uint,
+    pub(crate) grid_z: c_uint,
+    pub(crate) block_x: c_uint,
+    pub(crate) block_y: c_uint,
+    pub(crate) block_z: c_uint,
+    pub(crate) shared_bytes: c_uint,
+    pub(crate) parameters: *mut *const c_void,
+    pub(crate) extra: *mut *mut c_void,
+    /// Instead of a function.
+    pub(crate) kernel: *mut c_void,
+    /// Without a function.
+    pub(crate) context: Context,
+}
+
 // The driver reads these by their C layout.
 const _: () = assert!(size_of::<AllocationProp>() == 32 && size_of::<AccessDesc>() == 12);
+const _: () = assert!(size_of::<KernelNodeParams>() == 72);
 
 macro_rules! functions {
     ($($name:ident($($type:ty),*);)*) => {
@@ -186,6 +209,13 @@ functions! {
         FunctionHandle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, StreamHandle,
         *mut *const c_void, *mut *mut c_void
     );
+    cuGraphCreate(*mut GraphHandle, c_uint);
+    cuGraphAddKernelNode_v2(*mut NodeHandle, GraphHandle, *const NodeHandle, usize, *const KernelNodeParams);
+    cuGraphInstantiateWithFlags(*mut GraphExecHandle, GraphHandle, u64);
+    cuGraphDestroy(GraphHandle);
+    cuGraphUpload(GraphExecHandle, StreamHandle);
+    cuGraphLaunch(GraphExecHandle, StreamHandle);
+    cuGraphExecDestroy(GraphExecHandle);
 }
 
 /// Why no GPU can be used; the text is for the user.
@@ -261,7 +291,7 @@ impl Driver {
     fn start(functions: Result<Functions, &'static str>) -> Result<Arc<Driver>, NoGpu> {
         let functions = functions.map_err(|missing| {
             NoGpu(format!(
-                "the NVIDIA driver is too old: its library lacks {missing} (CUDA 11.2 or later has it)"
+                "the NVIDIA driver is too old: its library lacks {missing} (CUDA 12.0 or later has it)"
             ))
         })?;
         let driver = Driver { functions, remains: Mutex::default() };

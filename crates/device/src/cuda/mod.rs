@@ -9,6 +9,7 @@
 
 mod driver;
 mod gpu;
+mod graph;
 mod host;
 mod numa;
 mod program;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 
 pub use driver::{Driver, NoGpu};
 pub use gpu::{Gpu, MemoryInfo};
+pub use graph::{Graph, Launched};
 pub use host::{HostBytes, HostPool};
 pub use program::{Grid, Kernel, Program};
 pub(crate) use staging::Transfer;

@@ -5,7 +5,7 @@
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
-use super::driver::{FunctionHandle, MOST_SHARED_BYTES, ModuleHandle, attribute};
+use super::driver::{FunctionHandle, MOST_SHARED_BYTES, ModuleHandle, StreamHandle, attribute};
 use super::gpu::Gpu;
 use super::queue::Queue;
 use crate::DeviceError;
@@ -20,7 +20,7 @@ pub struct Program {
 
 /// A kernel of a [`Program`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Kernel(usize);
+pub struct Kernel(pub(super) usize);
 
 /// How many threads run a kernel, and with what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,14 @@ impl Program {
         let multiprocessors = gpu.attribute(attribute::MULTIPROCESSORS);
         let multiprocessors = multiprocessors.and_then(|count| count.try_into().ok()).unwrap_or(1);
         Ok(Program { gpu: gpu.clone(), queue, module, multiprocessors })
+    }
+
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(super) fn stream(&self) -> StreamHandle {
+        self.queue.stream()
     }
 
     /// How many multiprocessors the GPU has.

@@ -281,6 +281,11 @@ fn run_a_kernel(gpu: &Arc<Gpu>) -> Result<(), DeviceError> {
         let kernel = program.kernel(c"some", 64 << 10)?;
         let grid = Grid { blocks: [3, 1, 1], threads: 128, shared_bytes: 64 << 10 };
         program.launch(kernel, grid, (&raw const grid).cast())?;
+        let launched = Launched { kernel, grid, arguments: vec![0; 16] };
+        let graph = program.graph(&[launched.clone(), launched])?;
+        program.replay(&graph)?;
+        program.wait()?;
+        drop(graph);
         let working = program.allocate(100)?;
         let (mut read, copied) = ([0; 5], program.upload(working + 50, b"bytes"));
         let copied = copied.and_then(|()| program.download(working + 50, &mut read));
@@ -317,6 +322,52 @@ fn a_kernel_that_cannot_be_launched_is_refused_and_one_that_fails_loses_the_gpu(
     drop((memory, gpu));
     assert!(stand_in.left().contexts > 0, "the program still holds the GPU");
     drop(program);
+    assert_eq!(stand_in.left(), Left::default());
+}
+
+#[test]
+fn a_graph_does_all_that_it_was_made_of_each_time() {
+    let (stand_in, device) = stand_in::open(options(2), PAGE, PAGE);
+    let device = device.unwrap();
+    // SAFETY: as in `run_a_kernel`.
+    let program = unsafe { Program::load(device.gpu(), b"\0") }.unwrap();
+    let kernel = program.kernel(c"some", 0).unwrap();
+    let launched = |threads| {
+        let grid = Grid { blocks: [1, 1, 1], threads, shared_bytes: 0 };
+        Launched { kernel, grid, arguments: vec![0; 16] }
+    };
+    // SAFETY: as above.
+    let make = |launches: &[Launched]| unsafe { program.graph(launches) };
+    assert!(matches!(make(&[launched(32), launched(2048)]), Err(DeviceError::Cuda { .. })));
+    assert_eq!(stand_in.left().graphs, 0);
+    let graph = make(&[launched(32), launched(64), launched(32)]).unwrap();
+    assert_eq!((graph.launches(), stand_in.left().graphs), (3, 1));
+    // SAFETY: as above; the graph lives until it has been waited for.
+    let replay = || unsafe { program.replay(&graph) }.and_then(|()| program.wait());
+    replay().unwrap();
+    replay().unwrap();
+    // The third of the next three.
+    stand_in.fail("execution", 3, LAUNCH_FAILED);
+    assert!(matches!(replay(), Err(DeviceError::Lost { .. })));
+    drop((graph, program, device));
+    assert_eq!((stand_in.left(), stand_in.violations()), (Left::default(), Vec::new()));
+}
+
+#[test]
+fn a_graph_that_goes_before_its_work_is_done_is_misuse() {
+    let (stand_in, device) = stand_in::open(options(2), PAGE, PAGE);
+    let device = device.unwrap();
+    // SAFETY: as in `run_a_kernel`; the stand-in's kernels do nothing, whenever that is.
+    unsafe {
+        let program = Program::load(device.gpu(), b"\0").unwrap();
+        let kernel = program.kernel(c"some", 0).unwrap();
+        let grid = Grid { blocks: [1, 1, 1], threads: 32, shared_bytes: 0 };
+        let graph = program.graph(&[Launched { kernel, grid, arguments: vec![0; 16] }]).unwrap();
+        program.replay(&graph).unwrap();
+        drop(graph);
+    }
+    assert_eq!(stand_in.violations().len(), 1);
+    drop(device);
     assert_eq!(stand_in.left(), Left::default());
 }
 

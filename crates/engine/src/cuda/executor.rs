@@ -3,18 +3,21 @@
 //! Weights and KV blocks are addresses of GPU memory, lent for the length of a call: every call waits until the GPU has
 //! done what it submitted.
 
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tangram_checkpoint::Output;
 use tangram_device::{DeviceError, Extent};
 
+use super::graphs::{Graphs, Noted, Shape};
 use super::plan::{Cut, Offset, Tables};
 use super::select::Selection;
 use super::working::Memory;
 use super::{Kernels, Launcher, launch, room};
 use crate::adapter::Adapter;
 use crate::device::Tensors;
-use crate::executor::{Chunk, PassError, Place, check, places};
+use crate::executor::{Chunk, LogitRows, PassError, Place, check, places};
 use crate::kernels::kv::{BLOCK_TOKENS, KvBlocks, KvElement, KvProblem};
 use crate::model::{Model, Tensor};
 use crate::sampling::{Shortlist, Wish};
@@ -78,6 +81,8 @@ pub(crate) enum Addressed<'a> {
     At(&'a dyn Addresses),
     /// Under extents of the pool.
     Lent(&'a dyn Tensors),
+    /// Where somebody else has them, and noted there.
+    Noted(&'a Noted<'a>),
     /// Nowhere: nothing is computed.
     Nowhere,
 }
@@ -87,6 +92,7 @@ impl Addressed<'_> {
         match self {
             Addressed::At(addresses) => checked(addresses.tensor(tensor.index), tensor),
             Addressed::Lent(tensors) => checked(region(tensors.tensor(tensor.index)), tensor),
+            Addressed::Noted(noted) => noted.tensor(tensor),
             Addressed::Nowhere => Ok(ALIGNMENT),
         }
     }
@@ -97,7 +103,8 @@ impl Addressed<'_> {
             Addressed::Lent(tensors) => {
                 checked(region(tensors.adapter_tensor(adapter, tensor.index)), tensor)
             }
-            Addressed::Nowhere => Ok(ALIGNMENT),
+            // Passes with adapters are not noted.
+            Addressed::Noted(_) | Addressed::Nowhere => Ok(ALIGNMENT),
         }
     }
 }
@@ -147,6 +154,10 @@ pub struct CudaPass {
     pub(crate) model: u64,
     pub(crate) stage: usize,
     stages: usize,
+    /// Chunks that somebody asked for: the first ones of `places`.
+    chunks: usize,
+    /// Whether these are single tokens that all want logits, filled up to a power of two with sequences that are none.
+    decodes: bool,
     pub(crate) rows: usize,
     pub(crate) output_rows: usize,
     output_width: usize,
@@ -156,6 +167,9 @@ pub struct CudaPass {
     pub(crate) layout: Layout,
     pub(crate) memory: Memory,
     pub(crate) adapters: Vec<Arc<Adapter>>,
+    /// Where the constants of the stages so far end, and the tables of experts that the stage under way still takes.
+    pub(crate) constants_end: usize,
+    pub(crate) expert_tables: VecDeque<u64>,
     /// Until the first call of [`CudaExecutor::advance`].
     tables: Option<Tables>,
     /// `None` where all of the output is copied to the host.
@@ -174,7 +188,18 @@ impl CudaPass {
 
     /// Rows of its output.
     pub fn output_rows(&self) -> usize {
-        self.output_rows
+        self.places[..self.chunks].iter().map(|place| place.output_rows).sum()
+    }
+
+    /// What its launches depend on besides addresses, if it is one of those that are put together in graphs.
+    fn shape(&self) -> Option<Shape> {
+        self.decodes.then(|| Shape {
+            model: self.model,
+            rows: self.rows,
+            items: self.cut.few.len(),
+            merges: self.cut.merges.len(),
+            wanted: self.selection.as_ref().map(|selection| selection.wanted),
+        })
     }
 
     /// Has the GPU find out what sampling wants of the chunks' logits (one wish per chunk, for those with
@@ -233,8 +258,23 @@ const SPARE_MEMORY: usize = 2;
 
 /// Runs passes on a GPU.
 pub struct CudaExecutor {
+    /// Before the kernels, of which they are made.
+    graphs: Graphs,
     pub(crate) kernels: Kernels,
     spare: Mutex<Vec<Memory>>,
+    /// Rows of logits copied to the host.
+    rows_copied: AtomicU64,
+}
+
+/// What an executor for a GPU has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Graphs of decode steps that there are.
+    pub graphs: u64,
+    /// Decode steps that were replayed from a graph.
+    pub replays: u64,
+    /// Rows of logits that were copied to the host because what the GPU found out about them did not suffice.
+    pub rows_copied: u64,
 }
 
 impl CudaExecutor {
@@ -243,7 +283,26 @@ impl CudaExecutor {
     /// # Errors
     /// [`DeviceError::Cuda`] if a kernel is missing.
     pub fn new(gpu: Arc<dyn Launcher>) -> Result<CudaExecutor, DeviceError> {
-        Ok(CudaExecutor { kernels: Kernels::load(gpu)?, spare: Mutex::default() })
+        Ok(CudaExecutor {
+            graphs: Graphs::default(),
+            kernels: Kernels::load(gpu)?,
+            spare: Mutex::default(),
+            rows_copied: AtomicU64::new(0),
+        })
+    }
+
+    /// What it has done so far.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            graphs: self.graphs.count() as u64,
+            replays: self.graphs.replays(),
+            rows_copied: self.rows_copied.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Lets go what is kept for passes of a model that will not come any more.
+    pub fn forget(&self, model: &Model) {
+        self.graphs.forget(model.id);
     }
 
     /// Whether there are kernels for all that a model needs.
@@ -303,17 +362,34 @@ impl CudaExecutor {
         check(model, batch)?;
         let spec = model.spec();
         check_adapters(model, batch.len(), &adapters, of_chunk)?;
+        let chunks = batch.len();
+        let single = |chunk: &Chunk<'_>| chunk.tokens.len() == 1 && chunk.logits == LogitRows::Last;
+        let decodes =
+            model.kv().is_some() && spec.generates() && adapters.is_empty() && batch.iter().all(single);
+        let filled: Vec<Chunk<'_>>;
+        let batch = if decodes {
+            // Any token does: what comes of it is for nobody.
+            let nobody = Chunk { tokens: &[0], position: 0, logits: LogitRows::Last };
+            let others = chunks.next_power_of_two() - chunks;
+            filled = batch.iter().copied().chain(std::iter::repeat_n(nobody, others)).collect();
+            &filled
+        } else {
+            batch
+        };
         let mut of_batch = Vec::new();
         let output_rows = places(model, batch, &[], &mut of_batch);
         let gpu = self.kernels.gpu();
         let group = spec.heads / spec.kv_heads;
-        let cut = match (model.kv_shape, launch::attention_size(spec.head_dim)) {
+        let mut cut = match (model.kv_shape, launch::attention_size(spec.head_dim)) {
             (Some(shape), Some(size)) if shape.element == KvElement::F16 => {
                 let enough = gpu.multiprocessors() as usize * 4;
                 Cut::new(&of_batch, size, group, spec.kv_heads, enough)
             }
             _ => Cut::default(),
         };
+        if decodes {
+            cut.fill_up(of_batch.len());
+        }
         let mut tables = Tables::default();
         let rows = |value: fn(&Place, usize) -> usize| {
             of_batch
@@ -354,12 +430,17 @@ impl CudaExecutor {
             merges: tables.push(cut.merges.iter().map(|&merge| super::Merge::from(merge))),
         };
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = spare.pop().unwrap_or_else(|| Memory::new(gpu));
+        let mut memory = spare.pop().unwrap_or_else(|| Memory::new(gpu));
         drop(spare);
+        if let Some(layout) = model.kv().filter(|_| decodes) {
+            memory.padding.reserve(layout.block_bytes)?;
+        }
         Ok(CudaPass {
             model: model.id,
             stage: 0,
             stages: spec.stages(),
+            chunks,
+            decodes,
             rows: of_batch.iter().map(|place| place.tokens).sum(),
             output_rows,
             output_width: model.output_width(),
@@ -369,6 +450,8 @@ impl CudaExecutor {
             layout,
             memory,
             adapters,
+            constants_end: 0,
+            expert_tables: VecDeque::new(),
             tables: Some(tables),
             selection: None,
             shortlists: Vec::new(),
@@ -389,7 +472,7 @@ impl CudaExecutor {
         kv: &mut [KvBlocks<'_>],
         ready_stages: usize,
     ) -> Result<bool, ExecuteError> {
-        let blocks = block_addresses(model, &pass.places, kv)?;
+        let blocks = block_addresses(model, &pass.places[..pass.chunks], kv)?;
         self.advance_at(pass, model, Addressed::At(weights), blocks, ready_stages)
     }
 
@@ -405,7 +488,7 @@ impl CudaExecutor {
         kv: &mut [KvBlocks<'_>],
         ready_stages: usize,
     ) -> Result<bool, ExecuteError> {
-        let blocks = block_addresses(model, &pass.places, kv)?;
+        let blocks = block_addresses(model, &pass.places[..pass.chunks], kv)?;
         self.advance_at(pass, model, Addressed::Lent(tensors), blocks, ready_stages)
     }
 
@@ -415,7 +498,7 @@ impl CudaExecutor {
         pass: &mut CudaPass,
         model: &Model,
         weights: Addressed<'_>,
-        blocks: Vec<u64>,
+        mut blocks: Vec<u64>,
         ready_stages: usize,
     ) -> Result<bool, ExecuteError> {
         if pass.model != model.id {
@@ -425,17 +508,24 @@ impl CudaExecutor {
             pass.memory.tables.fill(tables.bytes())?;
         }
         if !blocks.is_empty() {
+            // All that is nobody's writes the same keys and values to the same block.
+            let padding = pass.memory.padding.address();
+            blocks.resize(blocks.len() + pass.places.len() - pass.chunks, padding);
             let mut tables = Tables::default();
             tables.push(blocks);
             pass.memory.blocks.fill(tables.bytes())?;
         }
-        let result = super::forward::run(&self.kernels, pass, model, weights, ready_stages);
+        let whole = pass.stage == 0 && ready_stages >= pass.stages;
+        let result = match pass.shape().filter(|_| whole) {
+            Some(shape) => self.graphs.run(&self.kernels, pass, model, weights, shape),
+            None => super::forward::run(&self.kernels, pass, model, weights, ready_stages),
+        };
         let done = pass.stage >= pass.stages;
         // Waits in every case, so that what was lent is free again when this returns.
         let selected = pass.selection.as_ref().filter(|_| done && result.is_ok());
         let (from, bytes) = match selected {
             Some(selection) => (&pass.memory.selection, selection.bytes(pass.output_rows)),
-            None if done => (&pass.memory.output, pass.output_rows * pass.output_width * 4),
+            None if done => (&pass.memory.output, pass.output_rows() * pass.output_width * 4),
             None => (&pass.memory.output, 0),
         };
         let mut output = vec![0; bytes];
@@ -462,6 +552,7 @@ impl CudaExecutor {
         }
         let mut row = vec![0; pass.output_width * 4];
         pass.memory.output.read_at(pass.places[chunk].output_row * row.len(), &mut row)?;
+        self.rows_copied.fetch_add(1, Ordering::Relaxed);
         pass.output = floats(&row);
         Ok(&mut pass.output)
     }

@@ -8,7 +8,9 @@ use super::executor::ExecuteError;
 use super::forward::{Input, Needs, Step, launch_product, numbers, product_arguments};
 use super::plan::Tables;
 use super::working::Memory;
-use super::{CombineArguments, GroupArguments, ProductArguments, ProductKind, RouteArguments, launch};
+use super::{
+    CombineArguments, GroupArguments, ProductArguments, ProductKind, RouteArguments, constants, launch,
+};
 use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors};
 
 /// How the rows of experts lie: see [`GroupArguments`].
@@ -17,6 +19,34 @@ struct Grouped {
     kind: ProductKind,
     tiles: u64,
     tile_count: usize,
+}
+
+/// The matrices of an expert, in the order of their products.
+const MATRICES: [fn(&FeedForward) -> Option<&LinearTensors>; 3] =
+    [|expert| expert.gate.as_ref(), |expert| Some(&expert.up), |expert| Some(&expert.down)];
+
+/// The types of these weights, each once.
+fn dtypes<'b>(linears: impl Iterator<Item = &'b LinearTensors>) -> Vec<DType> {
+    let mut dtypes: Vec<DType> = Vec::new();
+    for linear in linears {
+        if !dtypes.contains(&linear.weight.dtype) {
+            dtypes.push(linear.weight.dtype);
+        }
+    }
+    dtypes
+}
+
+/// Bytes of a table of `experts` addresses.
+fn table_bytes(experts: usize) -> usize {
+    (experts * 8).next_multiple_of(constants::ALIGNMENT)
+}
+
+/// Bytes of all tables of a layer.
+pub(super) fn tables_bytes(layer: &Layer) -> usize {
+    let MlpTensors::Sparse { experts, .. } = &layer.mlp else { return 0 };
+    let tables =
+        |matrix: &fn(&FeedForward) -> Option<&LinearTensors>| dtypes(experts.iter().filter_map(matrix)).len();
+    MATRICES.iter().map(tables).sum::<usize>() * table_bytes(experts.len())
 }
 
 impl Step<'_> {
@@ -123,7 +153,32 @@ impl Step<'_> {
             .any(|linear| linear.weight.dtype == DType::F32)
     }
 
-    /// The same product for all experts, each with its rows.
+    /// Brings the tables of a layer's products to the GPU (the addresses of the experts' matrices, one table for each type
+    /// of weights), to `start` among the constants. Gives where they end.
+    pub(super) fn put_expert_tables(
+        &mut self,
+        experts: &[FeedForward],
+        mut start: usize,
+    ) -> Result<usize, ExecuteError> {
+        self.pass.expert_tables.clear();
+        for matrix in MATRICES {
+            let linears = || experts.iter().filter_map(matrix);
+            for dtype in dtypes(linears()) {
+                let addresses = linears().map(|linear| match linear.weight.dtype == dtype {
+                    true => self.address(&linear.weight),
+                    false => Ok(0),
+                });
+                let mut tables = Tables::default();
+                tables.push(addresses.collect::<Result<Vec<u64>, _>>()?);
+                let address = self.memory().constants.put(start, tables.bytes())?;
+                self.pass.expert_tables.push_back(address);
+                start += table_bytes(experts.len());
+            }
+        }
+        Ok(start)
+    }
+
+    /// The same product for all experts, each with its rows. Takes the tables in the order in which they were put.
     fn expert_products<'b>(
         &mut self,
         input: Input,
@@ -132,23 +187,11 @@ impl Step<'_> {
         gather: u64,
         out: u64,
     ) -> Result<(), ExecuteError> {
-        let mut dtypes: Vec<DType> = Vec::new();
-        for linear in linears.clone() {
-            if !dtypes.contains(&linear.weight.dtype) {
-                dtypes.push(linear.weight.dtype);
-            }
-        }
-        for dtype in dtypes {
-            let addresses = linears.clone().map(|linear| match linear.weight.dtype == dtype {
-                true => self.address(&linear.weight),
-                false => Ok(0),
-            });
-            let addresses = addresses.collect::<Result<Vec<u64>, _>>()?;
+        for dtype in dtypes(linears.clone()) {
+            let Some(table) = self.pass.expert_tables.pop_front() else { return Ok(()) };
             let Some(linear) = linears.clone().find(|linear| linear.weight.dtype == dtype) else { continue };
-            let mut tables = Tables::default();
-            tables.push(addresses);
             let arguments = ProductArguments {
-                weight: self.memory().expert_addresses.fill(tables.bytes())?,
+                weight: table,
                 tiles: grouped.tiles,
                 gather,
                 ..product_arguments(input, &linear.weight, out)

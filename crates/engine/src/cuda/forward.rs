@@ -11,7 +11,8 @@ use super::working::{Memory, Operands};
 use super::{
     ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, CapArguments, EmbedArguments,
     FactorsEntry, Kernels, LowRankArguments, MergeArguments, NormArguments, PlainAttendArguments,
-    PoolArguments, PrepareArguments, ProductArguments, ProductKind, RowsOut, activation, launch, weight_type,
+    PoolArguments, PrepareArguments, ProductArguments, ProductKind, RowsOut, activation, constants, experts,
+    launch, weight_type,
 };
 use crate::kernels::kv::KvElement;
 use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Rotation, Tensor};
@@ -27,6 +28,7 @@ pub(crate) fn run(
     while pass.stage < ready_stages.min(model.spec.stages()) {
         let stage = pass.stage;
         let mut step = Step { kernels, pass, model, weights };
+        step.constants(stage)?;
         match stage {
             0 => step.embed()?,
             stage if stage <= model.layers.len() => step.layer(stage - 1)?,
@@ -35,6 +37,17 @@ pub(crate) fn run(
         pass.stage += 1;
     }
     Ok(())
+}
+
+/// Sees to it that what all stages read beside tensors and the tables of the pass is on the GPU.
+pub(crate) fn constants(
+    kernels: &Kernels,
+    pass: &mut CudaPass,
+    model: &Model,
+    weights: Addressed<'_>,
+) -> Result<(), ExecuteError> {
+    let mut step = Step { kernels, pass, model, weights };
+    (0..model.spec.stages()).try_for_each(|stage| step.constants(stage))
 }
 
 /// Which operands the readers of some rows need besides f32.
@@ -146,10 +159,39 @@ impl Step<'_> {
             self.normalise_in_place(norm)?;
         }
         let positions = self.table(self.pass.layout.positions);
-        let Memory { angles, frequencies, local_angles, local_frequencies, .. } = &mut self.pass.memory;
+        let Memory { angles, local_angles, constants, .. } = &mut self.pass.memory;
+        let frequencies = constants.buffer.address();
         fill_angles(self.kernels, &model.rotation, positions, rows, angles, frequencies)?;
         if let Some(rotation) = &model.local_rotation {
-            fill_angles(self.kernels, rotation, positions, rows, local_angles, local_frequencies)?;
+            let frequencies = frequencies + frequency_bytes(&model.rotation) as u64;
+            fill_angles(self.kernels, rotation, positions, rows, local_angles, frequencies)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the constants of a stage to the GPU, where they are not there: all frequencies before the first, then the
+    /// tables of each layer's experts.
+    fn constants(&mut self, stage: usize) -> Result<(), ExecuteError> {
+        let model = self.model;
+        if stage == 0 {
+            let of_experts: usize = model.layers.iter().map(experts::tables_bytes).sum();
+            let rotations = [Some(&model.rotation), model.local_rotation.as_ref()];
+            let of_rotations: usize =
+                rotations.iter().flatten().map(|rotation| frequency_bytes(rotation)).sum();
+            let constants = &mut self.pass.memory.constants;
+            constants.begin(model.id, of_rotations + of_experts)?;
+            let mut start = 0;
+            for rotation in rotations.into_iter().flatten() {
+                let mut table = Tables::default();
+                table.push(rotation.frequencies.iter().copied());
+                constants.put(start, table.bytes())?;
+                start += frequency_bytes(rotation);
+            }
+            self.pass.constants_end = start;
+        } else if let Some(MlpTensors::Sparse { experts, .. }) =
+            model.layers.get(stage - 1).map(|layer| &layer.mlp)
+        {
+            self.pass.constants_end = self.put_expert_tables(experts, self.pass.constants_end)?;
         }
         Ok(())
     }
@@ -695,6 +737,11 @@ pub(super) unsafe fn launch_product(
     Ok(())
 }
 
+/// Bytes of a rotation's frequencies among the constants.
+fn frequency_bytes(rotation: &Rotation) -> usize {
+    (rotation.frequencies.len() * 4).next_multiple_of(constants::ALIGNMENT)
+}
+
 /// Cosines and sines of every row's angles.
 fn fill_angles(
     kernels: &Kernels,
@@ -702,17 +749,15 @@ fn fill_angles(
     positions: u64,
     rows: usize,
     angles: &mut Buffer,
-    frequencies: &mut Buffer,
+    frequencies: u64,
 ) -> Result<(), ExecuteError> {
     let half = rotation.frequencies.len();
     if half == 0 {
         return Ok(());
     }
-    let mut tables = Tables::default();
-    tables.push(rotation.frequencies.iter().copied());
     let arguments = AngleArguments {
         positions,
-        frequencies: frequencies.fill(tables.bytes())?,
+        frequencies,
         out: numbers(angles, rows * half * 2)?,
         half: half as u32,
         magnitude: rotation.magnitude,

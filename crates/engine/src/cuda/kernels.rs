@@ -2,7 +2,7 @@
 //!
 //! Addresses are of GPU memory; what they must point to, and with which shape, is said in the sources.
 
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::sync::Arc;
 
 use tangram_checkpoint::DType;
@@ -19,7 +19,8 @@ macro_rules! arguments {
             #[derive(Clone, Copy, Debug, Default)]
             #[allow(missing_docs)]
             pub struct $name { $(pub $field: $type,)* }
-            const _: () = assert!(size_of::<$name>() == $bytes);
+            // No byte of it is padding.
+            const _: () = assert!(size_of::<$name>() == $bytes && $bytes == 0 $(+ size_of::<$type>())*);
         )*
     };
 }
@@ -149,6 +150,7 @@ pub mod activation {
 /// Kernels without variants: function, shared memory that it may need at most, argument structure.
 macro_rules! kernels {
     ($($(#[$doc:meta])* $name:ident($arguments:ty), $shared:expr;)*) => {
+        #[derive(Clone, Copy)]
         struct Single { $($name: Kernel,)* }
 
         impl Single {
@@ -267,11 +269,20 @@ impl Kernels {
         &self.gpu
     }
 
+    /// The same kernels, launched elsewhere.
+    pub(super) fn on(&self, gpu: Arc<dyn Launcher>) -> Kernels {
+        Kernels { gpu, single: self.single, products: self.products, attention: self.attention }
+    }
+
     /// # Safety
-    /// `arguments` must be of the structure of `function`; its addresses as [`Launcher::launch`] says.
+    /// `arguments` must be of the structure of `function`, one of those that are defined above; its addresses as
+    /// [`Launcher::launch`] says.
     unsafe fn launch<A>(&self, function: Kernel, launch: Launch, arguments: &A) -> Result<(), DeviceError> {
+        // SAFETY: these structures have no padding, so all of their bytes are initialised.
+        let bytes =
+            unsafe { std::slice::from_raw_parts((&raw const *arguments).cast::<u8>(), size_of::<A>()) };
         // SAFETY: as the caller says.
-        unsafe { self.gpu.launch(function, launch, (&raw const *arguments).cast::<c_void>()) }
+        unsafe { self.gpu.launch(function, launch, bytes) }
     }
 
     /// A product with weights of `dtype`, which is not f32, on `tiles` tiles of tokens.

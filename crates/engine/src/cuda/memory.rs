@@ -55,6 +55,20 @@ impl Buffer {
         Ok(self.address)
     }
 
+    /// Replaces some of the contents. Panics if it is not that long.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`] when the driver refuses.
+    pub fn write_at(&mut self, start: usize, bytes: &[u8]) -> Result<(), DeviceError> {
+        let end = start + bytes.len();
+        assert!(end <= self.bytes, "bytes {start} to {end} of a buffer of {}", self.bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the buffer is that long.
+        unsafe { self.gpu.upload(self.address + start as u64, bytes) }
+    }
+
     /// Reads the beginning; waits for everything submitted so far. Panics if it is not that long.
     ///
     /// # Errors

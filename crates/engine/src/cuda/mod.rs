@@ -7,28 +7,32 @@
 #![allow(unsafe_code)]
 
 pub mod bundle;
+mod constants;
 mod executor;
 mod experts;
 mod forward;
+mod graphs;
 mod kernels;
 pub mod launch;
 mod memory;
 mod plan;
 mod program;
+mod record;
 mod room;
 mod select;
 mod working;
 
-pub use executor::{ALIGNMENT, Addresses, CudaExecutor, CudaPass, ExecuteError, Region};
+pub use executor::{ALIGNMENT, Addresses, Counts, CudaExecutor, CudaPass, ExecuteError, Region};
 pub use kernels::*;
 pub use launch::{Launch, ProductKind};
 pub use memory::Buffer;
 pub use program::load;
 pub use tangram_device::cuda::Kernel;
 
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 
 use tangram_device::DeviceError;
+use tangram_device::cuda::{Graph, Launched};
 
 /// A GPU with kernels loaded and a stream on which they run. Calls take effect in their order. An error that is
 /// [`DeviceError::Lost`] ends all use of it.
@@ -51,14 +55,34 @@ pub unsafe trait Launcher: Send + Sync {
     /// [`DeviceError::Cuda`] when the driver refuses. That the kernel itself failed shows in a later call.
     ///
     /// # Safety
-    /// `arguments` must point to the kernel's argument structure, and all that the kernel accesses by it must stay
+    /// `arguments` must be the bytes of the kernel's argument structure, and all that the kernel accesses by it must stay
     /// allocated until the kernel is done.
-    unsafe fn launch(
-        &self,
-        kernel: Kernel,
-        launch: Launch,
-        arguments: *const c_void,
-    ) -> Result<(), DeviceError>;
+    unsafe fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[u8]) -> Result<(), DeviceError>;
+
+    /// Puts launches together, to be done in their order by [`Launcher::replay`].
+    ///
+    /// # Errors
+    /// [`DeviceError`] where there are no graphs, or the driver refuses.
+    ///
+    /// # Safety
+    /// The kernels must be of this GPU, and the arguments of each the bytes of its structure.
+    unsafe fn graph(&self, launches: &[Launched]) -> Result<Graph, DeviceError> {
+        let _ = launches;
+        Err(DeviceError::BadConfig("there are no graphs here".to_owned()))
+    }
+
+    /// Launches all that a graph holds.
+    ///
+    /// # Errors
+    /// As [`Launcher::launch`].
+    ///
+    /// # Safety
+    /// The graph must be of this GPU, live until it has been waited for, and be replayed by one thread at a time; for each
+    /// of its launches what [`Launcher::launch`] demands must hold.
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), DeviceError> {
+        let _ = graph;
+        Err(DeviceError::BadConfig("there are no graphs here".to_owned()))
+    }
 
     /// Allocates `bytes` (more than 0), aligned to 256 on a real GPU and to 16 at least; contents are undefined.
     ///

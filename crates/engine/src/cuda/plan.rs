@@ -92,6 +92,21 @@ impl Cut {
     }
 }
 
+impl Cut {
+    /// Fills up a cut of single tokens of `rows` sequences so that there are only few different numbers of items and merges:
+    /// with items without tokens, and merges without slots, of which kernels make nothing.
+    pub(crate) fn fill_up(&mut self, rows: usize) {
+        if !self.few.is_empty() {
+            let nothing = ItemOf { row: 0, tokens: 0, sequence: 0, part: None };
+            self.few.resize(self.few.len().next_power_of_two(), nothing);
+        }
+        if !self.merges.is_empty() {
+            self.merges.resize(rows, MergeOf { row: 0, first_slot: 0, slots: 0 });
+            self.slots = self.few.len();
+        }
+    }
+}
+
 /// Tables that are brought to the GPU together.
 #[derive(Default)]
 pub(crate) struct Tables {
@@ -214,6 +229,27 @@ mod tests {
             }
             prop_assert_eq!(slots, cut.slots);
             prop_assert!(computed.iter().all(|&count| count == 1));
+        }
+
+        /// Filling up adds what kernels make nothing of, and changes nothing else.
+        #[test]
+        fn filled_up_cuts_do_the_same(
+            positions in proptest::collection::vec(0usize..3000, 1..20), group in 1usize..9, enough in 0usize..60
+        ) {
+            let place = |(row, &position): (usize, &usize)| Place {
+                row, tokens: 1, position, long: false, second: usize::MAX, output_row: row, output_rows: 1
+            };
+            let places: Vec<Place> = positions.iter().enumerate().map(place).collect();
+            let cut = || Cut::new(&places, 2, group, 2, enough);
+            let (cut, mut filled) = (cut(), cut());
+            filled.fill_up(places.len());
+            prop_assert!(filled.many.is_empty());
+            prop_assert!(filled.few.len().is_power_of_two() && filled.few.len() < 2 * cut.few.len());
+            prop_assert!(filled.few.starts_with(&cut.few) && filled.merges.starts_with(&cut.merges));
+            prop_assert!(filled.few[cut.few.len()..].iter().all(|item| item.tokens == 0));
+            prop_assert!(filled.merges[cut.merges.len()..].iter().all(|merge| merge.slots == 0));
+            let merges = if cut.merges.is_empty() { 0 } else { places.len() };
+            prop_assert!(filled.merges.len() == merges && filled.slots >= cut.slots);
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The embedded kernels on a GPU of the device crate.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 use std::sync::Arc;
 
 use tangram_device::DeviceError;
-use tangram_device::cuda::{self, Grid, Program};
+use tangram_device::cuda::{self, Graph, Grid, Launched, Program};
 
 use super::{Kernel, Launch, Launcher, bundle};
 
@@ -27,15 +27,21 @@ unsafe impl Launcher for Program {
         Program::kernel(self, name, shared_bytes)
     }
 
-    unsafe fn launch(
-        &self,
-        kernel: Kernel,
-        launch: Launch,
-        arguments: *const c_void,
-    ) -> Result<(), DeviceError> {
+    unsafe fn launch(&self, kernel: Kernel, launch: Launch, arguments: &[u8]) -> Result<(), DeviceError> {
         let Launch { grid, threads, shared_bytes } = launch;
+        let (grid, arguments) = (Grid { blocks: grid, threads, shared_bytes }, arguments.as_ptr().cast());
         // SAFETY: as the caller says.
-        unsafe { Program::launch(self, kernel, Grid { blocks: grid, threads, shared_bytes }, arguments) }
+        unsafe { Program::launch(self, kernel, grid, arguments) }
+    }
+
+    unsafe fn graph(&self, launches: &[Launched]) -> Result<Graph, DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { Program::graph(self, launches) }
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { Program::replay(self, graph) }
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, DeviceError> {

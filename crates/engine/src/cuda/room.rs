@@ -2,7 +2,7 @@
 //! counts what is asked for and computes nothing. So the first request of a model allocates nothing, and no formula has
 //! to repeat what the stages do.
 
-use std::ffi::{CStr, c_void};
+use std::ffi::CStr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tangram_device::DeviceError;
 
 use super::executor::{Addressed, CudaExecutor, ExecuteError};
+use super::plan::PARTITION;
 use super::{Kernel, Launch, Launcher};
 use crate::adapter::Adapter;
 use crate::executor::{Chunk, LogitRows, longest};
@@ -33,12 +34,7 @@ unsafe impl Launcher for Nothing {
         Ok(Kernel::default())
     }
 
-    unsafe fn launch(
-        &self,
-        _kernel: Kernel,
-        _launch: Launch,
-        _arguments: *const c_void,
-    ) -> Result<(), DeviceError> {
+    unsafe fn launch(&self, _kernel: Kernel, _launch: Launch, _arguments: &[u8]) -> Result<(), DeviceError> {
         Ok(())
     }
 
@@ -116,11 +112,17 @@ fn largest(
         let end = reach(count);
         vec![end.saturating_sub(each)..end; count]
     };
+    // Any number of sequences is filled up to a power of two, and the items of their attention too. The last items of
+    // sequences are not whole, so there may be one more for each.
+    let decoding = |count: usize| {
+        let end = (reach(count) + PARTITION).min(context);
+        vec![end - 1..end; count]
+    };
     let mut steps = vec![at_end(1, tokens)];
     // Few and many sequences are cut in different ways.
     let counts = (0..).map(|log2| 1usize << log2).take_while(|&count| count < sequences);
     for count in counts.chain([sequences]) {
-        steps.push(at_end(count, 1));
+        steps.push(decoding(count));
         steps.push(at_end(count, (tokens / count).max(1)));
     }
     steps

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tangram_device::DeviceError;
 
+use super::constants::Constants;
 use super::{Buffer, Launcher};
 
 /// Defines a set of buffers that can be gone through in their order.
@@ -21,8 +22,8 @@ macro_rules! buffers {
                 $(self.$field.each(visit);)*
             }
 
-            fn sizes_into(&self, sizes: &mut Vec<usize>) {
-                $(self.$field.sizes_into(sizes);)*
+            fn places_into(&self, places: &mut Vec<(u64, usize)>) {
+                $(self.$field.places_into(places);)*
             }
         }
     };
@@ -32,7 +33,8 @@ macro_rules! buffers {
 trait Parts {
     fn new(gpu: &Arc<dyn Launcher>) -> Self;
     fn each(&mut self, visit: &mut dyn FnMut(&mut Buffer));
-    fn sizes_into(&self, sizes: &mut Vec<usize>);
+    /// Address and bytes of each.
+    fn places_into(&self, places: &mut Vec<(u64, usize)>);
 }
 
 impl Parts for Buffer {
@@ -44,8 +46,22 @@ impl Parts for Buffer {
         visit(self);
     }
 
-    fn sizes_into(&self, sizes: &mut Vec<usize>) {
-        sizes.push(self.bytes());
+    fn places_into(&self, places: &mut Vec<(u64, usize)>) {
+        places.push((self.address(), self.bytes()));
+    }
+}
+
+impl Parts for Constants {
+    fn new(gpu: &Arc<dyn Launcher>) -> Constants {
+        Constants::new(gpu)
+    }
+
+    fn each(&mut self, visit: &mut dyn FnMut(&mut Buffer)) {
+        visit(&mut self.buffer);
+    }
+
+    fn places_into(&self, places: &mut Vec<(u64, usize)>) {
+        self.buffer.places_into(places);
     }
 }
 
@@ -80,8 +96,9 @@ buffers! {
         up: Buffer,
         angles: Buffer,
         local_angles: Buffer,
-        frequencies: Buffer,
-        local_frequencies: Buffer,
+        constants: Constants,
+        /// A block of keys and values for rows of no sequence.
+        padding: Buffer,
         /// The result of a block before it is added to the residual stream.
         block: Buffer,
         scores: Buffer,
@@ -91,7 +108,6 @@ buffers! {
         gather: Buffer,
         route_places: Buffer,
         tiles: Buffer,
-        expert_addresses: Buffer,
         expert_output: Buffer,
         /// Low-rank products.
         factors: Buffer,
@@ -108,11 +124,16 @@ impl Memory {
         Parts::new(gpu)
     }
 
+    /// Address and bytes of each buffer.
+    pub(crate) fn places(&self) -> Vec<(u64, usize)> {
+        let mut places = Vec::new();
+        self.places_into(&mut places);
+        places
+    }
+
     /// Bytes of each buffer.
     pub(crate) fn sizes(&self) -> Vec<usize> {
-        let mut sizes = Vec::new();
-        self.sizes_into(&mut sizes);
-        sizes
+        self.places().into_iter().map(|(_, bytes)| bytes).collect()
     }
 
     /// Makes room for at least so many bytes in each buffer.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 mod suite;
 
 use tangram_checkpoint::{DType, Output, Pooling};
+use tangram_device::Extent;
 use tangram_device::cuda::Gpu;
 use tangram_device::cuda::stand_in::{self, Options, StandIn};
 use tangram_engine::cuda::{self, Addresses, Buffer, CudaExecutor, Launcher, Region};
@@ -255,6 +256,150 @@ fn sequences_on_the_gpu_go_on_together_as_alone() {
     }
 }
 
+/// Sequences that go on token by token, together.
+struct Decoding<'a> {
+    weights: &'a OnGpu<'a>,
+    texts: Vec<Vec<u32>>,
+    kv: Vec<Vec<Extent>>,
+    /// Tokens of each that have been computed.
+    computed: Vec<usize>,
+    /// The logits of all tokens of each, computed at once.
+    expected: Vec<Vec<f32>>,
+}
+
+impl<'a> Decoding<'a> {
+    /// Prompts of these lengths.
+    fn start(executor: &CudaExecutor, weights: &'a OnGpu<'a>, prompts: &[usize]) -> Decoding<'a> {
+        let texts: Vec<Vec<u32>> = prompts.iter().map(|n| tokens(n + 12, *n as u32)).collect();
+        let expected =
+            texts.iter().map(|text| weights.in_chunks(executor, text, &[text.len()])).collect::<Vec<_>>();
+        let mut blocks = Blocks::aligned(&weights.sample.model, 16);
+        let mut kv: Vec<Vec<Extent>> = texts.iter().map(|text| blocks.take(text.len())).collect();
+        for ((text, kv), &length) in texts.iter().zip(&mut kv).zip(prompts) {
+            let chunk = Chunk { tokens: &text[..length], position: 0, logits: LogitRows::Last };
+            weights.step(executor, &[chunk], &mut [kv.as_mut_slice().into()]);
+        }
+        Decoding { weights, texts, kv, computed: prompts.to_vec(), expected }
+    }
+
+    /// One more token of each of the first `count`, whose logits must be those of the whole text.
+    fn step(&mut self, executor: &CudaExecutor, count: usize) {
+        let next = self.texts.iter().zip(&self.computed).take(count);
+        let batch: Vec<Chunk<'_>> = next
+            .map(|(text, &at)| Chunk { tokens: &text[at..=at], position: at, logits: LogitRows::Last })
+            .collect();
+        let mut kv: Vec<KvBlocks<'_>> =
+            self.kv.iter_mut().take(count).map(|blocks| blocks.as_mut_slice().into()).collect();
+        let found = self.weights.step(executor, &batch, &mut kv);
+        for (index, found) in found.iter().enumerate() {
+            let row = self.computed[index] * found.len();
+            assert_eq!(
+                bits(found),
+                bits(&self.expected[index][row..row + found.len()]),
+                "sequence {index} of {count}, token {}",
+                self.computed[index]
+            );
+            self.computed[index] += 1;
+        }
+    }
+}
+
+fn graphs_and_replays(executor: &CudaExecutor) -> (u64, u64) {
+    (executor.counts().graphs, executor.counts().replays)
+}
+
+/// From its third step on a batch is replayed, with the bits of plain launches, whatever is in the batch.
+#[test]
+fn decode_steps_are_replayed_with_the_same_bits() {
+    let Some(emulated) = Emulated::open() else { return };
+    for (family, dtype) in
+        [("qwen2", DType::BF16), ("gemma3", DType::F16), ("qwen3_moe", DType::F16), ("gpt2", DType::F32)]
+    {
+        let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+        let sample = sample(spec(family), dtype, 2);
+        let weights = OnGpu::new(&emulated.gpu, &sample);
+        executor.prepare(&sample.model, None, (4, 64), 200).expect("room");
+        let mut decoding = Decoding::start(&executor, &weights, &[9, 30, 3]);
+        // The shape of three is that of four. Replays come in other orders of threads than what they repeat.
+        for (step, (count, expected)) in [
+            (3, (0, 0)),
+            (3, (1, 0)),
+            (3, (1, 1)),
+            (3, (1, 2)),
+            (1, (1, 2)),
+            (3, (1, 3)),
+            (1, (2, 3)),
+            (1, (2, 4)),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            emulated.order(step as u64);
+            decoding.step(&executor, count);
+            assert_eq!(graphs_and_replays(&executor), expected, "{family}, step {step}");
+        }
+        emulated.order(0);
+        executor.forget(&sample.model);
+        assert_eq!(graphs_and_replays(&executor), (0, 4));
+    }
+}
+
+/// Sequences that grow into further partitions of attention have another graph; so does one that begins among long ones.
+#[test]
+fn graphs_follow_how_attention_is_cut() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    let mut spec = spec("qwen2");
+    (spec.context, spec.layers) = (700, 1);
+    let sample = sample(spec, DType::BF16, 5);
+    let weights = OnGpu::new(&emulated.gpu, &sample);
+    let mut decoding = Decoding::start(&executor, &weights, &[253, 2]);
+    let counts: Vec<(u64, u64)> = (0..8)
+        .map(|_| {
+            decoding.step(&executor, 2);
+            graphs_and_replays(&executor)
+        })
+        .collect();
+    // Two items up to position 256, then three, which are filled up to four.
+    assert_eq!(counts, [(0, 0), (1, 0), (1, 1), (1, 1), (2, 1), (2, 2), (2, 3), (2, 4)]);
+}
+
+/// Models that share working memory, tensors that move, and buffers that grow: what is replayed is still what would be
+/// launched.
+#[test]
+fn graphs_fall_away_with_the_addresses_that_they_hold() {
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    let [one, two] =
+        [("qwen3_moe", 1), ("mixtral", 2)].map(|(family, seed)| sample(spec(family), DType::Q8_0, seed));
+    let (of_one, of_two) = (OnGpu::new(&emulated.gpu, &one), OnGpu::new(&emulated.gpu, &two));
+    executor.prepare(&one.model, None, (4, 64), 200).expect("room");
+    executor.prepare(&two.model, None, (4, 64), 200).expect("room");
+    let mut first = Decoding::start(&executor, &of_one, &[5, 8]);
+    let mut second = Decoding::start(&executor, &of_two, &[7, 4]);
+    for expected in [(0, 0), (2, 0), (2, 2), (2, 4)] {
+        first.step(&executor, 2);
+        second.step(&executor, 2);
+        assert_eq!(graphs_and_replays(&executor), expected);
+    }
+    // The same bytes elsewhere: one plain step, after which there is a graph again.
+    let moved = OnGpu::new(&emulated.gpu, &one);
+    first.weights = &moved;
+    for expected in [(2, 4), (2, 5)] {
+        first.step(&executor, 2);
+        assert_eq!(graphs_and_replays(&executor), expected);
+    }
+    // A larger model has other buffers made.
+    let mut large = spec("llama");
+    (large.hidden, large.vocab) = (256, 300);
+    let large = sample(large, DType::F16, 3);
+    executor.prepare(&large.model, None, (16, 128), 400).expect("room");
+    for expected in [(2, 5), (3, 5), (3, 6)] {
+        first.step(&executor, 2);
+        assert_eq!(graphs_and_replays(&executor), expected);
+    }
+}
+
 /// What the GPU finds out about rows of logits gives the tokens that the rows give.
 #[test]
 fn lists_of_the_gpu_choose_as_its_rows() {
@@ -362,14 +507,21 @@ fn adapters_on_the_gpu_share_a_batch() {
 
 #[test]
 fn prepared_passes_on_the_gpu_allocate_nothing() {
+    const CACHED: usize = 690;
     let Some(emulated) = Emulated::open() else { return };
     for (family, adapted) in [("qwen2", false), ("llama", true), ("mixtral", false), ("bert", false)] {
         let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
-        let sample = sample(spec(family), DType::Q8_0, 8);
+        let mut spec = spec(family);
+        if family == "qwen2" {
+            // Long enough for attention to be cut.
+            (spec.context, spec.layers) = (700, 1);
+        }
+        let context = spec.context;
+        let sample = sample(spec, DType::Q8_0, 8);
         let model = &sample.model;
         let stored = adapted.then(|| random_adapter(model.spec(), 9));
         let adapter = stored.as_ref().map(|stored| &stored.adapter);
-        executor.prepare(model, adapter, (8, 32), 400).expect("room");
+        executor.prepare(model, adapter, (8, 32), CACHED).expect("room");
         let prepared = executor.scratch_bytes();
         assert!(prepared > 0);
         let mut weights = OnGpu::new(&emulated.gpu, &sample);
@@ -377,11 +529,13 @@ fn prepared_passes_on_the_gpu_allocate_nothing() {
             weights = weights.with_adapter(&emulated.gpu, stored);
         }
         let causal = model.kv().is_some();
-        // One prompt, several together, and single tokens far behind.
-        let steps: [Vec<usize>; 3] = [vec![32], vec![9, 1, 3, 7, 2, 4, 1, 5], vec![1; 8]];
-        for (step, lengths) in steps.iter().enumerate() {
+        // One prompt, several together, and single tokens as far behind as there is room.
+        let single = |count: usize| (vec![1; count], (CACHED / count).min(context) - 1);
+        let mut steps = vec![(vec![32], 0), (vec![9, 1, 3, 7, 2, 4, 1, 5], 0)];
+        steps.extend([8, 1, 2, 3, 5, 7].map(single));
+        for (step, (lengths, position)) in steps.iter().enumerate() {
             let ids = tokens(64, 3);
-            let position = if step == 2 && causal { 30 } else { 0 };
+            let position = if causal { *position } else { 0 };
             let chunk = |&length: &usize| Chunk { tokens: &ids[..length], position, logits: LogitRows::Last };
             let batch: Vec<Chunk<'_>> = lengths.iter().map(chunk).collect();
             let of = vec![Some(0); if adapted { batch.len() } else { 0 }];

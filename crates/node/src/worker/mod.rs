@@ -431,6 +431,7 @@ impl Worker {
             if let Some(kv) = entry.kv {
                 self.pool.remove_kv(kv);
             }
+            self.executor.forget(&entry.plan.engine);
             if let Some(done) = entry.retire {
                 done();
             }

@@ -23,6 +23,7 @@ impl Worker {
         let (stats, memory) = (self.pool.stats(), self.pool.memory());
         let page_bytes = memory.page_bytes() as u64;
         let host = self.pool.host().unwrap_or_default();
+        let counts = self.executor.counts();
         let mut node = NodeStatus {
             device: memory.name().to_owned(),
             backend: match self.pool.backend() {
@@ -55,6 +56,9 @@ impl Worker {
             bytes_from_host_total: stats.from_host_total,
             activations_total: self.activations,
             device_rebuilds_total: self.rebuilds,
+            graphs: counts.graphs,
+            replayed_steps_total: counts.replays,
+            copied_rows_total: counts.rows_copied,
             scratch_bytes: self.executor.scratch_bytes() as u64,
         };
         let mut models: Vec<ModelStatus> = Vec::new();
