@@ -15,7 +15,7 @@ use tangram_pool::ALIGNMENT;
 
 use crate::api::{ModelForecast, PromptProfile};
 use crate::machine::{Corrections, Machine};
-use crate::worker::{MAX_BATCH, STEP_TOKENS};
+use crate::worker::{MAX_BATCH, step_tokens};
 
 /// Prompt length for which listings show times.
 pub const SHOWN_PROMPT_TOKENS: usize = 128;
@@ -52,6 +52,10 @@ pub struct Forecast {
     footprint: Footprint,
     /// Bytes of the tensors that each stage needs first.
     bytes_by_stage: Vec<u64>,
+    /// Most bytes of weights that each stage multiplies with.
+    most_bytes: Vec<u64>,
+    /// Most tokens of a step.
+    step_tokens: usize,
     /// Host memory of the largest batch and the longest sequence.
     most_scratch_bytes: u64,
     own: Mutex<Own>,
@@ -90,14 +94,30 @@ impl Forecast {
         let own = Mutex::new(Own { corrections: machine.corrections(), decoded: 0 });
         // A sequence that cannot be cut may be longer than a step.
         let longest = engine.spec().context;
-        let tokens = if engine.kv().is_some() { STEP_TOKENS.min(longest) } else { STEP_TOKENS.max(longest) };
+        let step_tokens = step_tokens(machine.computes());
+        let tokens = if engine.kv().is_some() { step_tokens.min(longest) } else { step_tokens.max(longest) };
+        // The last stage may multiply with the table that the first one needs.
+        let mut most_bytes = bytes_by_stage.clone();
+        if let [first, .., last] = &mut most_bytes[..] {
+            *last += *first;
+        }
         let shape = PassShape { tokens, output_rows: MAX_BATCH.min(tokens), longest };
         let most_scratch_bytes = match machine.computes() {
             true => engine.scratch_bytes(shape, machine.threads()) as u64,
             false => 0,
         };
         let shown = OnceLock::new();
-        Forecast { engine, machine, footprint, bytes_by_stage, most_scratch_bytes, own, shown }
+        Forecast {
+            engine,
+            machine,
+            footprint,
+            bytes_by_stage,
+            most_bytes,
+            step_tokens,
+            most_scratch_bytes,
+            own,
+            shown,
+        }
     }
 
     fn own(&self) -> MutexGuard<'_, Own> {
@@ -183,11 +203,13 @@ impl Forecast {
     }
 
     fn corrected(&self, prompt_tokens: usize) -> Option<Passes> {
+        // What is known of a GPU changes with every pass.
+        let is_kept = prompt_tokens == SHOWN_PROMPT_TOKENS && self.machine.computes();
         let Passes { mut first, later } = match self.shown.get() {
-            Some(passes) if prompt_tokens == SHOWN_PROMPT_TOKENS => passes.clone(),
+            Some(passes) if is_kept => passes.clone(),
             _ => self.uncorrected(prompt_tokens)?,
         };
-        if prompt_tokens == SHOWN_PROMPT_TOKENS {
+        if is_kept {
             let _ = self.shown.set(Passes { first: first.clone(), later });
         }
         let factor = self.own().factor(prompt_tokens);
@@ -198,11 +220,11 @@ impl Forecast {
     /// The passes of a prompt as [`tangram_policy::compose`] cuts it.
     fn uncorrected(&self, prompt_tokens: usize) -> Option<Passes> {
         let tokens = prompt_tokens.max(1);
-        let step = if self.engine.kv().is_some() { STEP_TOKENS } else { tokens };
+        let step = if self.engine.kv().is_some() { self.step_tokens } else { tokens };
         let pass = |start: usize| {
             let end = tokens.min(start + step);
-            self.machine
-                .seconds(&self.engine.work(std::slice::from_ref(&(start..end)), usize::from(end == tokens)))
+            let work = self.engine.work(std::slice::from_ref(&(start..end)), usize::from(end == tokens));
+            self.machine.seconds(&work, &self.most_bytes)
         };
         let first = pass(0)?;
         let mut later = 0.0;
@@ -212,17 +234,32 @@ impl Forecast {
         Some(Passes { first, later })
     }
 
-    /// A pass with all weights resident computed these positions of its sequences in `seconds`.
-    pub(crate) fn computed(&self, chunks: &[Range<usize>], output_rows: usize, seconds: f64) {
+    /// A pass computed these positions of its sequences in `seconds`; `undisturbed` if all weights were resident and no
+    /// adapter had a part in it.
+    pub(crate) fn computed(
+        &self,
+        chunks: &[Range<usize>],
+        output_rows: usize,
+        undisturbed: bool,
+        seconds: f64,
+    ) {
+        if !undisturbed && self.machine.computes() {
+            return;
+        }
         let tokens = chunks.iter().map(Range::len).sum();
         let mut own = self.own();
         if tokens < PROMPT_TOKENS {
             own.decoded = own.decoded.wrapping_add(1);
-            if !own.decoded.is_multiple_of(DECODING_SAMPLE) {
+            if !own.decoded.is_multiple_of(DECODING_SAMPLE) && !self.machine.awaits_a_pass() {
                 return;
             }
         }
-        let Some(stages) = self.machine.seconds(&self.engine.work(chunks, output_rows)) else { return };
+        let work = self.engine.work(chunks, output_rows);
+        self.machine.observe(&work, &self.most_bytes, tokens >= PROMPT_TOKENS, seconds);
+        if !undisturbed {
+            return;
+        }
+        let Some(stages) = self.machine.seconds(&work, &self.most_bytes) else { return };
         let foretold = stages.iter().sum();
         own.corrections.of(tokens).observe(foretold, seconds);
         drop(own);

@@ -16,6 +16,7 @@ mod model;
 mod observe;
 mod remote;
 mod sequence;
+mod speed;
 mod swap;
 mod trial;
 mod worker;
@@ -189,7 +190,8 @@ impl Node {
         let memory = opened.pool.memory();
         let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
         let streams = memory.streams().len();
-        let machine = Arc::new(Machine::open(&config.data, threads, streams, config.device.is_cpu()));
+        let gpu = (!config.device.is_cpu()).then(|| memory.name());
+        let machine = Arc::new(Machine::open(&config.data, threads, streams, gpu));
         let (commands, receiver) = channel();
         let shared = Arc::new(Shared::default());
         let disks = Arc::new(Disks::open(&config.data, machine.describe(), opened.store.clone()));

@@ -2,7 +2,7 @@
 //! missed lately. Kept in the data directory, so that a start finds it.
 //!
 //! Measuring takes cores for some tens of milliseconds and is done when a type of weights is deployed for the first time,
-//! never on the path of a request and never before a server is ready.
+//! never on the path of a request and never before a server is ready. A GPU is not measured but watched (`speed.rs`).
 
 use std::fs::File;
 use std::io::Write;
@@ -19,6 +19,8 @@ use tangram_policy::forecast::{Correction, Loading};
 use tangram_policy::stall::Link;
 use tangram_pool::{Backend, CatalogueEntry, Pool};
 use tangram_store::{Store, TensorLoad};
+
+use crate::speed::{GpuSpeed, GpuWork};
 
 /// In the data directory.
 const FILE: &str = "rates.json";
@@ -39,6 +41,27 @@ struct Measured {
     #[serde(default)]
     decoded_bytes_per_second: Option<f64>,
     corrections: Corrections,
+    #[serde(default)]
+    gpu: Option<WatchedGpu>,
+}
+
+/// What was seen of a GPU.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct WatchedGpu {
+    /// Its kind; the figures of another are worth nothing.
+    kind: String,
+    speed: GpuSpeed,
+    corrections: Corrections,
+}
+
+impl Measured {
+    /// Of the device on which passes run.
+    fn corrections(&mut self) -> &mut Corrections {
+        match &mut self.gpu {
+            Some(gpu) => &mut gpu.corrections,
+            None => &mut self.corrections,
+        }
+    }
 }
 
 /// By how much forecasts missed.
@@ -66,9 +89,9 @@ pub(crate) struct Machine {
     threads: usize,
     /// Threads that bring bytes in, and decode them.
     streams: usize,
-    /// The share of the cores that a running load takes.
+    /// The share of the arithmetic that a running load takes: of the cores, where these compute.
     load_share: f64,
-    /// Whether passes run on the processor, whose speed is measured here.
+    /// Whether passes run on the processor, whose speed is measured here. Else `measured` has a GPU.
     computes: bool,
     measured: Mutex<Measured>,
     /// Held while measuring: two measurements at once would disturb each other.
@@ -77,13 +100,20 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Reads what was measured before, if it was this machine with as many threads. `streams` is the number of copy
-    /// threads of the device. Where passes do not run on the processor (`computes`) its speed says nothing, and no times
-    /// are foretold.
-    pub(crate) fn open(data: &Path, threads: usize, streams: usize, computes: bool) -> Machine {
+    /// threads of the device. Where passes run on a GPU (its name) that is watched instead.
+    pub(crate) fn open(data: &Path, threads: usize, streams: usize, gpu: Option<&str>) -> Machine {
         let machine = describe(threads);
         let kept = std::fs::read(data.join(FILE)).ok();
         let kept = kept.and_then(|bytes| serde_json::from_slice::<Measured>(&bytes).ok());
         let kept = kept.filter(|kept| kept.machine == machine);
+        let mut measured = kept.unwrap_or(Measured { machine, ..Measured::default() });
+        let computes = gpu.is_none();
+        // Without its number: GPUs of a kind are alike.
+        let kind = gpu.map(|name| name.split_once(' ').map_or(name, |(_, kind)| kind));
+        measured.gpu = kind.map(|kind| {
+            let known = measured.gpu.take().filter(|gpu| gpu.kind == kind);
+            known.unwrap_or_else(|| WatchedGpu { kind: kind.to_owned(), ..WatchedGpu::default() })
+        });
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         // Cores that the executor leaves idle are there for the copies.
         let taken = (threads + streams).saturating_sub(cores);
@@ -91,9 +121,9 @@ impl Machine {
             data: data.to_owned(),
             threads,
             streams: streams.min(cores),
-            load_share: (taken as f64 / threads as f64).min(1.0),
+            load_share: if computes { (taken as f64 / threads as f64).min(1.0) } else { 0.0 },
             computes,
-            measured: Mutex::new(kept.unwrap_or(Measured { machine, ..Measured::default() })),
+            measured: Mutex::new(measured),
             measuring: Mutex::new(()),
         }
     }
@@ -117,15 +147,12 @@ impl Machine {
         self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether forecasts for models with weights of these types can be made.
+    /// Whether nothing has to be measured for forecasts for models with weights of these types.
     pub(crate) fn knows(&self, dtypes: &[DType]) -> bool {
-        if !self.computes {
-            return true;
-        }
         let measured = self.lock();
         let rates = measured.rates.as_ref();
-        measured.load_bytes_per_second.is_some()
-            && rates.is_some_and(|rates| dtypes.iter().all(|&dtype| rates.knows(dtype)))
+        let computing = || rates.is_some_and(|rates| dtypes.iter().all(|&dtype| rates.knows(dtype)));
+        measured.load_bytes_per_second.is_some() && (!self.computes || computing())
     }
 
     /// Measures what is not known yet of these types of weights and of loads, and keeps it.
@@ -139,11 +166,7 @@ impl Machine {
             let measured = self.lock();
             (measured.rates.clone(), measured.load_bytes_per_second)
         };
-        let executor = Executor::new(self.threads);
-        let mut rates = known.unwrap_or_else(|| Rates::measure(&executor));
-        let new: Vec<DType> = dtypes.iter().copied().filter(|&dtype| !rates.knows(dtype)).collect();
-        rates.measure_weights(&executor, &new);
-        drop(executor);
+        let rates = if self.computes { Some(self.measure_processor(known, dtypes)) } else { known };
         let load = load.or_else(|| match measure_load(&self.data) {
             Ok(rate) => Some(rate),
             Err(problem) => {
@@ -152,11 +175,19 @@ impl Machine {
             }
         });
         let mut measured = self.lock();
-        measured.rates = Some(rates);
+        measured.rates = rates;
         measured.load_bytes_per_second = load;
         drop(measured);
         tracing::debug!(milliseconds = started.elapsed().as_millis() as u64, "measured this machine");
         self.keep();
+    }
+
+    fn measure_processor(&self, known: Option<Rates>, dtypes: &[DType]) -> Rates {
+        let executor = Executor::new(self.threads);
+        let mut rates = known.unwrap_or_else(|| Rates::measure(&executor));
+        let new: Vec<DType> = dtypes.iter().copied().filter(|&dtype| !rates.knows(dtype)).collect();
+        rates.measure_weights(&executor, &new);
+        rates
     }
 
     /// Plain bytes per second that all copy threads together make of compressed ones, measured when it is asked for the
@@ -173,7 +204,7 @@ impl Machine {
     /// Writes what was measured, and the corrections so far, to the data directory.
     pub(crate) fn keep(&self) {
         let measured = self.lock().clone();
-        if measured.rates.is_none() {
+        if measured.rates.is_none() && measured.load_bytes_per_second.is_none() {
             return;
         }
         let (path, part) = (self.data.join(FILE), self.data.join("rates.json.part"));
@@ -186,28 +217,51 @@ impl Machine {
         }
     }
 
-    /// Seconds of each stage, uncorrected; `None` before everything that they need was measured.
-    pub(crate) fn seconds(&self, stages: &[StageWork]) -> Option<Vec<f64>> {
-        let measured = self.computes.then(|| self.lock())?;
-        let rates = measured.rates.as_ref()?;
-        stages.iter().map(|stage| rates.seconds(stage)).collect()
+    /// Seconds of each stage, uncorrected; `None` before everything that they need was measured. `most_bytes` is what the
+    /// weights of each stage come to.
+    pub(crate) fn seconds(&self, stages: &[StageWork], most_bytes: &[u64]) -> Option<Vec<f64>> {
+        let measured = self.lock();
+        match &measured.gpu {
+            Some(gpu) => gpu.speed.seconds(&gpu_work(stages, most_bytes)),
+            None => {
+                let rates = measured.rates.as_ref()?;
+                stages.iter().map(|stage| rates.seconds(stage)).collect()
+            }
+        }
+    }
+
+    /// Whether a GPU computes of which too little has been seen to foretell anything.
+    pub(crate) fn awaits_a_pass(&self) -> bool {
+        self.lock().gpu.as_ref().is_some_and(|gpu| gpu.speed.seconds(&[]).is_none())
+    }
+
+    /// A pass of these stages, over a prompt or not, took so many seconds on the GPU, if there is one.
+    pub(crate) fn observe(&self, stages: &[StageWork], most_bytes: &[u64], is_prompt: bool, seconds: f64) {
+        if let Some(gpu) = &mut self.lock().gpu {
+            gpu.speed.observe(&gpu_work(stages, most_bytes), is_prompt, seconds);
+        }
     }
 
     /// How weights arrive, uncorrected; `None` before it was measured.
     pub(crate) fn loading(&self) -> Option<Loading> {
-        let bytes_per_second = self.computes.then(|| self.lock())?.load_bytes_per_second?;
+        let bytes_per_second = self.lock().load_bytes_per_second?;
         Some(Loading { link: Link { bytes_per_second, transfer_seconds: 0.0 }, share: self.load_share })
     }
 
     /// Corrections for a model of which nothing is known: by how much others missed.
     pub(crate) fn corrections(&self) -> Corrections {
-        self.lock().corrections.seed()
+        self.lock().corrections().seed()
     }
 
     /// Learns from a forecast that was made without any correction.
     pub(crate) fn learn(&self, learn: impl Fn(&mut Corrections)) {
-        learn(&mut self.lock().corrections);
+        learn(self.lock().corrections());
     }
+}
+
+fn gpu_work(stages: &[StageWork], most_bytes: &[u64]) -> Vec<GpuWork> {
+    let most_bytes = most_bytes.iter().copied().chain(std::iter::repeat(u64::MAX));
+    stages.iter().zip(most_bytes).map(|(stage, most_bytes)| GpuWork::of(stage, most_bytes)).collect()
 }
 
 /// What the figures hold for.
@@ -310,12 +364,14 @@ pub(crate) fn measure_decoding() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use tangram_engine::WeightWork;
+
     use super::*;
 
     #[test]
     fn what_was_measured_is_kept_for_the_same_machine() {
         let data = tempfile::tempdir().unwrap();
-        let machine = Machine::open(data.path(), 2, 2, true);
+        let machine = Machine::open(data.path(), 2, 2, None);
         assert!(!machine.knows(&[]) && machine.loading().is_none());
         machine.measure(&[DType::F32]);
         assert!(machine.knows(&[DType::F32]) && !machine.knows(&[DType::Q8_0]));
@@ -323,12 +379,25 @@ mod tests {
         assert!(rate.is_finite() && rate > 0.0);
         machine.learn(|corrections| corrections.loads.observe(1.0, 2.0));
         machine.keep();
-        let again = Machine::open(data.path(), 2, 2, true);
+        let again = Machine::open(data.path(), 2, 2, None);
         assert!(again.knows(&[DType::F32]));
         assert!((again.corrections().loads.factor() - 2.0).abs() < 1e-9);
-        assert!(!Machine::open(data.path(), 1, 2, true).knows(&[]), "other threads, other figures");
+        assert!(!Machine::open(data.path(), 1, 2, None).knows(&[]), "other threads, other figures");
+        let work = [StageWork { attention: 5.0, ..StageWork::default() }];
+        let weights = vec![(DType::F16, WeightWork { single: 100.0, ..WeightWork::default() })];
+        let work = [&work[..], &[StageWork { weights, ..StageWork::default() }]].concat();
+        let on_gpu = |name| Machine::open(data.path(), 2, 2, Some(name));
+        let gpu = on_gpu("cuda:0 (some GPU)");
+        assert!(gpu.knows(&[DType::Q8_0]) && gpu.awaits_a_pass() && gpu.seconds(&work, &[]).is_none());
+        assert_eq!((gpu.corrections().loads.factor(), gpu.loading().unwrap().share), (1.0, 0.0));
+        gpu.observe(&work, &[0, 150], true, 2.0);
+        assert_eq!(gpu.seconds(&work, &[0, 150]), Some(vec![10.0 / 55.0, 2.0]));
+        gpu.keep();
+        assert!(!on_gpu("cuda:1 (some GPU)").awaits_a_pass(), "one of a kind");
+        assert!(on_gpu("cuda:0 (another GPU)").awaits_a_pass());
+        assert!(Machine::open(data.path(), 2, 2, None).seconds(&work, &[]).is_none(), "no rates of F16");
         std::fs::write(data.path().join(FILE), "{").unwrap();
-        assert!(!Machine::open(data.path(), 2, 2, true).knows(&[]), "a damaged file is as none");
+        assert!(!Machine::open(data.path(), 2, 2, None).knows(&[]), "a damaged file is as none");
         let left: Vec<_> =
             std::fs::read_dir(data.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [FILE], "nothing else is left behind");

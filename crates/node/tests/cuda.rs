@@ -314,6 +314,34 @@ fn a_lost_gpu_is_set_up_anew() {
     nothing_is_left(node, &stand_in);
 }
 
+/// Times are foretold once a pass was seen, from then on at every start.
+#[test]
+fn times_are_foretold_from_what_passes_took() {
+    let pool = 4 << 20;
+    let Some(stand_in) = gpu(pool, Delay::Latest) else { return };
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_hf_model(sources.path(), &RandomModel { seed: 31, ..RandomModel::tiny(Family::Llama) });
+    let node = Node::open(on_gpu(&stand_in, data.path(), pool)).unwrap();
+    let model = deploy(&node, "m", sources.path());
+    assert!(node.list()[0].forecast.resident_first_token_seconds.is_none(), "nothing was seen yet");
+    // The first prompt is too short to say anything.
+    for prompt in [5, 20] {
+        run(&node, request(&model, &(3..3 + prompt).collect::<Vec<u32>>(), 3));
+    }
+    let foretold = |node: &Node| {
+        let forecast = node.list()[0].forecast;
+        forecast.cold_first_token_seconds.zip(forecast.resident_first_token_seconds)
+    };
+    eventually("times are foretold", || foretold(&node).is_some_and(|(cold, resident)| cold > resident));
+    let stages = model.forecast().stage_compute_seconds(40).unwrap();
+    assert_eq!(stages.len(), model.forecast().bytes_by_stage().len());
+    assert!(stages.iter().sum::<f64>() > 0.0);
+    nothing_is_left(node, &stand_in);
+    let again = Node::open(on_gpu(&stand_in, data.path(), pool)).unwrap();
+    assert!(foretold(&again).is_some());
+    nothing_is_left(again, &stand_in);
+}
+
 #[test]
 fn what_has_no_kernels_is_refused_when_it_is_deployed() {
     let Some(stand_in) = gpu(4 << 20, Delay::Latest) else { return };

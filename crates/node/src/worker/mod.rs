@@ -14,7 +14,7 @@ mod step;
 mod worth;
 
 pub(crate) use admit::MAX_BATCH;
-pub(crate) use step::STEP_TOKENS;
+pub(crate) use step::step_tokens;
 
 use std::collections::HashMap;
 use std::io;

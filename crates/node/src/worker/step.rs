@@ -20,10 +20,15 @@ use crate::observe::Computed;
 use crate::sequence::{Sequence, Sink};
 
 /// Tokens per step on the processor. Bounds how long a long prompt holds up everybody else.
-pub(crate) const STEP_TOKENS: usize = 256;
+const STEP_TOKENS: usize = 256;
 /// The same on a GPU, whose multiprocessors want more rows for each weight that is read. The working memory for them comes
 /// out of the reserve.
 const GPU_STEP_TOKENS: usize = 1024;
+
+/// Most tokens of a step, on the processor or on a GPU.
+pub(crate) fn step_tokens(on_processor: bool) -> usize {
+    if on_processor { STEP_TOKENS } else { GPU_STEP_TOKENS }
+}
 
 /// What came of composing a step.
 enum Begun {
@@ -48,7 +53,7 @@ pub(super) enum Progress {
 impl Worker {
     /// Most tokens of a step on this node's device, but for a sequence that cannot be cut.
     pub(super) fn step_tokens(&self) -> usize {
-        if self.setup.device.is_cpu() { STEP_TOKENS } else { GPU_STEP_TOKENS }
+        step_tokens(self.setup.device.is_cpu())
     }
 
     pub(super) fn step(&mut self, model: usize) -> Progress {
@@ -263,14 +268,12 @@ impl Worker {
         let seconds = now.duration_since(self.epoch).as_secs_f64();
         let tokens = shares.iter().map(|share| share.tokens).sum();
         entry.prefixes.measured(tokens, spent.as_secs_f64());
-        if undisturbed {
-            let computed = |share: &Share| {
-                let start = active.sequences[share.sequence].computed;
-                start..start + share.tokens
-            };
-            let chunks: Vec<_> = shares.iter().map(computed).collect();
-            entry.plan.forecast.computed(&chunks, pass.output_rows(), spent.as_secs_f64());
-        }
+        let computed = |share: &Share| {
+            let start = active.sequences[share.sequence].computed;
+            start..start + share.tokens
+        };
+        let chunks: Vec<_> = shares.iter().map(computed).collect();
+        entry.plan.forecast.computed(&chunks, pass.output_rows(), undisturbed, spent.as_secs_f64());
         let mut over: Vec<(usize, Outcome)> = Vec::new();
         for (chunk, share) in shares.iter().enumerate() {
             let complete = active.complete(active.sequences[share.sequence].model);
