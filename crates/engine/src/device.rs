@@ -59,7 +59,7 @@ impl DeviceExecutor {
     /// in a step, so that no later pass has to allocate. `cached_tokens` is what the device has room for in KV blocks.
     ///
     /// # Errors
-    /// [`ExecuteError::Unsupported`]; [`ExecuteError::Gpu`] when there is not enough memory.
+    /// [`ExecuteError::Gpu`] when there is not enough memory.
     pub fn prepare(
         &self,
         model: &Model,
@@ -93,7 +93,7 @@ impl DeviceExecutor {
                 DevicePass::Cpu(Box::new(cpu.begin_adapted(model, batch, wholes, adapters, of_chunk)?))
             }
             DeviceExecutor::Cuda(cuda) => {
-                DevicePass::Cuda(Box::new(cuda.begin(model, batch, adapters, of_chunk)?))
+                DevicePass::Cuda(Box::new(cuda.begin(model, batch, wholes, adapters, of_chunk)?))
             }
         })
     }

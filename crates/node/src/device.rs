@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tangram_device::cpu::CpuDevice;
 use tangram_device::cuda::{CudaConfig, CudaDevice, Driver};
 use tangram_engine::cuda::{CudaExecutor, load};
-use tangram_engine::{DeviceExecutor, Executor, Model};
+use tangram_engine::{DeviceExecutor, Executor};
 use tangram_pool::{Backend, Pool};
 use tangram_store::{Options, Store};
 
@@ -31,14 +31,6 @@ pub enum Device {
 }
 
 impl Device {
-    /// Whether models of this kind can be run on it; the error is for the user.
-    pub(crate) fn supports(&self, model: &Model) -> Result<(), String> {
-        match self {
-            Device::Cpu => Ok(()),
-            Device::Cuda { .. } => CudaExecutor::supports(model).map_err(|error| error.to_string()),
-        }
-    }
-
     /// Whether nothing is left of it that was lost: it can then be set up again.
     pub(crate) fn is_clear(&self) -> bool {
         match self {

@@ -140,7 +140,6 @@ pub struct Node {
     disks: Arc<Disks>,
     /// Measures the machine where a start found deployments of which it knows nothing.
     measuring: Mutex<Option<JoinHandle<()>>>,
-    device: Device,
     page_bytes: u64,
     page_count: u64,
     max_waiting: usize,
@@ -218,7 +217,6 @@ impl Node {
             machine,
             disks,
             measuring: Mutex::new(None),
-            device: config.device,
             page_bytes,
             page_count,
             max_waiting: config.max_waiting,
@@ -276,7 +274,6 @@ impl Node {
     ) -> Result<Arc<DeployedModel>, String> {
         let rows_first = self.device.is_cpu();
         let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes, rows_first, arrival)?;
-        self.device.supports(&plan.engine)?;
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
             None => None,
@@ -535,7 +532,6 @@ impl Node {
             .collect();
         let engine =
             Model::new(source.spec().clone(), &tensors).map_err(|reason| cannot_run(name, &reason))?;
-        self.device.supports(&engine).map_err(|reason| cannot_run(name, &reason))?;
         let weight_pages = source.weight_bytes().div_ceil(self.page_bytes);
         let footprint = footprint(&engine, weight_pages, self.page_bytes);
         if footprint.context(source.spec().context as u64, self.page_count) == 0 {

@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use common::{config, deploy, eventually, finish, open, request, run, shared};
 use serde::Deserialize;
+use serde_json::{Value, json};
 use tangram_device::cuda::stand_in::{self, Delay, Left, Options, StandIn};
 use tangram_node::{
     Backend, Baseline, DeployedModel, Device, GenerateRequest, Grammar, Node, NodeConfig, RequestError,
-    SamplingParams, TokenText, Trial, Vocabulary,
+    SamplingParams, TextPair, TokenText, Trial, Vocabulary,
 };
 use tangram_testkit::{
     Family, RandomAdapter, RandomModel, write_adapter, write_cross_encoder, write_hf_model,
@@ -342,14 +343,52 @@ fn times_are_foretold_from_what_passes_took() {
     nothing_is_left(again, &stand_in);
 }
 
+/// Scores of pairs of texts, and sequences that grow beyond longrope's original context or begin there.
 #[test]
-fn what_has_no_kernels_is_refused_when_it_is_deployed() {
-    let Some(stand_in) = gpu(4 << 20, Delay::Latest) else { return };
+fn pairs_and_stretched_contexts_are_as_on_the_processor() {
+    const ORIGINAL: u32 = 40;
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    write_cross_encoder(sources.path(), &RandomModel::tiny(Family::Bert), false, None);
-    let node = Node::open(on_gpu(&stand_in, data.path(), 4 << 20)).unwrap();
-    let error = node.deploy("m", sources.path(), &mut |_| ControlFlow::Continue(())).unwrap_err();
-    assert!(error.to_string().contains("scoring pairs of texts is not supported on GPUs"), "{error}");
+    let path = |name: &str| sources.path().join(name);
+    for (name, roberta, activation) in [
+        ("r", true, Some("torch.nn.modules.activation.Sigmoid")),
+        ("b", false, Some("torch.nn.modules.linear.Identity")),
+    ] {
+        write_cross_encoder(&path(name), &RandomModel::tiny(Family::Bert), roberta, activation);
+    }
+    write_hf_model(&path("l"), &RandomModel { context: 96, ..RandomModel::tiny(Family::Phi3) });
+    let mut config: Value = serde_json::from_slice(&std::fs::read(path("l/config.json")).unwrap()).unwrap();
+    let factors = |first: f64| (0..8).map(|pair| first + f64::from(pair)).collect::<Vec<f64>>();
+    config["original_max_position_embeddings"] = json!(ORIGINAL);
+    config["rope_scaling"] =
+        json!({"type": "longrope", "short_factor": factors(1.0), "long_factor": factors(3.0)});
+    std::fs::write(path("l/config.json"), config.to_string()).unwrap();
+    let pairs: Vec<TextPair> = [(vec![5, 9, 30, 7, 8], 2), (vec![8; 12], 7), (vec![9, 10, 11], 1)]
+        .map(|(tokens, second)| TextPair { tokens, second: Some(second) })
+        .to_vec();
+    let prompt = |length: u32| (0..length).map(|i| (i * i * 7 + i * 3 + 11) % 256).collect::<Vec<u32>>();
+    let all = |node: &Arc<Node>| {
+        let scores = ["r", "b"].map(|name| {
+            let scores = node.score(&node.model(name).unwrap(), pairs.clone()).unwrap();
+            scores.result_blocking().unwrap().vectors.concat()
+        });
+        let model = node.model("l").unwrap();
+        let ask = |length| node.generate(request(&model, &prompt(length), 9)).unwrap();
+        let running = [ORIGINAL - 4, 7, ORIGINAL + 5].map(ask);
+        (scores.concat(), running.map(|generation| finish(generation).unwrap().tokens))
+    };
+    let on_cpu = open(data.path(), 16 << 20);
+    ["r", "b", "l"].iter().for_each(|name| drop(deploy(&on_cpu, name, &path(name))));
+    let (scores, tokens) = all(&on_cpu);
+    drop(on_cpu);
+    let Some(stand_in) = gpu(16 << 20, Delay::Random(5)) else { return };
+    let node = Node::open(on_gpu(&stand_in, data.path(), 16 << 20)).unwrap();
+    let found = all(&node);
+    assert_eq!(found.1, tokens);
+    assert_eq!(found.0.len(), 6);
+    for (found, expected) in found.0.iter().zip(&scores) {
+        assert!((found - expected).abs() < 1e-5, "{found}, not {expected}");
+    }
+    nothing_is_left(node, &stand_in);
 }
 
 /// What measurements compare ours with runs on the same device with the same tokens, and keeps what its rule says.

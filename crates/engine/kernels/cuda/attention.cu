@@ -16,24 +16,32 @@ DEVICE f32 minus_infinity() { return bits_to_f32(0xff800000u); }
 struct AngleArguments {
     // [rows].
     u64 positions;
-    // [half], radians per token.
+    // Which rows are of sequences beyond longrope's original context, [rows]; 0 where none can be.
+    u64 longs;
+    // [half], radians per token; and those of long sequences.
     u64 frequencies;
+    u64 long_frequencies;
     // Per row: cosines, then sines.
     u64 out;
     u32 half;
     f32 magnitude;
+    f32 long_magnitude;
+    u32 unused;
 };
-static_assert(sizeof(AngleArguments) == 32, "the layout that Rust knows");
+static_assert(sizeof(AngleArguments) == 56, "the layout that Rust knows");
 
 KERNEL(angles, AngleArguments, 64) {
     const u64 row = BLOCK_X;
     const f32 position = static_cast<f32>(reinterpret_cast<const u32*>(a.positions)[row]);
     f32* out = reinterpret_cast<f32*>(a.out) + row * 2 * a.half;
+    const bool is_long = a.longs != 0 && reinterpret_cast<const u32*>(a.longs)[row] != 0;
+    const f32* frequencies = reinterpret_cast<const f32*>(is_long ? a.long_frequencies : a.frequencies);
+    const f32 magnitude = is_long ? a.long_magnitude : a.magnitude;
     for (u32 i = THREAD; i < a.half; i += THREADS) {
         // The angle is rounded to f32 as in the reference implementation, its sine is then exact.
-        f64 angle = static_cast<f64>(position * reinterpret_cast<const f32*>(a.frequencies)[i]);
-        out[i] = static_cast<f32>(cos(angle)) * a.magnitude;
-        out[a.half + i] = static_cast<f32>(sin(angle)) * a.magnitude;
+        f64 angle = static_cast<f64>(position * frequencies[i]);
+        out[i] = static_cast<f32>(cos(angle)) * magnitude;
+        out[a.half + i] = static_cast<f32>(sin(angle)) * magnitude;
     }
 }
 

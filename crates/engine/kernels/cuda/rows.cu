@@ -5,6 +5,8 @@ struct EmbedArguments {
     // Token ids and positions, [rows].
     u64 tokens;
     u64 positions;
+    // Which row of its table a row's type is, [rows]; 0 where it is the first for all.
+    u64 types;
     // The tables; 0 where the model has none.
     u64 token_table;
     u64 position_table;
@@ -18,10 +20,11 @@ struct EmbedArguments {
     // Bytes of a row of the tables.
     u64 token_bytes;
     u64 position_bytes;
+    u64 type_bytes;
     f32 scale;
     u32 position_offset;
 };
-static_assert(sizeof(EmbedArguments) == 88, "the layout that Rust knows");
+static_assert(sizeof(EmbedArguments) == 104, "the layout that Rust knows");
 
 // Token, then type, then position: the order in which the reference implementation of BERT adds.
 KERNEL(embed, EmbedArguments, 256) {
@@ -31,7 +34,8 @@ KERNEL(embed, EmbedArguments, 256) {
     f32* out = reinterpret_cast<f32*>(a.out) + row * a.width;
     const u8* of_token = reinterpret_cast<const u8*>(a.token_table) + token * a.token_bytes;
     const u8* of_position = reinterpret_cast<const u8*>(a.position_table) + position * a.position_bytes;
-    const u8* of_type = reinterpret_cast<const u8*>(a.type_table);
+    const u64 type = a.types != 0 ? reinterpret_cast<const u32*>(a.types)[row] : 0;
+    const u8* of_type = reinterpret_cast<const u8*>(a.type_table) + type * a.type_bytes;
     for (u32 piece = THREAD; piece < whole_groups(a.width) * 4; piece += THREADS) {
         f32 x[8], y[8];
         numbers_of(a.token_type, Row{of_token, a.width, false}, piece / 4, piece % 4, x);
@@ -111,7 +115,7 @@ KERNEL(normalise, NormArguments, 256) {
     write_operands(a.out, row, a.width, largest, memory);
 }
 
-enum Activation : u32 { SILU_GATE = 0, GELU_TANH_GATE = 1, GELU = 2, GELU_TANH = 3, RELU = 4, NONE = 5 };
+enum Activation : u32 { SILU_GATE = 0, GELU_TANH_GATE = 1, GELU = 2, GELU_TANH = 3, RELU = 4, TANH = 5, SIGMOID = 6, NONE = 7 };
 
 struct ActivateArguments {
     // [rows, width] in f32: the gate, or what has none.
@@ -138,6 +142,8 @@ DEVICE f32 activated(u32 activation, f32 x) {
         case GELU_TANH: return gelu_tanh(x);
         case GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
         case RELU: return fmaxf(x, 0.0f);
+        case TANH: return tanhf(x);
+        case SIGMOID: return 1.0f / (1.0f + expf(-x));
         default: return x;
     }
 }

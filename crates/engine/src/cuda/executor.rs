@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tangram_checkpoint::Output;
 use tangram_device::{DeviceError, Extent};
 
 use super::graphs::{Graphs, Noted, Shape};
@@ -17,7 +16,7 @@ use super::working::Memory;
 use super::{Kernels, Launcher, launch, room};
 use crate::adapter::Adapter;
 use crate::device::Tensors;
-use crate::executor::{Chunk, LogitRows, PassError, Place, check, places};
+use crate::executor::{Chunk, LogitRows, PassError, Place, Whole, check, places};
 use crate::kernels::kv::{BLOCK_TOKENS, KvBlocks, KvElement, KvProblem};
 use crate::model::{Model, Tensor};
 use crate::sampling::{Shortlist, Wish};
@@ -39,9 +38,6 @@ pub enum ExecuteError {
         /// Its address.
         address: u64,
     },
-    /// There are no kernels for what the model needs.
-    #[error("{0} is not supported on GPUs yet; serve the model on the CPU")]
-    Unsupported(&'static str),
     /// The pass was begun on another device.
     #[error("the pass belongs to another device")]
     OtherDevice,
@@ -142,6 +138,10 @@ pub(crate) struct Layout {
     pub(crate) first_block: Offset,
     /// Rows of the output.
     pub(crate) output_rows: Offset,
+    /// Per row, whether its sequence is beyond longrope's original context; for models that have two rotations.
+    pub(crate) longs: Option<Offset>,
+    /// Per row, its token type, where not all are of the first.
+    pub(crate) types: Option<Offset>,
     /// Per row, its adapter.
     pub(crate) adapters: Offset,
     pub(crate) few: Offset,
@@ -305,18 +305,6 @@ impl CudaExecutor {
         self.graphs.forget(model.id);
     }
 
-    /// Whether there are kernels for all that a model needs.
-    ///
-    /// # Errors
-    /// [`ExecuteError::Unsupported`] for scores of text pairs and for contexts beyond longrope's original one.
-    pub fn supports(model: &Model) -> Result<(), ExecuteError> {
-        match (&model.spec().output, model.short_context()) {
-            (Output::Score { .. }, _) => Err(ExecuteError::Unsupported("scoring pairs of texts")),
-            (_, Some(_)) => Err(ExecuteError::Unsupported("longrope beyond its original context")),
-            _ => Ok(()),
-        }
-    }
-
     /// Makes room for all passes of a model, as [`crate::DeviceExecutor::prepare`].
     ///
     /// # Errors
@@ -328,7 +316,6 @@ impl CudaExecutor {
         step: (usize, usize),
         cached_tokens: usize,
     ) -> Result<(), ExecuteError> {
-        CudaExecutor::supports(model)?;
         let gpu = self.kernels.gpu();
         let sizes = room::needed(model, adapter, gpu.multiprocessors(), step, cached_tokens)?;
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -345,20 +332,19 @@ impl CudaExecutor {
         spare.iter().map(|memory| memory.sizes().iter().sum::<usize>()).sum()
     }
 
-    /// Begins a pass over one step's chunks, chunk `i` with adapter `adapters[of_chunk[i]]` or by the model alone.
-    /// Nothing is computed yet.
+    /// Begins a pass over one step's chunks, chunk `i` of the sequence `wholes[i]` (without that it ends its sequence),
+    /// with adapter `adapters[of_chunk[i]]` or by the model alone. Nothing is computed yet.
     ///
     /// # Errors
-    /// As [`crate::Executor::begin_adapted`]; [`DeviceError`] when there is not enough memory;
-    /// [`ExecuteError::Unsupported`] for scores of text pairs and for contexts beyond longrope's original one.
+    /// As [`crate::Executor::begin_adapted`]; [`DeviceError`] when there is not enough memory.
     pub fn begin(
         &self,
         model: &Model,
         batch: &[Chunk<'_>],
+        wholes: &[Whole],
         adapters: Vec<Arc<Adapter>>,
         of_chunk: &[Option<usize>],
     ) -> Result<CudaPass, ExecuteError> {
-        CudaExecutor::supports(model)?;
         check(model, batch)?;
         let spec = model.spec();
         check_adapters(model, batch.len(), &adapters, of_chunk)?;
@@ -377,7 +363,7 @@ impl CudaExecutor {
             batch
         };
         let mut of_batch = Vec::new();
-        let output_rows = places(model, batch, &[], &mut of_batch);
+        let output_rows = places(model, batch, wholes, &mut of_batch);
         let gpu = self.kernels.gpu();
         let group = spec.heads / spec.kv_heads;
         let mut cut = match (model.kv_shape, launch::attention_size(spec.head_dim)) {
@@ -396,6 +382,11 @@ impl CudaExecutor {
                 .iter()
                 .flat_map(move |place| (0..place.tokens).map(move |token| value(place, token) as u32))
         };
+        let generates = spec.generates();
+        // Never in decode steps, whose tables have the same places every time.
+        let two_types = !generates
+            && spec.token_types > Some(1)
+            && of_batch.iter().any(|place| place.second < place.position + place.tokens);
         let mut block = 0;
         let first_blocks: Vec<u32> = of_batch
             .iter()
@@ -417,10 +408,14 @@ impl CudaExecutor {
                 .push(of_batch.iter().flat_map(|place| [place.row as u32, place.tokens as u32])),
             first_block: tables.push(first_blocks),
             output_rows: tables.push(of_batch.iter().flat_map(|place| {
-                // The chunk's last rows.
-                let end = place.row + place.tokens;
+                // The chunk's last rows; its first one for a score.
+                let end = if generates { place.row + place.tokens } else { place.row + 1 };
                 (end - place.output_rows..end).map(|row| row as u32)
             })),
+            longs: model.short_context().map(|_| tables.push(rows(|place, _| usize::from(place.long)))),
+            types: two_types.then(|| {
+                tables.push(rows(|place, token| usize::from(place.position + token >= place.second)))
+            }),
             adapters: tables.push(of_batch.iter().enumerate().flat_map(|(chunk, place)| {
                 let adapter = of_chunk.get(chunk).copied().flatten().map_or(u32::MAX, |index| index as u32);
                 std::iter::repeat_n(adapter, place.tokens)
@@ -444,7 +439,7 @@ impl CudaExecutor {
             rows: of_batch.iter().map(|place| place.tokens).sum(),
             output_rows,
             output_width: model.output_width(),
-            generates: spec.generates(),
+            generates,
             places: of_batch,
             cut,
             layout,

@@ -3,16 +3,15 @@
 //! This file only puts kernels in order. Every address that it passes on is of a buffer that it has made large enough,
 //! of a table of the pass, or of a tensor whose length it has checked.
 
-use tangram_checkpoint::{Attention, DType, LayerRole, Mlp, Norm, NormPlacement, Output, Pooling};
+use tangram_checkpoint::{Attention, DType, LayerRole, Mlp, Norm, NormPlacement};
 
 use super::executor::{Addressed, CudaPass, ExecuteError};
 use super::plan::{Offset, Tables};
 use super::working::{Memory, Operands};
 use super::{
-    ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, CapArguments, EmbedArguments,
-    FactorsEntry, Kernels, LowRankArguments, MergeArguments, NormArguments, PlainAttendArguments,
-    PoolArguments, PrepareArguments, ProductArguments, ProductKind, RowsOut, activation, constants, experts,
-    launch, weight_type,
+    ActivateArguments, AddArguments, AngleArguments, AttendArguments, Buffer, EmbedArguments, FactorsEntry,
+    Kernels, LowRankArguments, MergeArguments, NormArguments, PlainAttendArguments, PrepareArguments,
+    ProductArguments, ProductKind, RowsOut, activation, constants, experts, launch, weight_type,
 };
 use crate::kernels::kv::KvElement;
 use crate::model::{FeedForward, Layer, LinearTensors, MlpTensors, Model, NormTensors, Rotation, Tensor};
@@ -140,6 +139,7 @@ impl Step<'_> {
         let arguments = EmbedArguments {
             tokens: self.table(self.pass.layout.tokens),
             positions: self.table(self.pass.layout.positions),
+            types: self.pass.layout.types.map_or(0, |types| self.table(types)),
             token_table: self.address(&model.token_embedding)?,
             position_table,
             type_table,
@@ -150,21 +150,40 @@ impl Step<'_> {
             width: spec.hidden as u32,
             token_bytes: model.token_embedding.row_bytes() as u64,
             position_bytes: model.position_embedding.map_or(0, |tensor| tensor.row_bytes() as u64),
+            type_bytes: model.type_embedding.map_or(0, |tensor| tensor.row_bytes() as u64),
             scale: spec.embedding_scale.unwrap_or(1.0),
             position_offset: spec.position_offset as u32,
         };
-        // SAFETY: tokens and positions were checked against the tables' rows; `out` has `rows · hidden` elements.
+        // SAFETY: tokens and positions were checked against the tables' rows, types are below their number; `out` has `rows · hidden` elements.
         unsafe { self.kernels.embed(launch::rows(rows, 256), &arguments) }?;
         if let Some(norm) = &model.embedding_norm {
             self.normalise_in_place(norm)?;
         }
-        let positions = self.table(self.pass.layout.positions);
+        let (positions, longs) = (self.table(self.pass.layout.positions), self.pass.layout.longs);
+        let longs = longs.map_or(0, |longs| self.table(longs));
         let Memory { angles, local_angles, constants, .. } = &mut self.pass.memory;
-        let frequencies = constants.buffer.address();
-        fill_angles(self.kernels, &model.rotation, positions, rows, angles, frequencies)?;
+        let [frequencies, long_frequencies, local_frequencies] =
+            rotation_starts(model).map(|start| constants.buffer.address() + start as u64);
+        let arguments = AngleArguments {
+            positions,
+            longs,
+            frequencies,
+            long_frequencies,
+            half: model.rotation.frequencies.len() as u32,
+            magnitude: model.rotation.magnitude,
+            long_magnitude: model.long_rotation().magnitude,
+            ..AngleArguments::default()
+        };
+        fill_angles(self.kernels, rows, angles, arguments)?;
         if let Some(rotation) = &model.local_rotation {
-            let frequencies = frequencies + frequency_bytes(&model.rotation) as u64;
-            fill_angles(self.kernels, rotation, positions, rows, local_angles, frequencies)?;
+            let arguments = AngleArguments {
+                positions,
+                frequencies: local_frequencies,
+                half: rotation.frequencies.len() as u32,
+                magnitude: rotation.magnitude,
+                ..AngleArguments::default()
+            };
+            fill_angles(self.kernels, rows, local_angles, arguments)?;
         }
         Ok(())
     }
@@ -175,19 +194,18 @@ impl Step<'_> {
         let model = self.model;
         if stage == 0 {
             let of_experts: usize = model.layers.iter().map(experts::tables_bytes).sum();
-            let rotations = [Some(&model.rotation), model.local_rotation.as_ref()];
-            let of_rotations: usize =
-                rotations.iter().flatten().map(|rotation| frequency_bytes(rotation)).sum();
+            let rotations = rotations(model);
+            let of_rotations = rotations.map(|rotation| rotation.map_or(0, frequency_bytes)).iter().sum();
             let constants = &mut self.pass.memory.constants;
             constants.begin(model.id, of_rotations + of_experts)?;
-            let mut start = 0;
-            for rotation in rotations.into_iter().flatten() {
+            for (rotation, start) in rotations.into_iter().zip(rotation_starts(model)) {
                 let mut table = Tables::default();
-                table.push(rotation.frequencies.iter().copied());
-                constants.put(start, table.bytes())?;
-                start += frequency_bytes(rotation);
+                table.push(rotation.iter().flat_map(|rotation| rotation.frequencies.iter().copied()));
+                if !table.bytes().is_empty() {
+                    constants.put(start, table.bytes())?;
+                }
             }
-            self.pass.constants_end = start;
+            self.pass.constants_end = of_rotations;
         } else if let Some(MlpTensors::Sparse { experts, .. }) =
             model.layers.get(stage - 1).map(|layer| &layer.mlp)
         {
@@ -208,7 +226,7 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn norm_arguments(
+    pub(super) fn norm_arguments(
         &self,
         x: u64,
         out: RowsOut,
@@ -235,21 +253,21 @@ impl Step<'_> {
         })
     }
 
-    fn normalise(&self, rows: usize, arguments: &NormArguments) -> Result<(), ExecuteError> {
+    pub(super) fn normalise(&self, rows: usize, arguments: &NormArguments) -> Result<(), ExecuteError> {
         // SAFETY: called with buffers of `rows · width` elements and parameters of `width` elements.
         unsafe { self.kernels.normalise(launch::rows(rows, 256), arguments) }?;
         Ok(())
     }
 
     /// Normalises the residual stream.
-    fn normalise_in_place(&self, norm: &NormTensors) -> Result<(), ExecuteError> {
+    pub(super) fn normalise_in_place(&self, norm: &NormTensors) -> Result<(), ExecuteError> {
         let x = self.pass.memory.x.address();
         let out = RowsOut { plain: x, ..RowsOut::default() };
         self.normalise(self.rows(), &self.norm_arguments(x, out, norm)?)
     }
 
     /// Writes rows of f32 as operands, through `activation`.
-    fn activate(&self, rows: usize, arguments: &ActivateArguments) -> Result<(), ExecuteError> {
+    pub(super) fn activate(&self, rows: usize, arguments: &ActivateArguments) -> Result<(), ExecuteError> {
         // SAFETY: called with buffers of `rows · width` elements.
         unsafe { self.kernels.activate(launch::rows(rows, 512), arguments) }?;
         Ok(())
@@ -628,67 +646,6 @@ impl Step<'_> {
         let width = width as u32;
         self.activate(rows, &ActivateArguments { x: out.plain, up, gather: 0, out, width, activation })
     }
-
-    /// The last stage: logits of the rows that want them, or one vector per chunk.
-    fn head(&mut self) -> Result<(), ExecuteError> {
-        match self.model.spec.output {
-            Output::Logits { .. } => self.logits(),
-            Output::Embedding { pooling, normalise } => self.pool(pooling, normalise),
-            Output::Score { .. } => Err(ExecuteError::Unsupported("scoring pairs of texts")),
-        }
-    }
-
-    fn logits(&mut self) -> Result<(), ExecuteError> {
-        let model = self.model;
-        let (rows, hidden) = (self.pass.output_rows, model.spec.hidden);
-        let Some(output) = model.output else { return Ok(()) };
-        if rows == 0 {
-            return Ok(());
-        }
-        let linear = LinearTensors { weight: output, bias: None };
-        let gather = self.table(self.pass.layout.output_rows);
-        let x = self.pass.memory.x.address();
-        let out = self.memory().h.reserve(rows, hidden, Needs::of([&linear]))?;
-        match &model.final_norm {
-            Some(norm) => {
-                let arguments = NormArguments { gather, ..self.norm_arguments(x, out, norm)? };
-                self.normalise(rows, &arguments)?;
-            }
-            None => {
-                let (width, activation) = (hidden as u32, activation::NONE);
-                self.activate(rows, &ActivateArguments { x, up: 0, gather, out, width, activation })?;
-            }
-        }
-        let logits = numbers(&mut self.memory().output, rows * output.rows)?;
-        self.product(Input { rows: out, columns: hidden, tokens: rows }, &linear, logits, false)?;
-        if let Some(cap) = model.spec.logit_cap {
-            let elements = rows * output.rows;
-            let arguments = CapArguments { x: logits, elements: elements as u64, cap, unused: 0 };
-            // SAFETY: the output has so many elements.
-            unsafe { self.kernels.cap(launch::elements(elements), &arguments) }?;
-        }
-        self.select(logits, output.rows)
-    }
-
-    fn pool(&mut self, pooling: Pooling, unit_length: bool) -> Result<(), ExecuteError> {
-        let (model, sequences) = (self.model, self.pass.places.len());
-        let hidden = model.spec.hidden;
-        if let Some(norm) = &model.final_norm {
-            self.normalise_in_place(norm)?;
-        }
-        let arguments = PoolArguments {
-            x: self.pass.memory.x.address(),
-            sequences: self.table(self.pass.layout.sequence_rows),
-            out: numbers(&mut self.memory().output, sequences * hidden)?,
-            width: hidden as u32,
-            mean: u32::from(pooling == Pooling::Mean),
-            unit_length: u32::from(unit_length),
-            unused: 0,
-        };
-        // SAFETY: sequences are of rows of the batch; the output has a row for each.
-        unsafe { self.kernels.pool(launch::rows(sequences, 256), &arguments) }?;
-        Ok(())
-    }
 }
 
 /// Tokens of a tile of the kernel that is used for weights of this type.
@@ -742,26 +699,34 @@ fn frequency_bytes(rotation: &Rotation) -> usize {
     (rotation.frequencies.len() * 4).next_multiple_of(constants::ALIGNMENT)
 }
 
-/// Cosines and sines of every row's angles.
+/// A model's rotations: of all sequences or the short ones, of the long ones, of local layers.
+fn rotations(model: &Model) -> [Option<&Rotation>; 3] {
+    let long = model.short_context().map(|_| model.long_rotation());
+    [Some(&model.rotation), long, model.local_rotation.as_ref()]
+}
+
+/// Where their frequencies begin among the constants.
+fn rotation_starts(model: &Model) -> [usize; 3] {
+    let mut end = 0;
+    rotations(model).map(|rotation| {
+        let start = end;
+        end += rotation.map_or(0, frequency_bytes);
+        start
+    })
+}
+
+/// Cosines and sines of every row's angles, to a buffer.
 fn fill_angles(
     kernels: &Kernels,
-    rotation: &Rotation,
-    positions: u64,
     rows: usize,
     angles: &mut Buffer,
-    frequencies: u64,
+    arguments: AngleArguments,
 ) -> Result<(), ExecuteError> {
-    let half = rotation.frequencies.len();
-    if half == 0 {
+    if arguments.half == 0 {
         return Ok(());
     }
-    let arguments = AngleArguments {
-        positions,
-        frequencies,
-        out: numbers(angles, rows * half * 2)?,
-        half: half as u32,
-        magnitude: rotation.magnitude,
-    };
+    let out = numbers(angles, rows * arguments.half as usize * 2)?;
+    let arguments = AngleArguments { out, ..arguments };
     let launch = super::Launch { grid: [rows as u32, 1, 1], threads: 64, shared_bytes: 0 };
     // SAFETY: there is a frequency for each pair, and room for two numbers per row and pair.
     unsafe { kernels.angles(launch, &arguments) }?;

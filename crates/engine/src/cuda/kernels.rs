@@ -29,10 +29,10 @@ arguments! {
     /// Where rows go: as f32 and as operands.
     RowsOut, 32 bytes { plain: u64, bf16: u64, f16: u64, scales: u64, }
     /// Of `embed`.
-    EmbedArguments, 88 bytes {
-        tokens: u64, positions: u64, token_table: u64, position_table: u64, type_table: u64, out: u64,
+    EmbedArguments, 104 bytes {
+        tokens: u64, positions: u64, types: u64, token_table: u64, position_table: u64, type_table: u64, out: u64,
         token_type: u32, position_type: u32, type_type: u32, width: u32, token_bytes: u64, position_bytes: u64,
-        scale: f32, position_offset: u32,
+        type_bytes: u64, scale: f32, position_offset: u32,
     }
     /// Of `normalise`.
     NormArguments, 104 bytes {
@@ -55,7 +55,10 @@ arguments! {
         columns: u32, tokens: u32, bias_type: u32, accumulate: u32, aligned: u32,
     }
     /// Of `angles`.
-    AngleArguments, 32 bytes { positions: u64, frequencies: u64, out: u64, half: u32, magnitude: f32, }
+    AngleArguments, 56 bytes {
+        positions: u64, longs: u64, frequencies: u64, long_frequencies: u64, out: u64, half: u32, magnitude: f32,
+        long_magnitude: f32, unused: u32,
+    }
     /// Of `prepare`.
     PrepareArguments, 136 bytes {
         query: u64, key: u64, value: u64, query_f16: u64, angles: u64, query_norm: u64, key_norm: u64,
@@ -144,7 +147,9 @@ pub mod activation {
     pub const GELU: u32 = 2;
     pub const GELU_TANH: u32 = 3;
     pub const RELU: u32 = 4;
-    pub const NONE: u32 = 5;
+    pub const TANH: u32 = 5;
+    pub const SIGMOID: u32 = 6;
+    pub const NONE: u32 = 7;
 }
 
 /// Kernels without variants: function, shared memory that it may need at most, argument structure.

@@ -12,6 +12,7 @@ mod executor;
 mod experts;
 mod forward;
 mod graphs;
+mod head;
 mod kernels;
 pub mod launch;
 mod memory;

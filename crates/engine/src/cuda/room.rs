@@ -13,7 +13,7 @@ use super::executor::{Addressed, CudaExecutor, ExecuteError};
 use super::plan::PARTITION;
 use super::{Kernel, Launch, Launcher};
 use crate::adapter::Adapter;
-use crate::executor::{Chunk, LogitRows, longest};
+use crate::executor::{Chunk, LogitRows, Whole, longest};
 use crate::kernels::kv::BLOCK_TOKENS;
 use crate::model::Model;
 use crate::sampling::Wish;
@@ -58,7 +58,7 @@ unsafe impl Launcher for Nothing {
 /// `tokens` tokens, whose KV has room for `cached_tokens`.
 ///
 /// # Errors
-/// [`ExecuteError::Unsupported`].
+/// None that a valid model has.
 pub(super) fn needed(
     model: &Model,
     adapter: Option<&Arc<Adapter>>,
@@ -77,8 +77,11 @@ pub(super) fn needed(
             logits: LogitRows::Last,
         };
         let batch: Vec<Chunk<'_>> = positions.iter().map(chunk).collect();
+        // Where a model knows two types of tokens, there is a table of them.
+        let wholes = vec![Whole { second: Some(0), ..Whole::default() }; batch.len()];
         let of_chunk = vec![adapter.map(|_| 0); if adapter.is_some() { batch.len() } else { 0 }];
-        let mut pass = executor.begin(model, &batch, adapter.cloned().into_iter().collect(), &of_chunk)?;
+        let mut pass =
+            executor.begin(model, &batch, &wholes, adapter.cloned().into_iter().collect(), &of_chunk)?;
         let wish = Wish { several: true, temperature: 1.0, random: 0.0 };
         pass.select(&vec![Some(wish); batch.len()]);
         let blocks = match model.kv() {

@@ -91,7 +91,7 @@ impl<'a> OnGpu<'a> {
         let chunk = |tokens| Chunk { tokens, position: 0, logits: LogitRows::All };
         let batch: Vec<Chunk<'_>> = sequences.iter().copied().map(chunk).collect();
         let adapters = self.adapters.iter().map(|(stored, _)| stored.adapter.clone()).collect();
-        let mut pass = executor.begin(model, &batch, adapters, of).expect("a pass");
+        let mut pass = executor.begin(model, &batch, &[], adapters, of).expect("a pass");
         let mut blocks = Blocks::aligned(model, 16);
         let mut taken: Vec<_> = sequences.iter().map(|tokens| blocks.take(tokens.len())).collect();
         let mut kv: Vec<KvBlocks<'_>> = taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
@@ -108,7 +108,7 @@ impl<'a> OnGpu<'a> {
     /// Runs one step to the end and gives every chunk's logits or vector.
     fn step(&self, executor: &CudaExecutor, batch: &[Chunk<'_>], kv: &mut [KvBlocks<'_>]) -> Vec<Vec<f32>> {
         let model = &self.sample.model;
-        let mut pass = executor.begin(model, batch, Vec::new(), &[]).expect("a pass");
+        let mut pass = executor.begin(model, batch, &[], Vec::new(), &[]).expect("a pass");
         assert!(executor.advance(&mut pass, model, self, kv, usize::MAX).expect("success"));
         let generates = model.spec().generates();
         let output = (0..batch.len())
@@ -431,7 +431,7 @@ fn lists_of_the_gpu_choose_as_its_rows() {
         let mut samplers: Vec<Sampler> = (0..params.len()).map(sampler).collect();
         let mut wishes: Vec<_> = samplers.iter().map(Sampler::wish).collect();
         wishes.insert(2, None);
-        let mut pass = executor.begin(model, &batch, Vec::new(), &[]).expect("a pass");
+        let mut pass = executor.begin(model, &batch, &[], Vec::new(), &[]).expect("a pass");
         pass.select(&wishes);
         let mut blocks = Blocks::aligned(model, 16);
         let mut taken: Vec<_> = batch.iter().map(|chunk| blocks.take(chunk.tokens.len())).collect();
@@ -540,7 +540,7 @@ fn prepared_passes_on_the_gpu_allocate_nothing() {
             let batch: Vec<Chunk<'_>> = lengths.iter().map(chunk).collect();
             let of = vec![Some(0); if adapted { batch.len() } else { 0 }];
             let adapters = adapter.cloned().into_iter().collect();
-            let mut pass = executor.begin(model, &batch, adapters, &of).expect("a pass");
+            let mut pass = executor.begin(model, &batch, &[], adapters, &of).expect("a pass");
             let mut blocks = Blocks::aligned(model, 16);
             let mut taken: Vec<_> = lengths
                 .iter()

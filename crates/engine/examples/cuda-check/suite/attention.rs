@@ -282,12 +282,26 @@ impl Bench {
         let magnitude = 1.25f32;
         let angles = self.output(rows * half * 2 + 1);
         let of_frequencies = self.upload_f32(&[&frequencies[..], &[0.0]].concat());
+        // Some rows are of long sequences.
+        let (long_magnitude, factor) = (0.75f32, 0.5f32);
+        let of_long: Vec<f32> = frequencies.iter().map(|frequency| frequency * factor).chain([0.0]).collect();
+        let of_long = self.upload_f32(&of_long);
+        let mut longs: Vec<u32> = (0..rows).map(|_| self.between(0, 1) as u32).collect();
+        let of_longs = self.upload_u32(&longs);
+        let with_longs = self.chance(50);
+        if !with_longs {
+            longs.fill(0);
+        }
         let angle = AngleArguments {
             positions: cache.positions.address(),
+            longs: if with_longs { of_longs.address() } else { 0 },
             frequencies: of_frequencies.address(),
+            long_frequencies: of_long.address(),
             out: angles.address(),
             half: half as u32,
             magnitude,
+            long_magnitude,
+            unused: 0,
         };
         let arguments = PrepareArguments {
             query: on_gpu[0].address(),
@@ -334,8 +348,11 @@ impl Bench {
                             .zip(norm)
                             .for_each(|(y, &w)| *y *= factor * (f64::from(w) + f64::from(offset)));
                     }
+                    let row = index / heads_of_row;
+                    let (factor, magnitude) =
+                        if longs[row] == 1 { (factor, long_magnitude) } else { (1.0, magnitude) };
                     for i in 0..half {
-                        let angle = f64::from(positions[index / heads_of_row] as f32 * frequencies[i]);
+                        let angle = f64::from(positions[row] as f32 * (frequencies[i] * factor));
                         let (c, s) = (angle.cos() * f64::from(magnitude), angle.sin() * f64::from(magnitude));
                         (y[i], y[i + half]) = (y[i] * c - y[i + half] * s, y[i + half] * c + y[i] * s);
                     }

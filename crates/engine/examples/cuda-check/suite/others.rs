@@ -13,15 +13,20 @@ impl Bench {
             let positions: Vec<u32> = (0..rows).map(|_| self.between(0, 20) as u32).collect();
             let with = self.chance(50);
             let (position_table, position_type, of_position) = self.vector(23 * width);
-            let (type_table, type_type, of_type) = self.vector(width);
+            let (type_table, type_type, of_type) = self.vector(2 * width);
+            let types: Vec<u32> = (0..rows).map(|_| self.between(0, 1) as u32).collect();
+            let several_types = self.chance(50);
             let scale = 2.5f32;
             let out = self.output(rows * width);
-            let position_bytes = width * if position_type == 0 { 4 } else { 2 };
+            let [position_bytes, type_bytes] =
+                [position_type, type_type].map(|dtype| width * if dtype == 0 { 4 } else { 2 });
             let table = self.upload(&bytes);
             let (on_gpu, of_positions) = (self.upload_u32(&tokens), self.upload_u32(&positions));
+            let of_types = self.upload_u32(&types);
             let arguments = EmbedArguments {
                 tokens: on_gpu.address(),
                 positions: of_positions.address(),
+                types: if several_types { of_types.address() } else { 0 },
                 token_table: table.address(),
                 position_table: if with { position_table.address() } else { 0 },
                 type_table: if with { type_table.address() } else { 0 },
@@ -32,6 +37,7 @@ impl Bench {
                 width: width as u32,
                 token_bytes: (bytes.len() / vocab) as u64,
                 position_bytes: position_bytes as u64,
+                type_bytes: type_bytes as u64,
                 scale,
                 position_offset: 2,
             };
@@ -44,7 +50,11 @@ impl Bench {
                     let mut sum = f64::from(values[tokens[row] as usize * width + i]) * f64::from(scale);
                     let mut size = sum.abs();
                     if with {
-                        let others = [of_type[i], of_position[(positions[row] as usize + 2) * width + i]];
+                        let of_row = if several_types { types[row] as usize } else { 0 };
+                        let others = [
+                            of_type[of_row * width + i],
+                            of_position[(positions[row] as usize + 2) * width + i],
+                        ];
                         sum += others.iter().map(|&other| f64::from(other)).sum::<f64>();
                         size += others.iter().map(|&other| f64::from(other.abs())).sum::<f64>();
                     }
@@ -149,6 +159,8 @@ impl Bench {
                     activation::GELU_TANH_GATE | activation::GELU_TANH => 0.5 * x * (1.0 + tanh),
                     activation::GELU => 0.5 * x * (1.0 + erf(x / 2f64.sqrt())),
                     activation::RELU => x.max(0.0),
+                    activation::TANH => x.tanh(),
+                    activation::SIGMOID => 1.0 / (1.0 + (-x).exp()),
                     _ => x,
                 };
                 let factor = if gated { f64::from(up) } else { 1.0 };
