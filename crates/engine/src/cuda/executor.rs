@@ -156,7 +156,7 @@ pub struct CudaPass {
     stages: usize,
     /// Chunks that somebody asked for: the first ones of `places`.
     chunks: usize,
-    /// Whether these are single tokens that all want logits, filled up to a power of two with sequences that are none.
+    /// Whether these are single tokens that all want logits, filled up with sequences that are none.
     decodes: bool,
     pub(crate) rows: usize,
     pub(crate) output_rows: usize,
@@ -356,7 +356,7 @@ impl CudaExecutor {
         let batch = if decodes {
             // Any token does: what comes of it is for nobody.
             let nobody = Chunk { tokens: &[0], position: 0, logits: LogitRows::Last };
-            let others = chunks.next_power_of_two() - chunks;
+            let others = filled_up(model, chunks) - chunks;
             filled = batch.iter().copied().chain(std::iter::repeat_n(nobody, others)).collect();
             &filled
         } else {
@@ -559,6 +559,12 @@ impl CudaExecutor {
             spare.push(pass.memory);
         }
     }
+}
+
+/// How many sequences a decode step of so many is filled up to, so that there are few different steps. The kernels of
+/// products take rows by such numbers anyway; but each row of a model with experts may need further weights.
+fn filled_up(model: &Model, sequences: usize) -> usize {
+    if model.spec().experts.is_some() { sequences } else { sequences.next_power_of_two() }
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

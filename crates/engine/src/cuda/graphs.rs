@@ -1,7 +1,7 @@
 //! Decode steps as CUDA graphs: one call instead of hundreds of launches, which on a fast GPU take longer than the work.
 //!
-//! A graph belongs to a model, a number of rows (batches are filled up to a power of two with rows of no sequence), a number
-//! of items of attention (likewise), and a set of working memory. All that differs between two such steps (tokens,
+//! A graph belongs to a model, a number of rows (batches of models without experts are filled up to a power of two with rows
+//! of no sequence), a number of items of attention (a power of two), and a set of working memory. All that differs between two such steps (tokens,
 //! positions, blocks of keys and values, how attention is cut, random numbers) lies in tables that kernels read; weights
 //! and buffers are addresses in the launches. Each graph is made of the launches of a plain step, written down by the code
 //! that launches them (`record.rs`), so there is no second description of a step that could differ from the first.
