@@ -89,9 +89,24 @@ static_assert(sizeof(CandidatesArguments) == 56, "the layout that Rust knows");
 
 constexpr u32 MOST_CANDIDATES = 1024;
 
-// Leaves the keys of the `wanted` most likely tokens in `keys`, sorted. The order in which threads put them there is not
-// fixed; the set of keys is.
-DEVICE void most_likely(const f32* logits, u32 vocab, u32 most, u64* keys, u32* counts, u32* state) {
+// Sorts 1024 keys, the greatest first.
+DEVICE void sort_keys(u64* keys) {
+    for (u32 size = 2; size <= MOST_CANDIDATES; size *= 2) {
+        for (u32 stride = size / 2; stride > 0; stride /= 2) {
+            u32 other = THREAD ^ stride;
+            u64 mine = keys[THREAD], theirs = keys[other];
+            bool descending = (THREAD & size) == 0;
+            bool greater = (THREAD < other) == descending;
+            barrier();
+            keys[THREAD] = (mine > theirs) == greater ? mine : theirs;
+            barrier();
+        }
+    }
+}
+
+// Puts the keys of the `most` most likely tokens into `keys`, which is zero elsewhere, whatever the distribution. The order
+// in which threads put them there is not fixed; the set of keys is.
+DEVICE void select_by_digits(const f32* logits, u32 vocab, u32 most, u64* keys, u32* counts, u32* state) {
     const u32 warp = THREAD / 32, lane = THREAD % 32;
     // The key of the last one wanted, eight bits at a time from the top: how many are wanted among those that share the
     // bits found so far.
@@ -141,18 +156,34 @@ DEVICE void most_likely(const f32* logits, u32 vocab, u32 most, u64* keys, u32* 
         barrier();
     }
     barrier();
-    // Bitonic sort, descending; unused places are 0 and come last.
-    for (u32 size = 2; size <= MOST_CANDIDATES; size *= 2) {
-        for (u32 stride = size / 2; stride > 0; stride /= 2) {
-            u32 other = THREAD ^ stride;
-            u64 mine = keys[THREAD], theirs = keys[other];
-            bool descending = (THREAD & size) == 0;
-            bool greater = (THREAD < other) == descending;
-            barrier();
-            keys[THREAD] = (mine > theirs) == greater ? mine : theirs;
-            barrier();
+}
+
+// Leaves the keys of the `most` most likely tokens at the beginning of `keys`, sorted.
+DEVICE void most_likely(const f32* logits, u32 vocab, u32 most, u64* keys, u32* counts, u32* state) {
+    // Of the threads' best keys as many are at or above this one as are wanted, and seldom many more of all keys.
+    u64 best = 0;
+    for (u32 i = THREAD; i < vocab; i += THREADS) {
+        const u64 key = sortable_first(logits[i], i);
+        best = key > best ? key : best;
+    }
+    keys[THREAD] = best;
+    barrier();
+    sort_keys(keys);
+    const u64 least_key = keys[most - 1];
+    barrier();
+    keys[THREAD] = 0;
+    if (THREAD == 0) state[2] = 0;
+    barrier();
+    for (u32 i = THREAD; i < vocab; i += THREADS) {
+        const u64 key = sortable_first(logits[i], i);
+        if (key >= least_key) {
+            const u32 place = count_up(&state[2], 1);
+            if (place < MOST_CANDIDATES) keys[place] = key;
         }
     }
+    barrier();
+    if (state[2] > MOST_CANDIDATES) select_by_digits(logits, vocab, most, keys, counts, state);
+    sort_keys(keys);
 }
 
 // Leaves the key of the most likely token in keys[0].
