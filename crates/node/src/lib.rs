@@ -272,7 +272,7 @@ impl Node {
         deployment: &Deployment,
         arrival: Option<&Arc<Arrival>>,
     ) -> Result<Arc<DeployedModel>, String> {
-        let rows_first = self.device.is_cpu();
+        let rows_first = self.machine.computes();
         let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes, rows_first, arrival)?;
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
