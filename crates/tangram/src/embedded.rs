@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tangram_gateway::GatewayConfig;
-use tangram_node::{Device, Node, NodeConfig, NodeError, RemoteOptions};
+use tangram_node::{Device, Node, NodeConfig, NodeError, RemoteOptions, Trial};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -105,6 +105,7 @@ async fn open(settings: &Settings, device: Device) -> anyhow::Result<Arc<Node>> 
         verification: settings.verification,
         remote: RemoteOptions::from_environment(),
         observer: None,
+        trial: Trial::default(),
     };
     Ok(tokio::task::spawn_blocking(move || Node::open(config)).await??)
 }

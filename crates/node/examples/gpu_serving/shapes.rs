@@ -15,7 +15,9 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{Rng, SeedableRng};
 use redb::{Database, TableDefinition};
 use serde_json::{Value, json};
-use tangram_checkpoint::{CHUNK_BYTES, DATA_FILE, Hash, MANIFEST_FILE, Manifest, Source, TensorEntry};
+use tangram_checkpoint::{
+    CHUNK_BYTES, Checksum, DATA_FILE, Hash, MANIFEST_FILE, Manifest, Source, TensorEntry,
+};
 use tangram_node::Fill;
 
 /// A decoder of Llama's family.
@@ -283,7 +285,7 @@ fn manifest(name: &str, source: &Source) -> Manifest {
             stage: spec.stage(tensor.role) as u32,
             checkpoint: name.to_owned(),
             offset,
-            chunks: vec![Hash::of(b"nobody reads the file"); tensor.bytes.div_ceil(CHUNK_BYTES) as usize],
+            chunks: vec![Checksum::of(b"nobody reads the file"); tensor.bytes.div_ceil(CHUNK_BYTES) as usize],
             stored: Vec::new(),
             in_place: None,
         }
