@@ -73,6 +73,15 @@ impl<'a> Disjoint<'a> {
         Disjoint { data: slice.as_mut_ptr(), len: slice.len(), exclusive: PhantomData }
     }
 
+    /// Asks for the cache line of an element, which will be written; nothing happens if it does not exist.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(crate) fn ask_for(&self, index: usize) {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: a prefetch of an invalid address does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.data.wrapping_add(index).cast_const().cast()) }
+    }
+
     /// Elements `start..start + len`.
     ///
     /// # Safety

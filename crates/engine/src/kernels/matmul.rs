@@ -20,6 +20,9 @@ use crate::pool::Pool;
 /// Weights that make a task worth handing to another thread.
 const TASK_WEIGHTS: usize = 1 << 15;
 
+/// Tokens from which on tasks are made smaller: their weights are then the lesser part of their work.
+const MANY_TOKENS: usize = 32;
+
 /// One product over the tokens of a [`matmul`].
 pub struct Linear<'a> {
     /// The stored bytes of the `[rows, columns]` matrix.
@@ -73,7 +76,7 @@ pub fn matmul<const N: usize>(
         assert_eq!(bytes, Some(linear.weight.len() as u64), "bytes of a {} matrix", linear.dtype);
         assert_eq!(linear.out.len(), tokens * linear.rows);
         assert!(linear.bias.is_none_or(|bias| bias.len() == linear.rows));
-        let rows_per_task = rows_per_task(linear.rows, columns, pool.threads());
+        let rows_per_task = rows_per_task(linear.rows, columns, tokens, pool.threads());
         Product {
             weight: linear.weight,
             dtype: linear.dtype,
@@ -153,12 +156,11 @@ impl Form {
 
     /// How the tokens of a product are divided.
     fn layout(self, columns: usize, tokens: usize) -> Layout {
-        let (token_elements, at_once) = match self {
-            Form::Plain => (plain::token_elements(columns), plain::token_elements(columns)),
-            Form::Pairs => (pairs::token_elements(columns), pairs::at_once(columns)),
-            Form::Records => (quantised::token_elements(columns), quantised::token_elements(columns)),
-        };
-        Layout::new(token_elements, at_once, tokens)
+        match self {
+            Form::Plain => Layout::new(plain::token_elements(columns), tokens),
+            Form::Pairs => pairs::layout(columns, tokens),
+            Form::Records => Layout::new(quantised::token_elements(columns), tokens),
+        }
     }
 
     /// Scratch elements of a task.
@@ -234,9 +236,9 @@ pub(crate) fn scratch_elements(
 }
 
 /// Rows of a task: whole panels, enough work to be worth it, and some tasks per thread to level out.
-fn rows_per_task(rows: usize, columns: usize, threads: usize) -> usize {
-    let worth = TASK_WEIGHTS.div_ceil(columns.max(1));
-    let level = rows.div_ceil(threads * 4);
+fn rows_per_task(rows: usize, columns: usize, tokens: usize, threads: usize) -> usize {
+    let worth = TASK_WEIGHTS.div_ceil(columns.max(1) * tokens);
+    let level = rows.div_ceil(threads * if tokens < MANY_TOKENS { 4 } else { 16 });
     let most = (TASK_WEIGHTS * 8).div_ceil(columns.max(1));
     level.clamp(worth, most).max(1).next_multiple_of(MOST_ROWS)
 }

@@ -1,13 +1,13 @@
 //! The matrix product with bf16 weights as integers, for processors that multiply pairs of 16-bit integers
 //! (`pairs_avx512`): twice the rate of f32.
 //!
-//! [`GROUP`] columns share factors, powers of two. The weights of a row's group become integers of up to ±2¹³: exact
-//! for all that are at least 1/32 of the group's largest, to half of 1/4096 of it for the others. The activations of a
-//! token's group become integers of up to ±2¹⁵, to half of 1/16384 of the largest. Eight products of the largest
+//! [`GROUP`] columns share factors, powers of two. The weights of a row's group become integers of up to ±2¹²: exact
+//! for all that are at least 1/16 of the group's largest, to half of 1/2048 of it for the others. The activations of a
+//! token's group become integers of up to ±2¹⁵, to half of 1/16384 of the largest. Sixteen products of the largest
 //! fit 32 bits.
 //!
 //! **The order of additions of every output element**: sixteen sums, of which sum `l` has columns `2 l` and `2 l + 1` of
-//! every 32. The groups in ascending order; of a group, each sum adds its eight products, which are added exactly, times
+//! every 32. The groups in ascending order; of a group, each sum adds its sixteen products, which are added exactly, times
 //! the product of the factors. Then the sixteen are added as `pairs_avx512::add_lanes` does. It does not depend on
 //! the number of tokens or rows.
 //!
@@ -22,11 +22,13 @@ use super::panels::{Layout, MOST_ROWS, Task};
 use crate::pool::Pool;
 
 /// Columns with common factors.
-pub(super) const GROUP: usize = 128;
+pub(super) const GROUP: usize = 256;
 /// f32 elements that the integers of a group of activations take.
 pub(super) const GROUP_ELEMENTS: usize = GROUP / 2;
 /// Groups of which the weights of some rows, as integers, stay in the first-level cache.
-pub(super) const SEGMENT: usize = 8;
+pub(super) const SEGMENT: usize = 4;
+/// Tokens of a block at most.
+const MOST_TOKENS: usize = 256;
 /// Rows that are multiplied together.
 pub(super) const QUAD: usize = 4;
 /// Sums in the making of an output element.
@@ -34,9 +36,9 @@ pub(super) const LANES: usize = 16;
 /// The exponent, as f32 stores it, from which on the activations of a token make its products NaN: 2⁶⁵. Below, no sum
 /// of exponents leaves the range of f32 at its upper end; at its lower end factors become 0.
 pub(super) const HUGE_ACTIVATION: u32 = 192;
-/// The same for weights: 2⁹⁰.
+/// The same for weights: 2⁸⁹.
 #[cfg(target_arch = "x86_64")]
-pub(super) const HUGE_WEIGHT: u32 = 217;
+pub(super) const HUGE_WEIGHT: u32 = 216;
 /// Activations that make a packing task worth handing to another thread.
 const TASK_ACTIVATIONS: usize = 1 << 14;
 
@@ -52,15 +54,11 @@ pub(super) fn token_elements(columns: usize) -> usize {
     (columns.div_ceil(GROUP) * (GROUP_ELEMENTS + 1) + 1).next_multiple_of(16)
 }
 
-/// Elements of a token that are used again and again before the next ones: its integers of a segment and, if there are
-/// several, its sums in the making.
-pub(super) fn at_once(columns: usize) -> usize {
-    let groups = columns.div_ceil(GROUP);
-    if groups <= SEGMENT {
-        token_elements(columns)
-    } else {
-        SEGMENT * (GROUP_ELEMENTS + 1) + MOST_ROWS * LANES
-    }
+/// How the tokens of a product are divided: the activations of a segment should stay in the second-level cache, and with
+/// them, where there are several, the sums in the making.
+pub(super) fn layout(columns: usize, tokens: usize) -> Layout {
+    let most = if columns <= SEGMENT * GROUP { MOST_TOKENS } else { MOST_TOKENS / 2 };
+    Layout::with_most(token_elements(columns), most, tokens)
 }
 
 /// Where the activations of a block of tokens are, counted in elements from its beginning: `[segment][token][group]`
@@ -69,9 +67,19 @@ pub(super) fn at_once(columns: usize) -> usize {
 pub(super) struct Places {
     pub(super) groups: usize,
     pub(super) tokens: usize,
+    columns: usize,
 }
 
 impl Places {
+    pub(super) fn new(columns: usize, tokens: usize) -> Places {
+        Places { groups: columns.div_ceil(GROUP), tokens, columns }
+    }
+
+    /// Vectors of 32 columns that a group has.
+    pub(super) fn vectors(&self, group: usize) -> usize {
+        (self.columns - group * GROUP).min(GROUP).div_ceil(32)
+    }
+
     /// Groups of a segment, of which `first` is the first.
     pub(super) fn segment(&self, first: usize) -> usize {
         SEGMENT.min(self.groups - first)
@@ -109,7 +117,7 @@ pub(super) fn pack(proof: Proof, pool: &Pool, layout: Layout, x: &[f32], columns
     for block in 0..layout.blocks {
         let tokens = layout.tokens(block);
         let start = layout.place(block).start;
-        let places = Places { groups: columns.div_ceil(GROUP), tokens: tokens.len() };
+        let places = Places::new(columns, tokens.len());
         let work = tokens.len() * columns / 8;
         pool.run(tokens.len().div_ceil(per_task), 0, work, &|task, _| {
             for token in task * per_task..tokens.len().min((task + 1) * per_task) {

@@ -44,10 +44,10 @@ fn add_lanes([a, b, c, d]: [__m512; QUAD]) -> __m128 {
     _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves))
 }
 
-/// A group of weights of one row.
-struct Integers {
-    weights: [__m512i; VECTORS],
-    /// 102 more than the biased exponent of the group's largest, where an f32 has its exponent.
+/// A group of weights of one row, or as many vectors as the last group has.
+struct Integers<const V: usize> {
+    weights: [__m512i; V],
+    /// 103 more than the biased exponent of the group's largest, where an f32 has its exponent.
     factor: __m512i,
     /// Twice the magnitude of the group's largest, in the first lane.
     largest: __m128i,
@@ -56,7 +56,7 @@ struct Integers {
 /// Makes integers of bf16 weights.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-fn integers(stored: [__m512i; VECTORS]) -> Integers {
+fn integers<const V: usize>(stored: [__m512i; V]) -> Integers<V> {
     // Without their signs, numbers are ordered as integers are.
     let mut largest = _mm512_add_epi16(stored[0], stored[0]);
     for &stored in &stored[1..] {
@@ -69,8 +69,8 @@ fn integers(stored: [__m512i; VECTORS]) -> Integers {
     let exponent = _mm512_srli_epi16::<8>(_mm512_broadcastw_epi16(largest));
     // Below, the scale would be infinite.
     let exponent = _mm512_max_epu16(exponent, _mm512_set1_epi16(13));
-    // Brings the exponent of the largest to 2¹²: 127 + 12 + 127.
-    let scale = _mm512_sub_epi32(_mm512_set1_epi32(266 << 23), _mm512_slli_epi32::<23>(exponent));
+    // Brings the exponent of the largest to 2¹¹: 127 + 11 + 127.
+    let scale = _mm512_sub_epi32(_mm512_set1_epi32(265 << 23), _mm512_slli_epi32::<23>(exponent));
     let scale = _mm512_castsi512_ps(scale);
     // Added to a number, it leaves the nearest integer in the lower bits.
     let magic = _mm512_set1_ps(12_582_912.0);
@@ -83,7 +83,7 @@ fn integers(stored: [__m512i; VECTORS]) -> Integers {
         let odd = _mm512_castps_si512(_mm512_fmadd_ps(odd, scale, magic));
         *weights = _mm512_mask_blend_epi16(0x5555_5555, _mm512_slli_epi32::<16>(odd), even);
     }
-    let factor = _mm512_slli_epi32::<23>(_mm512_add_epi16(exponent, _mm512_set1_epi16(102)));
+    let factor = _mm512_slli_epi32::<23>(_mm512_add_epi16(exponent, _mm512_set1_epi16(103)));
     Integers { weights, factor, largest }
 }
 
@@ -101,18 +101,18 @@ fn is_huge(largest: __m128i) -> bool {
     _mm_cvtsi128_si32(largest) as u32 & 0xffff >= HUGE_WEIGHT << 8
 }
 
-/// A group of `columns` stored weights, with zeros after them.
+/// `columns` stored weights, at most `V` vectors, with zeros after them.
 ///
 /// # Safety
-/// `columns`, at most [`GROUP`], weights are readable.
+/// `columns` weights are readable.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn load(p: *const u8, columns: usize) -> [__m512i; VECTORS] {
-    let mut stored = [_mm512_setzero_si512(); VECTORS];
+unsafe fn load<const V: usize>(p: *const u8, columns: usize) -> [__m512i; V] {
+    let mut stored = [_mm512_setzero_si512(); V];
     for (v, stored) in stored.iter_mut().enumerate() {
-        // SAFETY: the first vectors are inside the group if it is whole; a masked load reads no more than it says.
+        // SAFETY: all vectors are inside the weights if they are whole; a masked load reads no more than it says.
         *stored = unsafe {
-            if columns == GROUP {
+            if columns == V * 32 {
                 _mm512_loadu_si512(p.add(64 * v).cast())
             } else {
                 let count = columns.saturating_sub(32 * v).min(32);
@@ -168,7 +168,7 @@ pub(super) unsafe fn pack_group(x: &[f32], to: *mut i16) -> u32 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
 pub(super) unsafe fn run(mut task: Task<'_>, columns: usize) {
     let (rows, tokens) = (task.rows.len(), task.tokens.len());
-    let places = Places { groups: columns.div_ceil(GROUP), tokens };
+    let places = Places::new(columns, tokens);
     let scratch = std::mem::take(&mut task.scratch);
     let (integers, scratch) = scratch.split_at_mut(SEGMENT * QUAD * GROUP_ELEMENTS);
     let (factors, scratch) = scratch.split_at_mut(SEGMENT * QUAD);
@@ -200,6 +200,9 @@ pub(super) unsafe fn run(mut task: Task<'_>, columns: usize) {
                         unfinished: unfinished.as_mut_ptr().wrapping_add(quad * tokens * QUAD * LANES),
                     };
                     several(weights(quad), columns, segment * SEGMENT, places, x, sums, scratch, largest);
+                }
+                if segment + 1 == segments && quad == 0 && tokens > MOST_ROWS {
+                    task.ask_for_out(first, count);
                 }
             }
         }
@@ -236,21 +239,45 @@ unsafe fn single(
             for group in 0..places.groups {
                 let p = weights[r].add(group * GROUP * 2);
                 ask_for(p.wrapping_add(BYTES_AHEAD));
-                let stored = load(p, GROUP.min(columns - group * GROUP));
-                let group_integers = integers(stored);
-                let x = x.add(group * GROUP_ELEMENTS);
-                let mut products = [_mm512_setzero_si512(); 2];
-                for (v, &weights) in group_integers.weights.iter().enumerate() {
-                    let x = _mm512_loadu_si512(x.add(LANES * v).cast());
-                    products[v % 2] = add_pairs(products[v % 2], weights, x);
-                }
-                let product = _mm512_cvtepi32_ps(_mm512_add_epi32(products[0], products[1]));
-                let activations = _mm512_set1_epi32(factors.add(group).cast::<i32>().read());
-                *row = _mm512_fmadd_ps(product, factor(group_integers.factor, activations), *row);
-                largest[r] = _mm_max_epu16(largest[r], group_integers.largest);
+                let (x, factors) = (x.add(group * GROUP_ELEMENTS), factors.add(group));
+                let columns = GROUP.min(columns - group * GROUP);
+                *row = if columns > GROUP / 2 {
+                    add_group::<VECTORS>(p, columns, x, factors, *row, &mut largest[r])
+                } else {
+                    add_group::<{ VECTORS / 2 }>(p, columns, x, factors, *row, &mut largest[r])
+                };
             }
         }
         _mm_storeu_ps(sums, add_lanes(rows));
+    }
+}
+
+/// Adds the products of a group of a row with a single token.
+///
+/// # Safety
+/// `columns` weights, at most `V` vectors, are readable, and the activations of the group and their factor.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+unsafe fn add_group<const V: usize>(
+    p: *const u8,
+    columns: usize,
+    x: *const f32,
+    activations: *const f32,
+    row: __m512,
+    largest: &mut __m128i,
+) -> __m512 {
+    // SAFETY: by contract.
+    unsafe {
+        let group = integers(load::<V>(p, columns));
+        let mut products = [_mm512_setzero_si512(); 2];
+        for (v, &weights) in group.weights.iter().enumerate() {
+            let x = _mm512_loadu_si512(x.add(LANES * v).cast());
+            products[v % 2] = add_pairs(products[v % 2], weights, x);
+        }
+        *largest = _mm_max_epu16(*largest, group.largest);
+        let product = _mm512_cvtepi32_ps(_mm512_add_epi32(products[0], products[1]));
+        let activations = _mm512_set1_epi32(activations.cast::<i32>().read());
+        _mm512_fmadd_ps(product, factor(group.factor, activations), row)
     }
 }
 
@@ -293,15 +320,15 @@ unsafe fn several(
                 let p = weights[r].add(column * 2);
                 // The next four rows.
                 ask_for(p.wrapping_add(QUAD * columns * 2));
-                let stored = load(p, GROUP.min(columns - column));
-                let group_integers = integers(stored);
-                *largest = _mm_max_epu16(*largest, group_integers.largest);
-                let to = scratch.factors.add(group * QUAD + r);
-                to.write(_mm_cvtsi128_si32(_mm512_castsi512_si128(group_integers.factor)));
-                for (v, &weights) in group_integers.weights.iter().enumerate() {
-                    let to = scratch.integers.add(((group * VECTORS + v) * QUAD + r) * 32);
-                    _mm512_storeu_si512(to.cast(), weights);
-                }
+                let factor = scratch.factors.add(group * QUAD + r);
+                let to = scratch.integers.add((group * VECTORS * QUAD + r) * 32);
+                let columns = GROUP.min(columns - column);
+                let group_largest = if columns > GROUP / 2 {
+                    keep::<VECTORS>(p, columns, to, factor)
+                } else {
+                    keep::<{ VECTORS / 2 }>(p, columns, to, factor)
+                };
+                *largest = _mm_max_epu16(*largest, group_largest);
             }
         }
     }
@@ -315,6 +342,25 @@ unsafe fn several(
                 _ => pass::<TOKENS>(places, first, token, x, sums, scratch),
             }
         };
+    }
+}
+
+/// Writes the integers of a group of a row, in every fourth vector, and their factor. The group's largest, as
+/// [`Integers`] has it.
+///
+/// # Safety
+/// `columns` weights, at most `V` vectors, are readable; `to` is writable for the vectors, `factor` for one.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+unsafe fn keep<const V: usize>(p: *const u8, columns: usize, to: *mut i16, factor: *mut i32) -> __m128i {
+    // SAFETY: by contract.
+    unsafe {
+        let group = integers(load::<V>(p, columns));
+        factor.write(_mm_cvtsi128_si32(_mm512_castsi512_si128(group.factor)));
+        for (v, &weights) in group.weights.iter().enumerate() {
+            _mm512_storeu_si512(to.add(v * QUAD * 32).cast(), weights);
+        }
+        group.largest
     }
 }
 
@@ -334,8 +380,19 @@ unsafe fn pass<const T: usize>(
 ) -> usize {
     let groups = places.segment(first);
     let mut rows = [[_mm512_setzero_ps(); QUAD]; T];
-    // SAFETY: everything is where `places` and `scratch` say.
+    // `[token][group][row]`
+    let mut factors = [[0.0f32; SEGMENT * QUAD]; T];
+    // SAFETY: everything is where `places` and `scratch` say, and masked loads read no more than they say.
     unsafe {
+        let mask = (1u32 << (groups * QUAD)) - 1;
+        let of_weights = _mm512_maskz_loadu_epi32(mask as u16, scratch.factors);
+        let four_times = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        for (t, factors) in factors.iter_mut().enumerate() {
+            let x = x.add(places.factors(token + t) + first);
+            let of_token = _mm512_maskz_loadu_epi32(((1u32 << groups) - 1) as u16, x.cast());
+            let of_token = _mm512_permutexvar_epi32(four_times, of_token);
+            _mm512_storeu_ps(factors.as_mut_ptr(), factor(of_weights, of_token));
+        }
         for (t, rows) in rows.iter_mut().enumerate() {
             let mark = _mm512_set1_ps(*x.add(places.mark(token + t)));
             for (r, row) in rows.iter_mut().enumerate() {
@@ -345,7 +402,7 @@ unsafe fn pass<const T: usize>(
         }
         for group in 0..groups {
             let mut products = [[_mm512_setzero_si512(); QUAD]; T];
-            for v in 0..VECTORS {
+            for v in 0..places.vectors(first + group) {
                 let weights = scratch.integers.add((group * VECTORS + v) * QUAD * 32);
                 let weights = [0, 1, 2, 3].map(|r| weights.add(r * 32));
                 let mut vectors = [_mm512_setzero_si512(); QUAD];
@@ -360,12 +417,10 @@ unsafe fn pass<const T: usize>(
                     }
                 }
             }
-            for (t, (rows, products)) in rows.iter_mut().zip(products).enumerate() {
-                let activations = x.add(places.factors(token + t) + first + group).cast::<i32>();
-                let activations = _mm512_set1_epi32(activations.read());
+            for ((rows, products), factors) in rows.iter_mut().zip(products).zip(&factors) {
                 for (r, (row, product)) in rows.iter_mut().zip(products).enumerate() {
-                    let weights = _mm512_set1_epi32(scratch.factors.add(group * QUAD + r).read());
-                    *row = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor(weights, activations), *row);
+                    let factor = _mm512_set1_ps(*factors.as_ptr().add(group * QUAD + r));
+                    *row = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), factor, *row);
                 }
             }
         }

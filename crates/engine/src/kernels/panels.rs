@@ -15,6 +15,9 @@ use super::lanes::{Lanes, LanesKernel, MOST_LANES};
 pub(super) const MOST_ROWS: usize = 2 * MOST_LANES;
 /// The tokens of a block should take no more than this many bytes of the second-level cache.
 const BLOCK_BYTES: usize = 512 << 10;
+/// f32 per cache line.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 16;
 /// A block has at least this many tokens, so that unpacking the weights stays cheap against using them.
 const MIN_BLOCK: usize = 32;
 
@@ -30,9 +33,14 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// `at_once` are the elements of a token that rows are multiplied with before the next rows come.
-    pub(super) fn new(token_elements: usize, at_once: usize, tokens: usize) -> Layout {
-        let most = (BLOCK_BYTES / (at_once * 4).max(1)).max(MIN_BLOCK);
+    /// Blocks that stay in the second-level cache while rows are multiplied with them.
+    pub(super) fn new(token_elements: usize, tokens: usize) -> Layout {
+        let most = (BLOCK_BYTES / (token_elements * 4).max(1)).max(MIN_BLOCK);
+        Layout::with_most(token_elements, most, tokens)
+    }
+
+    /// Blocks of at most `most` tokens.
+    pub(super) fn with_most(token_elements: usize, most: usize, tokens: usize) -> Layout {
         Layout { token_elements, tokens, most, blocks: tokens.div_ceil(most) }
     }
 
@@ -105,20 +113,46 @@ impl Task<'_> {
         isa.dispatch_lanes(Run::<P> { task: self, panel_sums: PhantomData });
     }
 
+    /// Asks for the cache lines that [`Task::finish`] will write.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn ask_for_out(&self, first: usize, count: usize) {
+        for token in self.tokens.clone() {
+            let at = token * self.all_rows + self.rows.start + first;
+            for line in (0..count).step_by(LINE) {
+                self.out.ask_for(at + line);
+            }
+        }
+    }
+
     /// What happens to the finished sums of `count` rows from `first` on.
     #[inline(always)]
     pub(super) fn finish(&self, first: usize, count: usize, sums: &[f32], sums_step: usize) {
         let row = self.rows.start + first;
+        let bias = self.bias.map(|bias| &bias[row..row + count]);
         for (token, sums) in self.tokens.clone().zip(sums.chunks_exact(sums_step)) {
             // SAFETY: these rows of these tokens are this task's by the contract of `run`.
             let out = unsafe { self.out.part(token * self.all_rows + row, count) };
-            for (i, (out, &sum)) in out.iter_mut().zip(sums).enumerate() {
-                let value = match self.bias {
-                    Some(bias) => sum + bias[row + i],
-                    None => sum,
-                };
-                *out = if self.accumulate { *out + value } else { value };
+            // Whole panels have a length that the compiler knows.
+            match <&mut [f32; MOST_ROWS]>::try_from(&mut *out) {
+                Ok(out) => finish_rows(out, &sums[..MOST_ROWS], bias, self.accumulate),
+                Err(_) => finish_rows(out, &sums[..count], bias, self.accumulate),
             }
+        }
+    }
+}
+
+/// Adds bias and what is there already to the sums of a token.
+#[inline(always)]
+fn finish_rows(out: &mut [f32], sums: &[f32], bias: Option<&[f32]>, accumulate: bool) {
+    match (bias, accumulate) {
+        (None, false) => out.copy_from_slice(sums),
+        (None, true) => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
+        (Some(bias), false) => {
+            out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out = sum + bias)
+        }
+        (Some(bias), true) => {
+            out.iter_mut().zip(sums).zip(bias).for_each(|((out, sum), bias)| *out += sum + bias)
         }
     }
 }
