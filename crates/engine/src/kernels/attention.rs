@@ -329,11 +329,29 @@ impl Kernel for Attend<'_> {
         }
         for start in (base..span.last_limit()).step_by(BLOCK_TOKENS) {
             load_tile(s, keys, span, start, true, head, kv_heads, head_dim, tile);
-            for row in (0..rows).filter(|&row| sees(row, start)) {
-                let (from, to) = (start.max(first(row)), limit(row).min(start + BLOCK_TOKENS));
-                let weights = &scores[row * positions + from - base..row * positions + to - base];
-                let values = &tile[(from - start) * stride..];
-                add_values(s, weights, values, &mut sums[row * stride..(row + 1) * stride]);
+            // What a row sees of the tile.
+            let seen = |row: usize| start.max(first(row))..limit(row).min(start + BLOCK_TOKENS);
+            let mut row = 0;
+            while row < rows {
+                if !sees(row, start) {
+                    row += 1;
+                    continue;
+                }
+                // Two rows together, which are heads of a token, so that values are loaded once for both.
+                let seen_here = seen(row);
+                let pair = row + 1 < rows && sees(row + 1, start) && seen(row + 1) == seen_here;
+                let weights = |row: usize| {
+                    let from = row * positions;
+                    &scores[from + seen_here.start - base..from + seen_here.end - base]
+                };
+                let values = &tile[(seen_here.start - start) * stride..];
+                let (sums, next) = sums[row * stride..].split_at_mut(stride);
+                if pair {
+                    add_values(s, [weights(row), weights(row + 1)], values, [sums, &mut next[..stride]]);
+                } else {
+                    add_values(s, [weights(row)], values, [sums]);
+                }
+                row += if pair { 2 } else { 1 };
             }
         }
         for row in 0..rows {
@@ -392,27 +410,11 @@ fn load_tile<S: Simd>(
 /// The dot products of two queries with eight keys.
 #[inline(always)]
 fn dots<S: Simd>(s: S, queries: [&[f32]; 2], keys: &[f32]) -> [S::V; 2] {
-    const TOGETHER: usize = LANES / 2;
     let stride = queries[0].len();
-    assert!(queries[1].len() == stride && keys.len() == stride * LANES);
-    let mut dots = [[s.splat(0.0); LANES]; 2];
-    for first in [0, TOGETHER] {
-        let (mut first_dots, mut second_dots) = ([s.splat(0.0); TOGETHER], [s.splat(0.0); TOGETHER]);
-        for i in (0..stride).step_by(LANES) {
-            // SAFETY: `stride` is a multiple of the lanes, and all rows have `stride` elements.
-            unsafe {
-                let (a, b) = (s.load(queries[0].as_ptr().add(i)), s.load(queries[1].as_ptr().add(i)));
-                for (key, (x, y)) in first_dots.iter_mut().zip(&mut second_dots).enumerate() {
-                    let key = s.load(keys.as_ptr().add((first + key) * stride + i));
-                    *x = s.fma(a, key, *x);
-                    *y = s.fma(b, key, *y);
-                }
-            }
-        }
-        dots[0][first..first + TOGETHER].copy_from_slice(&first_dots);
-        dots[1][first..first + TOGETHER].copy_from_slice(&second_dots);
-    }
-    [s.sums(dots[0]), s.sums(dots[1])]
+    assert!(queries[1].len() == stride && keys.len() == stride * LANES && stride.is_multiple_of(LANES));
+    // SAFETY: all rows have `stride` elements, a multiple of the lanes.
+    let [first, second] = unsafe { s.products(queries.map(<[f32]>::as_ptr), keys.as_ptr(), stride) };
+    [s.sums(first), s.sums(second)]
 }
 
 /// Replaces scores by `e^(score − max)` and gives their sum.
@@ -449,54 +451,25 @@ fn softmax<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
     s.sum(sum)
 }
 
-/// `sums += Σ weight[p] · values[p]`, position by position.
+/// `sums += Σ weight[p] · values[p]`, position by position, for `R` rows with weights of their own.
 #[inline(always)]
-fn add_values<S: Simd>(s: S, weights: &[f32], values: &[f32], sums: &mut [f32]) {
-    let stride = sums.len();
-    assert!(values.len() >= weights.len() * stride);
+fn add_values<S: Simd, const R: usize>(s: S, weights: [&[f32]; R], values: &[f32], sums: [&mut [f32]; R]) {
+    let (count, stride) = (weights[0].len(), sums[0].len());
+    assert!(weights.iter().all(|weights| weights.len() == count) && values.len() >= count * stride);
+    assert!(sums.iter().all(|sums| sums.len() == stride) && stride.is_multiple_of(LANES));
+    let (weights, sums) = (weights.map(<[f32]>::as_ptr), sums.map(<[f32]>::as_mut_ptr));
     let mut i = 0;
     while i < stride {
-        // SAFETY: `stride` is a multiple of the lanes; row `p` of `values` has `stride` elements (asserted).
-        i += unsafe {
-            match (stride - i) / LANES {
-                8.. => add_columns::<S, 8>(s, weights, values, sums, i),
-                4.. => add_columns::<S, 4>(s, weights, values, sums, i),
-                2.. => add_columns::<S, 2>(s, weights, values, sums, i),
-                _ => add_columns::<S, 1>(s, weights, values, sums, i),
-            }
-        };
+        let (values, sums) = (values.as_ptr().wrapping_add(i), sums.map(|sums| sums.wrapping_add(i)));
+        // SAFETY: `stride` is a multiple of the lanes; row `p` of `values` and every sum have `stride` elements.
+        i += LANES
+            * unsafe {
+                match (stride - i) / LANES {
+                    8.. => s.add_rows::<8, R>(weights, count, values, stride, sums),
+                    4.. => s.add_rows::<4, R>(weights, count, values, stride, sums),
+                    2.. => s.add_rows::<2, R>(weights, count, values, stride, sums),
+                    _ => s.add_rows::<1, R>(weights, count, values, stride, sums),
+                }
+            };
     }
-}
-
-/// [`add_values`] for `V` vectors of columns from `first` on; how many columns. A sum waits for the one before it: many
-/// columns keep the processor busy.
-///
-/// # Safety
-/// `sums` has the columns, `values` as many rows of `sums.len()` elements as there are weights.
-#[inline(always)]
-unsafe fn add_columns<S: Simd, const V: usize>(
-    s: S,
-    weights: &[f32],
-    values: &[f32],
-    sums: &mut [f32],
-    first: usize,
-) -> usize {
-    let (stride, values, sums) = (sums.len(), values.as_ptr(), sums.as_mut_ptr());
-    let mut acc = [s.splat(0.0); V];
-    // SAFETY: by contract.
-    unsafe {
-        for (u, acc) in acc.iter_mut().enumerate() {
-            *acc = s.load(sums.add(first + u * LANES));
-        }
-        for (p, &weight) in weights.iter().enumerate() {
-            let weight = s.splat(weight);
-            for (u, acc) in acc.iter_mut().enumerate() {
-                *acc = s.fma(weight, s.load(values.add(p * stride + first + u * LANES)), *acc);
-            }
-        }
-        for (u, &acc) in acc.iter().enumerate() {
-            s.store(sums.add(first + u * LANES), acc);
-        }
-    }
-    V * LANES
 }

@@ -143,6 +143,91 @@ pub(crate) trait Simd: Copy {
 
     /// [`Simd::sum`] of eight vectors, in lanes.
     fn sums(self, v: [Self::V; 8]) -> Self::V;
+
+    /// The products of two rows with eight, which follow each other, each lane's added in the order of columns.
+    ///
+    /// # Safety
+    /// All rows have `stride` elements, a multiple of the lanes.
+    #[inline(always)]
+    unsafe fn products(
+        self,
+        rows: [*const f32; 2],
+        eight: *const f32,
+        stride: usize,
+    ) -> [[Self::V; LANES]; 2] {
+        const TOGETHER: usize = LANES / 2;
+        let mut products = [[self.splat(0.0); LANES]; 2];
+        for from in [0, TOGETHER] {
+            let mut sums = [[self.splat(0.0); TOGETHER]; 2];
+            for i in (0..stride).step_by(LANES) {
+                // SAFETY: by contract.
+                unsafe {
+                    let (a, b) = (self.load(rows[0].add(i)), self.load(rows[1].add(i)));
+                    let [first, second] = &mut sums;
+                    for (t, (x, y)) in first.iter_mut().zip(second).enumerate() {
+                        let other = self.load(eight.add((from + t) * stride + i));
+                        *x = self.fma(a, other, *x);
+                        *y = self.fma(b, other, *y);
+                    }
+                }
+            }
+            products[0][from..from + TOGETHER].copy_from_slice(&sums[0]);
+            products[1][from..from + TOGETHER].copy_from_slice(&sums[1]);
+        }
+        products
+    }
+
+    /// Adds `count` rows, `stride` elements apart, times weights, one after the other, to `R` sums with weights of their
+    /// own; `V` vectors of each, which is returned.
+    ///
+    /// # Safety
+    /// `V` vectors of every row and sum are there, and `count` weights for each sum.
+    #[inline(always)]
+    unsafe fn add_rows<const V: usize, const R: usize>(
+        self,
+        weights: [*const f32; R],
+        count: usize,
+        rows: *const f32,
+        stride: usize,
+        sums: [*mut f32; R],
+    ) -> usize {
+        for (weights, sums) in weights.into_iter().zip(sums) {
+            // SAFETY: the contract is the same.
+            unsafe { add_rows_to_one::<Self, V>(self, weights, count, rows, stride, sums) };
+        }
+        V
+    }
+}
+
+/// [`Simd::add_rows`] for a single sum. An addition waits for the one before it: many columns keep the processor busy.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn add_rows_to_one<S: Simd, const V: usize>(
+    s: S,
+    weights: *const f32,
+    count: usize,
+    rows: *const f32,
+    stride: usize,
+    sums: *mut f32,
+) {
+    let mut acc = [s.splat(0.0); V];
+    // SAFETY: by contract.
+    unsafe {
+        for (u, acc) in acc.iter_mut().enumerate() {
+            *acc = s.load(sums.add(u * LANES));
+        }
+        for p in 0..count {
+            let weight = s.splat(*weights.add(p));
+            for (u, acc) in acc.iter_mut().enumerate() {
+                *acc = s.fma(weight, s.load(rows.add(p * stride + u * LANES)), *acc);
+            }
+        }
+        for (u, &acc) in acc.iter().enumerate() {
+            s.store(sums.add(u * LANES), acc);
+        }
+    }
 }
 
 /// The portable implementation. It fuses no multiply-adds: without hardware that would be a slow library call.
