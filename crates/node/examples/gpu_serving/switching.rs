@@ -7,12 +7,13 @@
 //! (`ours-stretched`), as it makes something of idle time, or in a segment instead of pages (`ours-segment`). Without reuse a request does not depend on those before, so
 //! only some are run and counted for the others of their model.
 //!
-//! `KEY=VALUE`: `trace=FILE` (CSV: arrival_s,model,input_tokens,...; else requests are drawn that ask for the same models as
-//! often, switch as often and have prompts as long on average), `requests=1000`, `seconds=90` (limit of each rule; rules
-//! are compared over what all of them have served), `policies=ours,published,...`, `saved=FILE` (so that
-//! several runs, each of some rules, are compared),
-//! `prompt=16384` (longest),  `pool=BYTES`, `stretch=30`, `models=tiny|sixteenth` (for the
-//! stand-in of the driver, with and without kernels).
+//! `KEY=VALUE`:
+//! - `trace=FILE`: CSV, arrival_s,model,input_tokens,...; else requests are drawn that ask for the same models as often,
+//!   switch as often and have prompts as long on average
+//! - `requests=1000`, `prompt=16384` (longest), `stretch=30` (of `ours-stretched`)
+//! - `policies=ours,published,...`, `seconds=90` (limit of each; they are compared over what all have served)
+//! - `saved=FILE`: several runs, each of some policies, are compared
+//! - `pool=BYTES`, `models=tiny|sixteenth` (for the stand-in of the driver, with and without kernels)
 
 use std::collections::BTreeMap;
 use std::error::Error;
