@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use tangram_checkpoint::{
-    CHUNK_BYTES, CheckpointError, Checksum, ContentId, DATA_FILE, ImportProgress, KnownTensor, Layout,
+    CHUNK_BYTES, CheckpointError, Checksum, ContentId, DATA_FILE, Hash, ImportProgress, KnownTensor, Layout,
     MANIFEST_FILE, Manifest, Mlp, Role, Source, TENSOR_ALIGNMENT, TOKENIZER_FILE, TensorEntry, codec_format,
     import, import_as, open, read_manifest, stored_chunk_bytes,
 };
@@ -434,6 +434,24 @@ fn has_holes(dir: &Path) -> bool {
 }
 
 #[test]
+fn manifests_of_earlier_versions_are_read() {
+    let temp = tempfile::tempdir().unwrap();
+    let (model, target) = (temp.path().join("model"), temp.path().join("target"));
+    write_hf_model(&model, &RandomModel::tiny(Family::Llama));
+    let mut manifest = import_alone(&open(&model).unwrap(), &target, "target");
+    let data = fs::read(target.join(DATA_FILE)).unwrap();
+    for tensor in &mut manifest.tensors {
+        let bytes = &data[tensor.offset as usize..][..tensor.bytes as usize];
+        tensor.chunks = bytes.chunks(CHUNK_BYTES as usize).map(|c| Checksum::Blake3(Hash::of(c))).collect();
+    }
+    for version in [1, 2] {
+        manifest.version = version;
+        fs::write(target.join(MANIFEST_FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        assert_eq!(read_manifest(&target).unwrap(), manifest);
+    }
+}
+
+#[test]
 fn changed_manifests_are_refused() {
     let temp = tempfile::tempdir().unwrap();
     let (model, target) = (temp.path().join("model"), temp.path().join("target"));
@@ -446,7 +464,7 @@ fn changed_manifests_are_refused() {
         let error = read_manifest(&target).expect_err(what).to_string();
         assert!(error.contains(MANIFEST_FILE) && error.contains("deploy"), "{what}: {error}");
     };
-    refused("version", &|manifest| manifest.version = 3);
+    refused("version", &|manifest| manifest.version = Manifest::VERSION + 1);
     refused("no version", &|manifest| manifest.version = 0);
     refused("name", &|manifest| manifest.checkpoint = "../other".into());
     refused("zero size", &|manifest| manifest.spec.hidden = 0);
