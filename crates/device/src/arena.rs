@@ -275,13 +275,13 @@ impl Arena {
             }
             return Err(error);
         }
-        for &claim in claims {
+        let mut untouched = vec![false; claims.len()];
+        for (&claim, untouched) in claims.iter().zip(&mut untouched) {
             for page in self.pages_under(claim) {
                 if let Some((physical, users)) = state.mapped.get_mut(&page) {
                     *users += 1;
-                    if let Some(used) = self.memory.used.get(*physical as usize) {
-                        used.store(true, Ordering::Relaxed);
-                    }
+                    let used = self.memory.used.get(*physical as usize);
+                    *untouched |= used.is_some_and(|used| !used.swap(true, Ordering::Relaxed));
                 }
             }
         }
@@ -292,7 +292,13 @@ impl Arena {
         }
         Ok(claims
             .iter()
-            .map(|&claim| Extent { arena: self.clone(), offset: claim.offset, len: claim.len })
+            .zip(untouched)
+            .map(|(&claim, untouched)| Extent {
+                arena: self.clone(),
+                offset: claim.offset,
+                len: claim.len,
+                untouched,
+            })
             .collect())
     }
 
@@ -452,6 +458,8 @@ pub struct Extent {
     arena: Arc<Arena>,
     offset: usize,
     len: usize,
+    /// Some of its pages were under no extent before, so that the system has yet to give memory for them.
+    untouched: bool,
 }
 
 impl std::fmt::Debug for Extent {
@@ -543,8 +551,9 @@ impl Extent {
 
     /// Prepares the bytes for being written from end to end, where that makes the writing cheaper.
     pub fn prepare_write(&mut self) {
-        // A segment's pages are mapped for good, so its page tables fill once and never have to again.
-        if self.arena.segment {
+        // A segment's pages are mapped for good, so its page tables fill once and never have to again; and a page that was
+        // written once keeps its memory wherever it is mapped.
+        if self.arena.segment || !self.untouched {
             return;
         }
         // SAFETY: the range is mapped while `self` lives and `&mut self` is the only access.
@@ -609,7 +618,7 @@ impl Extent {
         }
         drop(state);
         self.len = at;
-        Extent { arena, offset: boundary, len: tail }
+        Extent { arena, offset: boundary, len: tail, untouched: self.untouched }
     }
 
     /// Undoes [`Extent::split_off`]: appends the extent that starts where this one ends.
@@ -629,6 +638,7 @@ impl Extent {
         }
         drop(state);
         self.len += next.len;
+        self.untouched |= next.untouched;
         next.forget();
     }
 

@@ -175,7 +175,7 @@ mod tests {
         let disk = |tuning: Tuning, at: usize| {
             (tuning.block * tuning.depth).min(16 << 20) as f64 * (1.0 + at as f64 / 30.0)
         };
-        let mut control = Control::new(tuning(1, 4));
+        let mut control = Control::new(tuning(1, 16));
         drive(&mut control, 60, disk);
         assert_eq!(control.current.block * control.current.depth, 16 << 20);
         let share = drive(&mut control, 5000, disk);
@@ -188,12 +188,12 @@ mod tests {
         let disk = |tuning: Tuning, _| 1e9 / (tuning.block * tuning.depth) as f64;
         let mut control = Control::new(tuning(2, 16));
         drive(&mut control, 100, disk);
-        assert_eq!(control.current.block * control.current.depth, 4 << 20);
+        assert_eq!(control.current.block * control.current.depth, 16 << 20);
     }
 
     #[test]
     fn windows_of_different_busy_periods_are_no_pair() {
-        let mut control = Control::new(tuning(1, 4));
+        let mut control = Control::new(tuning(1, 16));
         for _ in 0..=FIRST_REST {
             control.window(1.0);
         }

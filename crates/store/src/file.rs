@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags, fadvise, statx};
 
 use crate::plan::Alignment;
+use crate::ring::cached_bytes;
 
 /// What direct reads are aligned to where the kernel does not say what they need: it suits every disk.
 const SAFE_ALIGNMENT: usize = 4096;
@@ -24,6 +25,8 @@ pub(crate) struct DataFile {
     direct: Option<(Arc<File>, Alignment)>,
     /// The file system has refused a direct read although it opened the file for them.
     refused: AtomicBool,
+    /// What was last asked of it was in the page cache.
+    cached_so_far: AtomicBool,
 }
 
 impl DataFile {
@@ -37,8 +40,15 @@ impl DataFile {
             let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
             Some((Arc::new(File::from(file)), alignment))
         });
-        let refused = AtomicBool::new(false);
-        Ok(DataFile { path: path.to_owned(), disk, number, cached: Arc::new(cached), direct, refused })
+        Ok(DataFile {
+            path: path.to_owned(),
+            disk,
+            number,
+            cached: Arc::new(cached),
+            direct,
+            refused: AtomicBool::new(false),
+            cached_so_far: AtomicBool::new(false),
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -69,6 +79,21 @@ impl DataFile {
     /// No more direct reads of this file.
     pub(crate) fn refuse_direct(&self) {
         self.refused.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a range is worth a try in the page cache: the one before it was there, or all of it is. Asking the kernel
+    /// costs a look at every page, a twentieth of what copying them does; a copy that does not wait says it too.
+    pub(crate) fn may_be_cached(&self, offset: u64, len: usize) -> bool {
+        let cached =
+            || cached_bytes(&self.cached, offset, len as u64).is_none_or(|cached| cached >= len as u64);
+        let worth_a_try = self.cached_so_far.load(Ordering::Relaxed) || cached();
+        self.cached_so_far.store(worth_a_try, Ordering::Relaxed);
+        worth_a_try
+    }
+
+    /// Something that was worth a try was not there.
+    pub(crate) fn is_not_cached(&self) {
+        self.cached_so_far.store(false, Ordering::Relaxed);
     }
 
     /// Takes a range out of the page cache, so that it is next read from the disk.

@@ -135,6 +135,7 @@ impl Job {
                 Some(right) => right,
                 None => {
                     self.uncached = true;
+                    self.file.is_not_cached();
                     return Landed::Again(Box::new(self));
                 }
             },

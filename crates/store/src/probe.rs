@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tangram_device::cpu::CpuDevice;
+use tangram_device::{Arena, Claim, Contents, Extent};
 
-use crate::buffer::Buffer;
 use crate::file::DataFile;
 use crate::plan::{Piece, Place};
 use crate::ring::{Bell, Ring};
@@ -29,7 +30,7 @@ pub struct Tuning {
 impl Default for Tuning {
     /// For a disk that was not measured: enough for most, little enough that urgent reads do not wait long.
     fn default() -> Self {
-        Tuning { block: 1 << 20, depth: 8 }
+        Tuning { block: 2 << 20, depth: 8 }
     }
 }
 
@@ -47,7 +48,7 @@ const BLOCKS: [usize; 3] = [512 << 10, 1 << 20, 2 << 20];
 /// Numbers of reads that are tried.
 const DEPTHS: [usize; 5] = [2, 4, 8, 16, 32];
 /// Less under way leaves the disk idle whenever the reading thread has to wait for a core.
-const LEAST_UNDER_WAY: usize = 4 << 20;
+const LEAST_UNDER_WAY: usize = 16 << 20;
 /// More is not kept under way: what is urgent waits behind it.
 const MOST_UNDER_WAY: usize = 32 << 20;
 /// One trial.
@@ -57,7 +58,7 @@ const PATIENCE: Duration = Duration::from_millis(1200);
 /// A smaller file says nothing.
 const LEAST_FILE: u64 = 64 << 20;
 /// Of what settings that give nearly as much as the best, the one with the least under way is taken.
-const NEARLY: f64 = 0.97;
+const NEARLY: f64 = 0.98;
 
 /// All settings that are tried, here and later.
 pub(crate) fn settings() -> impl Iterator<Item = Tuning> {
@@ -90,6 +91,9 @@ pub fn measure(path: &Path) -> io::Result<Option<Measured>> {
     let bytes = file.cached().metadata()?.len();
     let Some((direct, _)) = file.direct().filter(|_| bytes >= LEAST_FILE) else { return Ok(None) };
     let Ok(mut ring) = Bell::new().and_then(|bell| Ring::new(Arc::new(bell))) else { return Ok(None) };
+    // Memory as a pool has it: how the disk gets at it is a part of what is measured.
+    let memory = CpuDevice::open(MOST_UNDER_WAY, 2 << 20).map_err(io::Error::other)?;
+    let arena = Arena::reserve(memory, MOST_UNDER_WAY).map_err(io::Error::other)?;
     let mut trials: Vec<Measured> =
         settings().map(|tuning| Measured { tuning, bytes_per_second: 0.0 }).collect();
     // The lightest first: a slow disk is through its patience before the heavy ones.
@@ -101,7 +105,7 @@ pub fn measure(path: &Path) -> io::Result<Option<Measured>> {
             if started.elapsed() >= PATIENCE {
                 break;
             }
-            let rate = try_out(&mut ring, direct, bytes, trial.tuning, &mut at)?;
+            let rate = try_out(&mut ring, &arena, (direct, bytes), trial.tuning, &mut at)?;
             trial.bytes_per_second = trial.bytes_per_second.max(rate);
         }
     }
@@ -119,30 +123,33 @@ fn choose(trials: &[Measured]) -> Option<Measured> {
 
 /// Bytes per second of one setting. `at` goes on through the file, so that no trial reads what the one before has read.
 fn try_out(
-    ring: &mut Ring<Buffer>,
-    file: &Arc<File>,
-    file_bytes: u64,
+    ring: &mut Ring<Extent>,
+    arena: &Arc<Arena>,
+    (file, file_bytes): (&Arc<File>, u64),
     tuning: Tuning,
     at: &mut u64,
 ) -> io::Result<f64> {
     let Tuning { block, depth } = tuning;
-    let mut start = |ring: &mut Ring<Buffer>, buffer: Buffer| {
+    let claims: Vec<Claim> = (0..depth).map(|read| Claim { offset: read * block, len: block }).collect();
+    let mut memory = arena.claim_all(&claims, Contents::Overwritten).map_err(io::Error::other)?;
+    memory.iter_mut().for_each(Extent::prepare_write);
+    let mut start = |ring: &mut Ring<Extent>, extent: Extent| {
         if *at + block as u64 > file_bytes {
             *at = 0;
         }
-        let piece = Piece { offset: *at, place: Place::Buffer, at: 0..block, needed: block };
+        let piece = Piece { offset: *at, place: Place::Part, at: 0..block, needed: block };
         *at = (*at + block as u64).next_multiple_of(block as u64);
-        ring.start(buffer, file.clone(), vec![piece]);
+        ring.start(extent, file.clone(), vec![piece]);
     };
     let started = Instant::now();
-    (0..depth).for_each(|_| start(ring, Buffer::new(block)));
+    memory.into_iter().for_each(|extent| start(ring, extent));
     let mut read = 0;
     while ring.operations() > 0 {
-        for (buffer, result) in ring.wait() {
+        for (extent, result) in ring.wait() {
             result?;
             read += block;
             if started.elapsed() < TRIAL {
-                start(ring, buffer);
+                start(ring, extent);
             }
         }
     }
@@ -159,8 +166,8 @@ mod tests {
             tuning: Tuning { block: block << 20, depth },
             bytes_per_second,
         };
-        let trials = [trial(1, 1, 1e9), trial(1, 8, 1.96e9), trial(2, 4, 1.95e9), trial(2, 16, 2e9)];
-        assert_eq!(choose(&trials).unwrap().tuning, Tuning { block: 2 << 20, depth: 4 });
+        let trials = [trial(1, 1, 1e9), trial(1, 16, 1.98e9), trial(2, 8, 1.97e9), trial(2, 16, 2e9)];
+        assert_eq!(choose(&trials).unwrap().tuning, Tuning { block: 2 << 20, depth: 8 });
         assert_eq!(choose(&[]), None);
         assert_eq!(choose(&[trial(1, 1, 0.0)]), None);
     }

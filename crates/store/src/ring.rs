@@ -45,6 +45,16 @@ unsafe impl Target for crate::job::Job {
     }
 }
 
+// SAFETY: the bytes are mapped at their address until the extent is dropped, and it is their only owner.
+unsafe impl Target for tangram_device::Extent {
+    fn memory(&mut self, place: Place) -> &mut [u8] {
+        match place {
+            Place::Part => self.host_bytes_mut().unwrap_or_default(),
+            Place::Buffer => &mut [],
+        }
+    }
+}
+
 // SAFETY: the bytes are on the heap, in a vector that is never resized and has no other owner.
 unsafe impl Target for crate::buffer::Buffer {
     fn memory(&mut self, place: Place) -> &mut [u8] {

@@ -72,6 +72,11 @@ impl<T> Schedule<T> {
         None
     }
 
+    /// Whether a request waits for something here.
+    pub(crate) fn is_urgent(&self) -> bool {
+        !self.turns[Urgency::Request as usize].is_empty()
+    }
+
     /// What is left of a load is wanted by a request from now on.
     pub(crate) fn hasten(&mut self, load: LoadId) {
         let [request, prefetch] = &mut self.turns;

@@ -12,13 +12,12 @@ use std::time::Instant;
 
 use crate::buffer::Buffer;
 use crate::control::{Control, Meter};
-use crate::file::DataFile;
 use crate::job::{Arrival, Job};
 use crate::landing::Landings;
 use crate::plan::{self, Place, Plan};
 use crate::probe::{Measured, Tuning};
 use crate::reuse::{self, Reuse};
-use crate::ring::{Bell, Ring, cached_bytes};
+use crate::ring::{Bell, Ring};
 use crate::schedule::{LoadId, Schedule, Urgency};
 
 /// Threads that read for a disk without io_uring.
@@ -217,7 +216,7 @@ impl Source {
             let _ = job.finish(Err("it has no place in memory".to_owned()));
             return Begun::Over;
         };
-        if !job.uncached && is_cached(&job.file, job.offset, job.len) {
+        if !job.uncached && job.file.may_be_cached(job.offset, job.len) {
             if job.frame.is_some() {
                 job.buffer = self.buffer(job.len);
             }
@@ -282,7 +281,11 @@ impl Source {
             let mut busy = true;
             loop {
                 let mut state = self.lock();
-                if ring.operations() >= state.control.tuning().depth {
+                let depth = state.control.tuning().depth;
+                // A request waits behind what is under way when it comes, so prefetches keep less of it.
+                let least = if state.schedule.is_urgent() { depth } else { depth.div_ceil(2) };
+                if ring.operations() >= least {
+                    busy &= ring.operations() >= depth;
                     break;
                 }
                 let Some(job) = again.pop().or_else(|| self.take(&mut state)) else {
@@ -395,10 +398,4 @@ impl Reads {
         }
         Ok(())
     }
-}
-
-/// Whether the page cache has all of a range. Where the kernel does not tell, it is worth a try: a read that does not wait
-/// says it.
-fn is_cached(file: &DataFile, offset: u64, len: usize) -> bool {
-    cached_bytes(file.cached(), offset, len as u64).is_none_or(|cached| cached >= len as u64)
 }

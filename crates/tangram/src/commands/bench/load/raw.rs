@@ -3,14 +3,14 @@
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::fs::{Advice, OFlags, fadvise};
 use rustix::time::{ClockId, clock_gettime};
 use tangram_device::cpu::CpuDevice;
-use tangram_device::{Arena, Claim, Contents, Extent};
+use tangram_device::{Arena, Claim, Contents};
 
 use super::Cost;
 
@@ -49,34 +49,41 @@ pub(super) fn cpu_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Reads a whole file with direct reads.
 pub(in super::super) fn direct(path: &Path) -> anyhow::Result<Cost> {
     let flags = OFlags::DIRECT.bits() as i32;
     let file = std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = file.with_context(|| format!("{} cannot be read past the page cache", path.display()))?;
     let bytes = file.metadata()?.len();
-    let next = AtomicU64::new(0);
-    // Of the same kind as that of a pool, and written before: the limit is the disk's and not that of taking memory.
-    let memory = CpuDevice::open(READERS * READ, READ)?;
-    let arena = Arena::reserve(memory, READERS * READ)?;
-    let claims: Vec<Claim> = (0..READERS).map(|reader| Claim { offset: reader * READ, len: READ }).collect();
-    let buffers = arena.claim_all(&claims, Contents::Zeroed)?;
-    let reader = |mut buffer: Extent| -> std::io::Result<()> {
-        let buffer = buffer.host_bytes_mut().unwrap_or_default();
+    // A pool's memory, written before, with room for all of it: a load does not read everything into the same few bytes,
+    // which would stay in a cache.
+    let reads = bytes.div_ceil(READ as u64) as usize;
+    let memory = CpuDevice::open(reads * READ, READ)?;
+    let arena = Arena::reserve(memory, reads * READ)?;
+    let claims: Vec<Claim> = (0..reads).map(|read| Claim { offset: read * READ, len: READ }).collect();
+    let mut extents = arena.claim_all(&claims, Contents::Zeroed)?;
+    extents.reverse();
+    // What was read stays until all is, as a load's does.
+    let (places, done) = (Mutex::new(extents), Mutex::new(Vec::with_capacity(reads)));
+    let reader = || -> std::io::Result<()> {
         loop {
-            let at = next.fetch_add(READ as u64, Ordering::Relaxed);
-            if at >= bytes {
-                return Ok(());
-            }
+            let Some(mut place) = lock(&places).pop() else { return Ok(()) };
+            let at = place.offset() as u64;
             let whole = (bytes - at).next_multiple_of(ALIGNMENT as u64).min(READ as u64) as usize;
-            if file.read_at(&mut buffer[..whole], at)? == 0 {
+            let into = place.host_bytes_mut().and_then(|into| into.get_mut(..whole)).unwrap_or_default();
+            if file.read_at(into, at)? == 0 {
                 return Err(std::io::ErrorKind::UnexpectedEof.into());
             }
+            lock(&done).push(place);
         }
     };
     let (started, cpu) = (Instant::now(), cpu_time());
     std::thread::scope(|scope| {
-        let readers: Vec<_> = buffers.into_iter().map(|buffer| scope.spawn(|| reader(buffer))).collect();
+        let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
         readers.into_iter().try_for_each(|reader| {
             reader.join().unwrap_or_else(|_| Err(std::io::Error::other("a reader panicked")))
         })
