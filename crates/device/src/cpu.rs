@@ -34,12 +34,15 @@ fn system(operation: &'static str) -> impl Fn(rustix::io::Errno) -> DeviceError 
 
 impl CpuDevice {
     /// A page size that bounds the number of mappings (the kernel allows a process 65,530) and the rounding of
-    /// small pools: huge pages for 2 GiB and more, larger ones only for pools over 16 GiB; a 4096th of a small pool, but not
+    /// small pools: huge pages for 512 MiB and more, larger ones only for pools over 16 GiB; a 4096th of a small pool, but not
     /// less than the system's page.
     pub fn default_page_bytes(pool_bytes: usize) -> usize {
-        let wanted = (pool_bytes / 4096).next_power_of_two();
-        let least = if pool_bytes < (2 << 30) { rustix::param::page_size() } else { HUGE_PAGE_BYTES };
-        wanted.max(least)
+        let share = (pool_bytes / 4096).next_power_of_two();
+        match pool_bytes >> 20 {
+            0..512 => share.max(rustix::param::page_size()),
+            512..=16_384 => HUGE_PAGE_BYTES,
+            _ => share,
+        }
     }
 
     /// A page size that a user asked for, if a pool of `pool_bytes` can have it.
@@ -92,15 +95,13 @@ fn home_bytes(pages_bytes: usize) -> usize {
 fn make_home(bytes: usize, page_bytes: usize) -> Result<usize, DeviceError> {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let home = reserve_aligned(home_bytes(bytes), HUGE_PAGE_BYTES.max(page_bytes), protection)?;
-    // SAFETY: the range was mapped just above and nobody knows of it. Both advices change no byte: huge pages are
-    // worth it where none is moved in parts, and a child process that is yet to become another program needs no copy
-    // of the pool. The write to the page behind the last one gives the range its reverse mapping before anything is
+    // SAFETY: the range was mapped just above and nobody knows of it. Both advices change no byte: memory in huge pages is
+    // read into with less work even where it is mapped in parts, and a child process that is yet to become another
+    // program needs no copy of the pool. The write to the page behind the last one gives the range its reverse mapping before anything is
     // moved: what is moved shares it, and so joins its neighbours again when it comes back. Without it each piece would
     // stay a mapping of its own, and a move of several would be refused.
     unsafe {
-        if page_bytes >= HUGE_PAGE_BYTES {
-            let _ = madvise(home as *mut c_void, bytes, Advice::LinuxHugepage);
-        }
+        let _ = madvise(home as *mut c_void, bytes, Advice::LinuxHugepage);
         let _ = madvise(home as *mut c_void, home_bytes(bytes), Advice::LinuxDontFork);
         std::ptr::write_volatile((home + bytes) as *mut u8, 1);
     }
