@@ -101,8 +101,9 @@ fn make_home(bytes: usize, page_bytes: usize) -> Result<usize, DeviceError> {
     // moved: what is moved shares it, and so joins its neighbours again when it comes back. Without it each piece would
     // stay a mapping of its own, and a move of several would be refused.
     unsafe {
-        let _ = madvise(home as *mut c_void, bytes, Advice::LinuxHugepage);
-        let _ = madvise(home as *mut c_void, home_bytes(bytes), Advice::LinuxDontFork);
+        for advice in [Advice::LinuxHugepage, Advice::LinuxDontFork] {
+            let _ = madvise(home as *mut c_void, home_bytes(bytes), advice);
+        }
         std::ptr::write_volatile((home + bytes) as *mut u8, 1);
     }
     Ok(home)
@@ -270,33 +271,33 @@ mod tests {
 
     #[test]
     fn pages_that_were_moved_about_join_again_at_home() {
-        let page = rustix::param::page_size();
-        let memory = CpuDevice::open(64 * page, page).unwrap();
-        let arena = Arena::reserve(memory.clone(), 256 * page).unwrap();
-        assert_eq!(memory.host_bytes_taken(), 0);
-        // Every other page first, so that the rest is mapped in pieces.
-        let (mut even, mut odd) = (Vec::new(), Vec::new());
-        for index in 0..32 {
-            even.push(arena.claim((index * 2) * page, page).unwrap());
+        for (page, pages) in [(rustix::param::page_size(), 64), (HUGE_PAGE_BYTES, 8)] {
+            let memory = CpuDevice::open(pages * page, page).unwrap();
+            let arena = Arena::reserve(memory.clone(), 4 * pages * page).unwrap();
+            assert_eq!(memory.host_bytes_taken(), 0);
+            // Every other page first, so that the rest is mapped in pieces.
+            let half = pages / 2;
+            let even: Vec<_> = (0..half).map(|i| arena.claim((2 * i) * page, page).unwrap()).collect();
+            let start = even[0].address();
+            let mut odd = Vec::new();
+            for index in 0..half {
+                let claim = Claim { offset: (2 * index + 1) * page, len: page };
+                let mut extents = arena.claim_all(&[claim], Contents::Overwritten).unwrap();
+                extents[0].write(0, &[index as u8; 8]).unwrap();
+                odd.append(&mut extents);
+            }
+            drop(even);
+            // One claim over what is free, which lies in pieces, and then over everything at once.
+            let large = arena.claim(2 * pages * page, half * page).unwrap();
+            assert!(large.host_bytes().unwrap().iter().all(|&byte| byte == 0));
+            for (index, extent) in odd.iter().enumerate() {
+                assert_eq!(extent.host_bytes().unwrap()[..8], [index as u8; 8]);
+            }
+            drop((large, odd));
+            assert_eq!((memory.free_pages(), memory.host_bytes_taken()), (pages, pages * page));
+            let all = arena.claim(0, pages * page).unwrap();
+            assert_eq!(mappings(start, pages * page), 1, "the pages came back in pieces that did not join");
+            assert!(all.host_bytes().unwrap().iter().all(|&byte| byte == 0));
         }
-        let home = even[0].address();
-        for index in 0..32 {
-            let claim = Claim { offset: (index * 2 + 1) * page, len: page };
-            let mut extents = arena.claim_all(&[claim], Contents::Overwritten).unwrap();
-            extents[0].write(0, &[index as u8; 8]).unwrap();
-            odd.append(&mut extents);
-        }
-        drop(even);
-        // One claim over what is free, which lies in 32 pieces, and then over everything at once.
-        let large = arena.claim(128 * page, 32 * page).unwrap();
-        assert_eq!(large.to_vec().unwrap(), vec![0; 32 * page]);
-        for (index, extent) in odd.iter().enumerate() {
-            assert_eq!(extent.to_vec().unwrap()[..8], [index as u8; 8]);
-        }
-        drop((large, odd));
-        assert_eq!((memory.free_pages(), memory.host_bytes_taken()), (64, 64 * page));
-        let all = arena.claim(0, 64 * page).unwrap();
-        assert_eq!(mappings(home, 64 * page), 1, "the pages came back in pieces that did not join");
-        assert_eq!(all.to_vec().unwrap(), vec![0; 64 * page]);
     }
 }
