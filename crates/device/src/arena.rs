@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::cuda::Transfer;
@@ -18,6 +18,8 @@ pub struct Memory {
     free: Mutex<FreePages>,
     /// Physical pages that were under an extent at some time.
     used: Box<[AtomicBool]>,
+    /// How many of them there are: asked for with every status.
+    used_count: AtomicUsize,
 }
 
 impl Memory {
@@ -26,7 +28,7 @@ impl Memory {
         let pages = device.page_count();
         let free = Mutex::new(FreePages::new(pages as u32));
         let used = (0..pages).map(|_| AtomicBool::new(false)).collect();
-        Arc::new(Memory { device, free, used })
+        Arc::new(Memory { device, free, used, used_count: AtomicUsize::new(0) })
     }
 
     /// The device's name for people.
@@ -55,7 +57,15 @@ impl Memory {
         if !self.device.host_accessible() {
             return 0;
         }
-        self.used.iter().filter(|used| used.load(Ordering::Relaxed)).count() * self.page_bytes()
+        self.used_count.load(Ordering::Relaxed) * self.page_bytes()
+    }
+
+    /// A physical page is under an extent now; `true` if it never was before.
+    fn is_first_use(&self, page: u32) -> bool {
+        let used = self.used.get(page as usize);
+        let first = used.is_some_and(|used| !used.swap(true, Ordering::Relaxed));
+        self.used_count.fetch_add(usize::from(first), Ordering::Relaxed);
+        first
     }
 
     /// The device's copy streams.
@@ -280,8 +290,7 @@ impl Arena {
             for page in self.pages_under(claim) {
                 if let Some((physical, users)) = state.mapped.get_mut(&page) {
                     *users += 1;
-                    let used = self.memory.used.get(*physical as usize);
-                    *untouched |= used.is_some_and(|used| !used.swap(true, Ordering::Relaxed));
+                    *untouched |= self.memory.is_first_use(*physical);
                 }
             }
         }

@@ -13,7 +13,7 @@ use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymo
 use crate::{Device, DeviceError, Mapping, Memory, Stream};
 
 /// Copy threads of the CPU device. One keeps a page-cache copy going, the second hides the time in which the first
-/// hashes; more would take cores from the forward pass.
+/// verifies; more would take cores from the forward pass.
 const STREAMS: usize = 2;
 
 /// Bytes of a huge page, and of what one page table maps. Reservations are aligned to it, so that whole ones can move.
@@ -97,9 +97,9 @@ fn make_home(bytes: usize, page_bytes: usize) -> Result<usize, DeviceError> {
     let home = reserve_aligned(home_bytes(bytes), HUGE_PAGE_BYTES.max(page_bytes), protection)?;
     // SAFETY: the range was mapped just above and nobody knows of it. Both advices change no byte: memory in huge pages is
     // read into with less work even where it is mapped in parts, and a child process that is yet to become another
-    // program needs no copy of the pool. The write to the page behind the last one gives the range its reverse mapping before anything is
-    // moved: what is moved shares it, and so joins its neighbours again when it comes back. Without it each piece would
-    // stay a mapping of its own, and a move of several would be refused.
+    // program needs no copy of the pool. The write to the page behind the last one gives the range its reverse mapping
+    // before anything is moved: what is moved shares it, and so joins its neighbours again when it comes back. Without it
+    // each piece would stay a mapping of its own, and a move of several would be refused.
     unsafe {
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontFork] {
             let _ = madvise(home as *mut c_void, home_bytes(bytes), advice);
