@@ -72,9 +72,13 @@ impl<T> Schedule<T> {
         None
     }
 
-    /// Whether a request waits for something here.
-    pub(crate) fn is_urgent(&self) -> bool {
-        !self.turns[Urgency::Request as usize].is_empty()
+    /// How many reads may be under way on a disk that takes `depth` of them: half as many for prefetches alone, because a
+    /// request waits behind what is under way when it comes.
+    pub(crate) fn most_under_way(&self, depth: usize) -> usize {
+        match self.turns[Urgency::Request as usize].is_empty() {
+            true => depth.div_ceil(2),
+            false => depth,
+        }
     }
 
     /// What is left of a load is wanted by a request from now on.
@@ -193,6 +197,19 @@ mod tests {
             let left: usize = model.waiting.values().map(|(_, parts)| parts.len()).sum();
             prop_assert_eq!(schedule.drain().len(), left, "no part is lost or doubled");
         }
+    }
+
+    #[test]
+    fn prefetches_alone_keep_half_as_much_under_way() {
+        let mut schedule = Schedule::default();
+        schedule.push(LoadId(1), Urgency::Prefetch, [0, 1].into());
+        assert_eq!((schedule.most_under_way(8), schedule.most_under_way(1)), (4, 1));
+        schedule.push(LoadId(2), Urgency::Request, [0].into());
+        assert_eq!(schedule.most_under_way(8), 8);
+        assert_eq!(schedule.next().map(|(load, ..)| load), Some(LoadId(2)));
+        assert_eq!(schedule.most_under_way(8), 4);
+        schedule.hasten(LoadId(1));
+        assert_eq!(schedule.most_under_way(8), 8);
     }
 
     #[test]

@@ -282,9 +282,7 @@ impl Source {
             loop {
                 let mut state = self.lock();
                 let depth = state.control.tuning().depth;
-                // A request waits behind what is under way when it comes, so prefetches keep less of it.
-                let least = if state.schedule.is_urgent() { depth } else { depth.div_ceil(2) };
-                if ring.operations() >= least {
+                if ring.operations() >= state.schedule.most_under_way(depth) {
                     busy &= ring.operations() >= depth;
                     break;
                 }
