@@ -36,19 +36,25 @@ for name in ${names//,/ }; do
     "$tangram" deploy "$name" "$models/$name.gguf" --data "$data" --device-memory "${pool}B" --threads "$threads"
 done
 sync
-start "$DIR/tangram.log" "$tangram" serve --data "$data" --listen "${ours#http://}" \
-    --device-memory "${pool}B" --threads "$threads"
-# shellcheck disable=SC2086
-start "$DIR/peer.log" "${peer[@]}" --models-dir "$models" --models-max 2 --host 127.0.0.1 --port "${theirs##*:}" \
-    -t "$threads" -np 1 -c 2048 --cache-ram 0 --offline ${PEER_FLAGS:-}
-wait_for "$ours" "$DIR/tangram.log"
-wait_for "$theirs" "$DIR/peer.log"
+start_both() {
+    start "$DIR/tangram-$1.log" "$tangram" serve --data "$data" --listen "${ours#http://}" \
+        --device-memory "${pool}B" --threads "$threads"
+    # shellcheck disable=SC2086
+    start "$DIR/peer-$1.log" "${peer[@]}" --models-dir "$models" --models-max 2 --host 127.0.0.1 --port "${theirs##*:}" \
+        -t "$threads" -np 1 -c 2048 --cache-ram 0 --offline ${PEER_FLAGS:-}
+    wait_for "$ours" "$DIR/tangram-$1.log"
+    wait_for "$theirs" "$DIR/peer-$1.log"
+}
 measure() {
     "$tangram" bench serve --url "$ours" --against "$theirs" --models "$names" --concurrency 1 \
         --requests "${REQUESTS:-100}" --rounds "${ROUNDS:-3}" --input-tokens "${INPUT:-128}" \
         --output-tokens "${OUTPUT:-16}" "$@"
 }
 echo "page cache warm:"
+start_both warm
 measure --save "$DIR/router-warm.json"
 echo "page cache cold:"
+# Anew, for what was mapped while the page cache was warm would stay.
+stop_servers
+start_both cold
 measure --save "$DIR/router-cold.json" --drop-cache "$models,$data/checkpoints"

@@ -537,6 +537,7 @@ impl Catalog {
                 tracing::warn!(%checkpoint, %error, "could not remove a checkpoint; the next start will");
             }
         }
+        tangram_store::drop_removed();
         let live: BTreeSet<(&str, u64)> = self
             .models
             .values()

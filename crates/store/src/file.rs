@@ -5,11 +5,12 @@ use std::io;
 use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags, fadvise, statx};
 
+use crate::mapping::{Mapping, mapping_of};
 use crate::plan::Alignment;
 use crate::ring::cached_bytes;
 
@@ -23,6 +24,8 @@ pub(crate) struct DataFile {
     number: u64,
     cached: Arc<File>,
     direct: Option<(Arc<File>, Alignment)>,
+    /// From the first copy out of the page cache on; `None` where it cannot be mapped.
+    mapping: OnceLock<Option<Arc<Mapping>>>,
     /// The file system has refused a direct read although it opened the file for them.
     refused: AtomicBool,
     /// What was last asked of it was in the page cache.
@@ -46,6 +49,7 @@ impl DataFile {
             number,
             cached: Arc::new(cached),
             direct,
+            mapping: OnceLock::new(),
             refused: AtomicBool::new(false),
             cached_so_far: AtomicBool::new(false),
         })
@@ -68,6 +72,11 @@ impl DataFile {
     /// The file for reads through the page cache.
     pub(crate) fn cached(&self) -> &Arc<File> {
         &self.cached
+    }
+
+    /// The file as the page cache has it, if it can be mapped.
+    pub(crate) fn mapping(&self) -> Option<&Arc<Mapping>> {
+        self.mapping.get_or_init(|| mapping_of(&self.path, &self.cached)).as_ref()
     }
 
     /// The file for reads past the page cache, and what they have to be aligned to.
@@ -98,6 +107,9 @@ impl DataFile {
 
     /// Takes a range out of the page cache, so that it is next read from the disk.
     pub(crate) fn drop_from_cache(&self, offset: u64, len: usize) {
+        if let Some(mapping) = self.mapping() {
+            mapping.let_go(offset, len);
+        }
         let _ = fadvise(&*self.cached, offset, NonZeroU64::new(len as u64), Advice::DontNeed);
     }
 }

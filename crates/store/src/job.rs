@@ -24,7 +24,7 @@ use crate::schedule::{LoadId, Urgency};
 use crate::trust::Trust;
 use crate::{Arrived, Notify, Observe, Wake};
 
-/// Bytes that are copied from the page cache before they are verified: they fit a core's own cache.
+/// Bytes that are read from the page cache before they are verified: they fit a core's own cache.
 const HOT_BYTES: usize = 256 << 10;
 
 /// Stored bytes that do not match their checksum.
@@ -128,6 +128,13 @@ impl Job {
         buffer
     }
 
+    /// Whether landing takes far less time than reading did: the bytes are where they belong and only have to be compared
+    /// with a checksum that is computed as fast as memory is read.
+    pub(crate) fn is_light(&self, arrival: &Arrival) -> bool {
+        let is_read = matches!(arrival, Arrival::Read(_)) && self.frame.is_none();
+        is_read && !matches!(self.sum, Some(Checksum::Blake3(_)))
+    }
+
     /// Takes in the bytes and verifies them.
     pub(crate) fn land(mut self, arrival: Arrival) -> Landed {
         let right = match arrival {
@@ -179,27 +186,37 @@ impl Job {
     /// Copies from the page cache; says whether the bytes are right, which is not asked again if they were not long ago.
     /// `None` if not all of it is there.
     fn take_from_cache(&mut self) -> Option<bool> {
-        let Some(sum) = self.sum else { return self.copy_from_cache(None) };
+        let Some(sum) = self.sum else { return self.copy_mapped(None).or_else(|| self.copy_read(None)) };
         let (file, now) = (self.file.cached().clone(), Instant::now());
-        let stamp = self.trust.stamp(&file);
-        let known = stamp.is_some_and(|stamp| self.trust.holds(stamp, self.offset, sum, now));
-        let right = self.copy_from_cache(Some(sum).filter(|_| !known))?;
+        // Of a file that could change unseen only what has been copied is verified.
+        let Some(stamp) = self.trust.stamp(&file) else { return self.copy_read(Some(sum)) };
+        let known = self.trust.holds(stamp, self.offset, sum, now);
+        let unknown = Some(sum).filter(|_| !known);
+        let right = self.copy_mapped(unknown).or_else(|| self.copy_read(unknown))?;
         // What was there may have changed while it was copied.
-        let unchanged = stamp.filter(|&stamp| self.trust.stamp(&file) == Some(stamp));
-        match (known, unchanged) {
-            (true, Some(_)) => Some(true),
-            (true, None) => Some(self.is_right()),
-            (false, Some(stamp)) if right => {
-                self.trust.note(stamp, self.offset, sum, now);
-                Some(true)
-            }
-            (false, _) => Some(right),
+        if self.trust.stamp(&file) != Some(stamp) {
+            return Some(self.is_right());
         }
+        if right && !known {
+            self.trust.note(stamp, self.offset, sum, now);
+        }
+        Some(right)
     }
 
-    /// Copies from the page cache without ever waiting for the disk; says whether the bytes have the checksum, if one is
-    /// given. `None` if not all of it is there.
-    fn copy_from_cache(&mut self, sum: Option<Checksum>) -> Option<bool> {
+    /// Copies from the page cache through the file's mapping; says whether the bytes there had the checksum, if one is
+    /// given. `None` if that cannot be, or not all of it is there.
+    fn copy_mapped(&mut self, sum: Option<Checksum>) -> Option<bool> {
+        let mapping = self.file.mapping()?.clone();
+        mapping.is_ready(self.file.cached(), self.offset, self.len).filter(|&ready| ready)?;
+        let mut run = sum.map(|sum| sum.run());
+        // What is stored compressed is decoded next.
+        let (offset, soon) = (self.offset, self.frame.is_some());
+        mapping.copy(offset, self.stored()?, soon, run.as_mut()).then(|| run.map(|run| run.finish()) == sum)
+    }
+
+    /// Copies from the page cache by reads that never wait for the disk; says whether the copied bytes have the checksum,
+    /// if one is given. `None` if not all of it is there.
+    fn copy_read(&mut self, sum: Option<Checksum>) -> Option<bool> {
         let mut run = sum.map(|sum| sum.run());
         let step = if run.is_some() { HOT_BYTES } else { self.len };
         let (file, mut offset) = (self.file.cached().clone(), self.offset);

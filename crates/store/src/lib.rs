@@ -2,9 +2,9 @@
 //!
 //! A load is a list of tensors in the order in which the forward pass needs them, cut into parts of a chunk. Each disk has a
 //! queue ([`schedule`]) and threads that read ([`source`]): past the page cache and straight to the part's place where
-//! that can be, several reads at a time. What the page cache has is copied from there instead. Copying and verifying are
-//! done on the device's copy streams ([`landing`]), so a slow disk holds up no other; what the page cache gives again is not
-//! hashed again for a while ([`trust`]). What a copy is kept of in host memory (the pool settles that) comes by a queue of
+//! that can be, several reads at a time. What the page cache has is copied from there instead ([`mapping`]). Copying and
+//! verifying are done on the device's copy streams ([`landing`]), so a slow disk holds up no other; what the page cache
+//! gives again is not hashed again for a while ([`trust`]). What a copy is kept of in host memory (the pool settles that) comes by a queue of
 //! its own ([`host`]) and needs no disk. What is under way is limited, whatever
 //! the size of a model. The store decides nothing about what is loaded, and nobody can read a part before it is complete.
 
@@ -14,6 +14,7 @@ mod file;
 mod host;
 mod job;
 mod landing;
+mod mapping;
 mod plan;
 mod probe;
 mod reuse;
@@ -21,6 +22,7 @@ mod ring;
 mod rows;
 mod schedule;
 mod source;
+mod stream_copy;
 mod trust;
 
 use std::collections::hash_map::Entry;
@@ -37,6 +39,7 @@ use tangram_device::Memory;
 use tangram_pool::{LoadFailure, Vacancy};
 
 pub use job::Damage;
+pub use mapping::{drop_removed, unmap};
 pub use probe::{Measured, Tuning, disk_of, measure};
 pub use rows::RowRead;
 pub use schedule::LoadId;
@@ -184,11 +187,11 @@ impl Store {
         })
     }
 
-    /// How a disk ([`disk_of`]) is read from now on.
+    /// How a disk ([`disk_of`]) is read from now on. Starts the threads that read it, so that no load has to.
     pub fn tune(&self, disk: u64, tuning: Tuning) {
-        let mut disks = self.disks();
-        disks.tunings.insert(disk, tuning);
-        if let Some(source) = disks.sources.get(&disk) {
+        self.disks().tunings.insert(disk, tuning);
+        // Where none can be started, a load says so.
+        if let Ok(source) = self.source(disk) {
             source.tune(tuning);
         }
     }
