@@ -10,6 +10,9 @@ use crate::job::{Arrival, Job, Landed};
 use crate::schedule::URGENCIES;
 use crate::source::Source;
 
+/// As many light jobs can wait for the streams that are busy.
+const FEW: usize = 2;
+
 type Landing = (Job, Arrival, Arc<Source>);
 
 #[derive(Default)]
@@ -38,8 +41,13 @@ impl Landings {
     /// Adds a job of a disk, which is told when it is over.
     pub(crate) fn push(self: &Arc<Self>, job: Job, arrival: Arrival, source: Arc<Source>) {
         let mut queue = self.lock();
+        let is_light = job.is_light(&arrival);
         queue.waiting[job.urgency as usize].push_back((job, arrival, source));
-        let stream = queue.idle_streams.pop();
+        let waiting: usize = queue.waiting.iter().map(VecDeque::len).sum();
+        let busy = self.workers() - queue.idle_streams.len();
+        // One stream keeps up with a disk; a second one would only take the memory's time from what is still being read.
+        let suffices = is_light && busy > 0 && waiting <= FEW;
+        let stream = if suffices { None } else { queue.idle_streams.pop() };
         drop(queue);
         if let Some(stream) = stream {
             self.feed(stream);

@@ -30,7 +30,7 @@ pub struct Tuning {
 impl Default for Tuning {
     /// For a disk that was not measured: enough for most, little enough that urgent reads do not wait long.
     fn default() -> Self {
-        Tuning { block: 2 << 20, depth: 8 }
+        Tuning { block: 2 << 20, depth: 6 }
     }
 }
 
@@ -46,9 +46,9 @@ pub struct Measured {
 /// Sizes of reads that are tried.
 const BLOCKS: [usize; 3] = [512 << 10, 1 << 20, 2 << 20];
 /// Numbers of reads that are tried.
-const DEPTHS: [usize; 5] = [2, 4, 8, 16, 32];
+const DEPTHS: [usize; 7] = [6, 8, 12, 16, 24, 32, 64];
 /// Less under way leaves the disk idle whenever the reading thread has to wait for a core.
-const LEAST_UNDER_WAY: usize = 16 << 20;
+const LEAST_UNDER_WAY: usize = 12 << 20;
 /// More is not kept under way: what is urgent waits behind it.
 const MOST_UNDER_WAY: usize = 32 << 20;
 /// One trial.

@@ -471,7 +471,7 @@ fn order_of(world: &mut World, start: impl Fn(&Store, usize, Vec<TensorLoad>, &W
 #[test]
 fn loads_side_by_side_take_turns() {
     for engine in [Engine::Best, Engine::Threads] {
-        let mut world = world_of(&[32 << 20, 100], Setup { engine, ..SETUP });
+        let mut world = world_of(&[64 << 20, 100], Setup { engine, ..SETUP });
         let order = order_of(&mut world, |store, _, loads, wake| store.load(loads, wake));
         assert_eq!(order, [1, 0], "the small load must not wait for the large one");
     }
