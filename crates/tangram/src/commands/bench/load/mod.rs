@@ -84,7 +84,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         eprintln!("round {} of {}", round + 1, options.rounds.max(1));
         let mut runs = Vec::new();
         raw::drop_cache(&file)?;
-        let disk = raw::direct(&file)?;
+        let disk = bench.raw()?;
         runs.push(Run::limit("raw direct reads", disk));
         for (name, mode) in [
             ("cold", ours::Mode::COLD),
@@ -99,7 +99,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         runs.extend(peers.cold()?.into_iter().map(|(name, cost)| Run::of(&name, cost, disk)));
         let [alone, among] = bench.urgent()?;
         report.urgent(alone, among);
-        raw::fill_cache(&file)?;
+        raw::write_anew(&file)?;
         let memory = raw::copy(bytes);
         runs.push(Run::limit("memory copy", memory));
         let warm = ours::Mode { cold: false, ..ours::Mode::COLD };

@@ -1,13 +1,17 @@
 //! Our own loads: an imported checkpoint through the store into a pool that has room for it once.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
-use tangram_checkpoint::{Checksum, Hash, Manifest};
+use anyhow::{Context, anyhow, bail};
+use rustix::fs::OFlags;
+use tangram_checkpoint::{CHUNK_BYTES, Checksum, Hash, Manifest};
 use tangram_device::cpu::CpuDevice;
 use tangram_policy::TensorKey;
 use tangram_pool::{Backend, CatalogueEntry, Lease, Pool};
@@ -22,6 +26,10 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const HEAD_START: Duration = Duration::from_millis(30);
 /// Bytes per page of the pool, as a pool from 8 GiB has them.
 const PAGE_BYTES: usize = 2 << 20;
+/// Threads of the simplest reader, each with one read of a part under way: more did not give more on any disk tried.
+const READERS: usize = 8;
+/// Suits the direct reads of every disk.
+const ALIGNMENT: usize = 4096;
 /// Loads of the comparison with one that is urgent.
 const LOADS: usize = 16;
 
@@ -164,12 +172,56 @@ impl Bench {
         let (started, cpu) = (Instant::now(), cpu_time());
         let (lease, bytes) = self.fill(&store, mode.loads)?;
         let (seconds, cpu_seconds) = (started.elapsed().as_secs_f64(), (cpu_time() - cpu).as_secs_f64());
-        let pool = self.pool.memory().page_bytes() * self.pool.memory().page_count();
-        let peak_bytes = most_resident().map(|bytes| bytes.saturating_sub(pool as u64));
+        let pool = (self.pool.memory().page_bytes() * self.pool.memory().page_count()) as u64;
+        // What is mapped of the file is the page cache's.
+        let beside = |most: u64, mapped: u64| most.saturating_sub(pool + mapped);
+        let peak_bytes = memory("VmHWM").zip(memory("RssFile")).map(|(most, mapped)| beside(most, mapped));
         self.pool.release(lease);
         // The next store begins with what this one has learnt, as one that goes on would.
         self.measured = store.corrections().first().map(|&(_, better)| better).or(self.measured);
         Ok(Cost { bytes, seconds, cpu_seconds, peak_bytes })
+    }
+
+    /// The simplest way past the page cache: threads that each read one part after the other, straight to where a load
+    /// would put it. How fast a disk gets at memory differs from place to place, so it must be the same memory.
+    pub(super) fn raw(&mut self) -> anyhow::Result<Cost> {
+        let flags = OFlags::DIRECT.bits() as i32;
+        let file = File::options().read(true).custom_flags(flags).open(&self.file);
+        let file =
+            file.with_context(|| format!("{} cannot be read past the page cache", self.file.display()))?;
+        let (lease, tensors) = self.activate()?;
+        let parts = tensors.into_iter().flat_map(|tensor| {
+            let parts = tensor.vacancy.into_parts(CHUNK_BYTES as usize).into_iter();
+            parts.map(move |part| (tensor.offset + part.index() as u64 * CHUNK_BYTES, part))
+        });
+        let (parts, bytes) = (Mutex::new(parts.collect::<VecDeque<_>>()), AtomicU64::new(0));
+        let reader = || -> anyhow::Result<()> {
+            loop {
+                let next = parts.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                let Some((at, mut part)) = next else { return Ok(()) };
+                part.stage(at as usize)?;
+                let into = part.bytes_mut().unwrap_or_default();
+                // Small tensors lie anywhere, and are hardly any bytes.
+                let aligned =
+                    [at as usize, into.as_ptr() as usize].iter().all(|at| at.is_multiple_of(ALIGNMENT));
+                let whole = if aligned { into.len() / ALIGNMENT * ALIGNMENT } else { 0 };
+                if let Some(into) = into.get_mut(..whole).filter(|into| !into.is_empty()) {
+                    file.read_exact_at(into, at)?;
+                    bytes.fetch_add(whole as u64, Ordering::Relaxed);
+                }
+                part.finish(Ok(()));
+            }
+        };
+        let (started, cpu) = (Instant::now(), cpu_time());
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(reader)).collect();
+            readers
+                .into_iter()
+                .try_for_each(|reader| reader.join().map_err(|_| anyhow!("a reader panicked"))?)
+        })?;
+        let (seconds, cpu_seconds) = (started.elapsed().as_secs_f64(), (cpu_time() - cpu).as_secs_f64());
+        self.pool.release(lease);
+        Ok(Cost { bytes: bytes.into_inner(), seconds, cpu_seconds, peak_bytes: None })
     }
 
     /// Seconds of a sixteenth of the bytes, cold: alone, and for a request while the rest is being prefetched.
@@ -232,9 +284,10 @@ fn wait(woken: &Receiver<()>, tensors: usize) -> anyhow::Result<()> {
     (0..tensors).try_for_each(|_| woken.recv_timeout(PATIENCE)).context("the load does not end")
 }
 
-/// The most bytes of this process that were resident since that was reset.
-fn most_resident() -> Option<u64> {
+/// A figure of this process's memory, in bytes: `VmHWM` is the most that was resident since that was reset, `RssFile` what
+/// files stand behind.
+fn memory(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
 }

@@ -18,6 +18,10 @@ use super::Cost;
 const READERS: usize = 4;
 /// Bytes of each of its reads.
 const READ: usize = 4 << 20;
+/// Bytes that an import writes at a time.
+const BLOCK: usize = 2 << 20;
+/// A file that was not changed for so long is taken as it is.
+const SETTLED: Duration = Duration::from_millis(2500);
 /// Suits the direct reads of every disk.
 const ALIGNMENT: usize = 4096;
 /// Threads of the memory copy: as many as the CPU device has copy streams.
@@ -29,7 +33,27 @@ const COPIED: usize = 128 << 20;
 pub(in super::super) fn drop_cache(path: &Path) -> anyhow::Result<()> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     file.sync_all()?;
+    // What is mapped stays.
+    tangram_store::unmap(&file);
     Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+}
+
+/// Writes a file anew, as an import writes it, so that the page cache has it as an import leaves it.
+pub(super) fn write_anew(path: &Path) -> anyhow::Result<()> {
+    let copy = path.with_extension("anew");
+    let (from, to, mut buffer, mut at) = (File::open(path)?, File::create(&copy)?, vec![0; BLOCK], 0);
+    let bytes = from.metadata()?.len();
+    while at < bytes {
+        let block = buffer.get_mut(..(bytes - at).min(BLOCK as u64) as usize).unwrap_or_default();
+        from.read_exact_at(block, at)?;
+        to.write_all_at(block, at)?;
+        at += block.len() as u64;
+    }
+    to.sync_all()?;
+    std::fs::rename(&copy, path)?;
+    // Of a file that was changed a moment ago the store does not know whether it is still being changed.
+    std::thread::sleep(SETTLED);
+    Ok(())
 }
 
 /// Brings a file into the page cache.
