@@ -314,6 +314,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::os::unix::fs::FileExt;
+    use std::os::unix::process::ExitStatusExt;
     use tangram_checkpoint::Checksum;
 
     fn written(bytes: &[u8]) -> (tempfile::TempDir, File) {
@@ -389,6 +390,28 @@ mod tests {
             file.set_len(BLOCK as u64).unwrap();
         });
         assert!(again.is_broken());
+    }
+
+    /// The part of the next test that ends its process.
+    #[test]
+    fn unguarded() {
+        if std::env::var_os("TANGRAM_TEST_UNGUARDED").is_none() {
+            return;
+        }
+        let (dir, file) = written(&random(5000));
+        let mapping = mapping(&dir, &file);
+        file.set_len(0).unwrap();
+        // SAFETY: there is no such memory any more, so the access ends the process.
+        unsafe { (mapping.address as *const u8).read_volatile() };
+    }
+
+    #[test]
+    fn a_bus_error_that_is_not_ours_ends_the_process() {
+        let program = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["unguarded", "--test-threads", "1"])
+            .env("TANGRAM_TEST_UNGUARDED", "1")
+            .output();
+        assert_eq!(program.unwrap().status.signal(), Some(libc::SIGBUS));
     }
 
     #[test]
