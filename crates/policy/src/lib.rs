@@ -6,6 +6,7 @@
 pub mod admission;
 pub mod baseline;
 pub mod batch;
+pub mod dispatch;
 pub mod eviction;
 pub mod expectation;
 pub mod forecast;
@@ -21,6 +22,7 @@ pub mod stall;
 pub use admission::{Admission, Attempt};
 pub use baseline::{Baseline, Baselines};
 pub use batch::{Runnable, Share, compose};
+pub use dispatch::Dispatch;
 pub use expectation::Expectations;
 pub use host::HostRetention;
 pub use prefetch::Forecast;
