@@ -9,7 +9,8 @@
 //!
 //! Every [`StandIn`] is a device of its own with its own faults and counts, so that tests run side by side. As a
 //! shared library it has as many devices from the start as `FAKE_CUDA_DEVICES` says (none if unset), each of
-//! `FAKE_CUDA_MEMORY` bytes in pages of `FAKE_CUDA_GRANULARITY`, with the emulator that `FAKE_CUDA_KERNELS` names.
+//! `FAKE_CUDA_MEMORY` bytes (or, with a comma between them, one figure for each) in pages of `FAKE_CUDA_GRANULARITY`, with
+//! the emulator that `FAKE_CUDA_KERNELS` names.
 //!
 //! It must never be more lenient than the driver is documented to be, and it is no simulator: its times mean nothing.
 
@@ -93,9 +94,14 @@ fn devices() -> MutexGuard<'static, Vec<Arc<Mutex<Gpu>>>> {
     let first = || {
         let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
         let mut options = Options::default();
-        options.memory_bytes = number("FAKE_CUDA_MEMORY").unwrap_or(options.memory_bytes);
         options.granularity = number("FAKE_CUDA_GRANULARITY").unwrap_or(options.granularity);
-        let device = |_| Arc::new(Mutex::new(Gpu::new(options)));
+        let memory = std::env::var("FAKE_CUDA_MEMORY").unwrap_or_default();
+        let memory: Vec<usize> = memory.split(',').filter_map(|bytes| bytes.parse().ok()).collect();
+        let device = |index: usize| {
+            let bytes = memory.get(index).or(memory.last());
+            let options = Options { memory_bytes: *bytes.unwrap_or(&options.memory_bytes), ..options };
+            Arc::new(Mutex::new(Gpu::new(options)))
+        };
         Mutex::new((0..number("FAKE_CUDA_DEVICES").unwrap_or(0)).map(device).collect())
     };
     DEVICES.get_or_init(first).lock().unwrap_or_else(PoisonError::into_inner)

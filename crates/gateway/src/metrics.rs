@@ -11,7 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use tangram_node::{ModelStatus, Node, Timing};
+use tangram_node::{DeviceStatus, ModelStatus, Node, Timing};
 
 use crate::process::ProcessStatus;
 
@@ -29,6 +29,11 @@ struct RequestLabels {
     endpoint: &'static str,
     model: String,
     status: u32,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct DeviceLabels {
+    device: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -189,6 +194,7 @@ impl Collector for NodeCollector {
             let counter = ConstCounter::<u64>::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
         }
+        encode_devices(&mut encoder, &status.devices)?;
         let models = self.0.list();
         type Value = fn(&ModelStatus) -> u64;
         let per_model: [(&str, &str, Value); 4] = [
@@ -208,4 +214,27 @@ impl Collector for NodeCollector {
         }
         Ok(())
     }
+}
+
+/// What each of several devices is like; the figures of the node are their sums.
+fn encode_devices(encoder: &mut DescriptorEncoder<'_>, devices: &[DeviceStatus]) -> Result<(), fmt::Error> {
+    type Value = fn(&DeviceStatus) -> u64;
+    let per_device: [(&str, &str, Value); 6] = [
+        ("device_pool_bytes", "Bytes of a device's pool", |device| device.pool_bytes),
+        ("device_free_bytes", "Bytes of a device's pool that are free", |device| device.free_bytes),
+        ("device_resident_bytes", "Bytes of resident tensors on a device", |device| device.resident_bytes),
+        ("device_running", "Sequences running on a device", |device| device.running as u64),
+        ("device_waiting", "Requests waiting for a device", |device| device.waiting as u64),
+        ("device_lost", "Whether a device is lost", |device| u64::from(device.lost)),
+    ];
+    for (name, help, value) in per_device.into_iter().filter(|_| !devices.is_empty()) {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for device in devices {
+            // `cuda:0`, without the kind of GPU that follows.
+            let label = device.device.split(' ').next().unwrap_or_default().to_owned();
+            let gauge = ConstGauge::<u64>::new(value(device));
+            gauge.encode(family.encode_family(&DeviceLabels { device: label })?)?;
+        }
+    }
+    Ok(())
 }

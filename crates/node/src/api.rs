@@ -29,7 +29,7 @@ pub struct DeployedModel {
     pub special_tokens: std::collections::BTreeMap<String, String>,
     /// End tokens and sampling defaults.
     pub generation: GenerationDefaults,
-    /// Longest sequence in tokens that this node can run: the model's own limit or what the pool can hold beside
+    /// Longest sequence in tokens that this node can run: the model's own limit or what the largest pool can hold beside
     /// the weights, whichever is less.
     pub context: usize,
     /// Bytes of all weights.
@@ -42,6 +42,8 @@ pub struct DeployedModel {
     pub(crate) tensors: Vec<TensorProfile>,
     /// Key of the model inside the node.
     pub(crate) index: usize,
+    /// Sequences that were sent to each of the node's devices and live.
+    pub(crate) sent: std::sync::Arc<[std::sync::atomic::AtomicUsize]>,
     pub(crate) forecast: std::sync::Arc<Forecast>,
 }
 
@@ -103,7 +105,7 @@ pub struct ModelProfile {
     pub prompts: Vec<PromptProfile>,
 }
 
-/// This node's device and models as a simulator needs them.
+/// This node's device (of several the first) and models as a simulator needs them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineProfile {
     /// Bytes of the pool.
@@ -373,8 +375,11 @@ pub struct ModelStatus {
     pub stored_bytes: u64,
     /// Of `weight_bytes`, bytes that some other deployed model has too.
     pub shared_bytes: u64,
-    /// Of these, bytes in device memory now.
+    /// Of these, bytes in device memory now; of several devices, in that of the one that has most.
     pub resident_bytes: u64,
+    /// The same for each device, in the order of [`NodeStatus::devices`]; empty if there is only one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resident_by_device: Vec<u64>,
     /// Of those that are not, bytes that host memory has.
     #[serde(default)]
     pub hosted_bytes: u64,
@@ -394,11 +399,49 @@ pub struct ModelStatus {
     pub created: u64,
 }
 
-/// Device memory and counters of a node.
+/// One of a node's devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub device: String,
+    /// Whether it was lost and has not been set up anew yet.
+    pub lost: bool,
+    /// Bytes of its pool.
+    pub pool_bytes: u64,
+    /// Bytes of the pool that are free.
+    pub free_bytes: u64,
+    /// Bytes of resident tensors, leased or not.
+    pub resident_bytes: u64,
+    /// Bytes of resident tensors that a running request holds.
+    pub leased_bytes: u64,
+    /// Bytes of KV blocks in use.
+    pub kv_bytes: u64,
+    /// Bytes of host memory that is there for copies of weights.
+    pub host_tier_bytes: u64,
+    /// Of these, bytes taken.
+    pub host_weight_bytes: u64,
+    /// Sequences running.
+    pub running: usize,
+    /// Requests waiting.
+    pub waiting: usize,
+    /// Weight bytes brought in for requests since the start.
+    pub bytes_loaded_total: u64,
+    /// Weight bytes evicted since the start.
+    pub bytes_evicted_total: u64,
+    /// Models activated since the start.
+    pub activations_total: u64,
+    /// Times that it was lost and set up anew.
+    pub device_rebuilds_total: u64,
+}
+
+/// Device memory and counters of a node, all its devices together.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct NodeStatus {
-    /// Device name.
+    /// Device name; of several devices all names.
     pub device: String,
+    /// Its devices; empty if there is only one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceStatus>,
     /// How the pool is laid out: `paged` or `segment`.
     pub backend: String,
     /// Bytes of the pool.

@@ -39,6 +39,14 @@ impl Device {
         }
     }
 
+    /// Which GPU it is.
+    fn ordinal(&self) -> Option<i32> {
+        match self {
+            Device::Cpu => None,
+            Device::Cuda { ordinal, .. } => Some(*ordinal),
+        }
+    }
+
     /// Whether passes run on the processor, whose speed this machine's figures are.
     pub(crate) fn is_cpu(&self) -> bool {
         matches!(self, Device::Cpu)
@@ -50,6 +58,8 @@ const MIN_POOL_BYTES: u64 = 1 << 20;
 
 /// How a device is set up.
 pub(crate) struct Setup {
+    /// Its place among the node's devices.
+    pub(crate) place: usize,
     pub(crate) device: Device,
     /// `None` for all that a GPU has free but a reserve.
     pub(crate) pool_bytes: Option<u64>,
@@ -61,6 +71,41 @@ pub(crate) struct Setup {
     pub(crate) threads: usize,
     pub(crate) options: Options,
     pub(crate) trial: Trial,
+}
+
+/// Sets all devices of a node up, which get pages of one size. Several at once: most of the time goes into making pages.
+///
+/// # Errors
+/// The place of one that cannot be set up, and what is wrong, for the user.
+pub(crate) fn open_all(setups: &mut [Setup]) -> Result<Vec<Opened>, (usize, String)> {
+    for (place, setup) in setups.iter().enumerate() {
+        if setup.device.is_cpu() && setups.len() > 1 {
+            return Err((place, "the processor cannot be one of several devices".to_owned()));
+        }
+        if setups.iter().take(place).any(|other| other.device.ordinal() == setup.device.ordinal()) {
+            return Err((place, "a GPU is named twice".to_owned()));
+        }
+    }
+    let Some((first, others)) = setups.split_first_mut() else {
+        return Err((0, "there is no device".to_owned()));
+    };
+    let mut opened = vec![first.open().map_err(|problem| (0, problem))?];
+    let page_bytes = first.page_bytes;
+    let opened_others: Vec<Result<Opened, String>> = std::thread::scope(|scope| {
+        let open = |setup: &mut Setup| {
+            setup.page_bytes = page_bytes;
+            setup.open()
+        };
+        let threads: Vec<_> = others.iter_mut().map(|setup| scope.spawn(move || open(setup))).collect();
+        let result = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|_| Err("setting it up failed".to_owned()))
+        };
+        threads.into_iter().map(result).collect()
+    });
+    for (place, other) in (1..).zip(opened_others) {
+        opened.push(other.map_err(|problem| (place, problem))?);
+    }
+    Ok(opened)
 }
 
 /// A device that is set up.

@@ -30,13 +30,13 @@ struct Kept {
     disks: BTreeMap<String, Measured>,
 }
 
-/// The store that is told of disks, and which it was told of, by number.
+/// The stores that are told of disks, one for each device, and which they were told of, by number.
 struct Served {
-    store: Arc<Store>,
+    stores: Vec<Arc<Store>>,
     told: BTreeMap<u64, String>,
 }
 
-/// What is known of disks, for the store that reads them.
+/// What is known of disks, for the stores that read them.
 pub(crate) struct Disks {
     data: PathBuf,
     served: Mutex<Served>,
@@ -47,12 +47,12 @@ pub(crate) struct Disks {
 
 impl Disks {
     /// Reads what was measured before on this machine.
-    pub(crate) fn open(data: &Path, machine: String, store: Arc<Store>) -> Disks {
+    pub(crate) fn open(data: &Path, machine: String, stores: Vec<Arc<Store>>) -> Disks {
         let kept = std::fs::read(data.join(FILE)).ok();
         let kept = kept.and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
         let kept = kept.filter(|kept| kept.machine == machine);
         let kept = Mutex::new(kept.unwrap_or(Kept { machine, ..Kept::default() }));
-        let served = Mutex::new(Served { store, told: BTreeMap::new() });
+        let served = Mutex::new(Served { stores, told: BTreeMap::new() });
         Disks { data: data.to_owned(), served, kept, measuring: Mutex::new(()) }
     }
 
@@ -65,8 +65,8 @@ impl Disks {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another store reads the disks from now on; the old one is let go, and what it found better is kept.
-    pub(crate) fn serve(&self, store: Arc<Store>) {
+    /// Another store reads the disks for a device from now on; the old one is let go, and what it found better is kept.
+    pub(crate) fn serve(&self, device: usize, store: Arc<Store>) {
         self.keep();
         let kept = self.kept();
         let mut served = self.served();
@@ -75,31 +75,35 @@ impl Disks {
                 store.tune(number, measured.tuning);
             }
         }
-        served.store = store;
+        served.stores.iter_mut().skip(device).take(1).for_each(|served| *served = store.clone());
     }
 
-    /// Tells the store how to read the disk that `path` lies on; `false` if it has not been measured.
+    /// Tells the stores how to read the disk that `path` lies on; `false` if it has not been measured.
     pub(crate) fn tune(&self, path: &Path) -> bool {
         let Ok((number, disk)) = disk_of(path) else { return false };
         let kept = self.kept();
         let Some(measured) = kept.disks.get(&disk) else { return false };
-        // Told once, for the store may know better by now.
+        // Told once, for a store may know better by now.
         let mut served = self.served();
         if served.told.insert(number, disk).is_none() {
-            served.store.tune(number, measured.tuning);
+            served.stores.iter().for_each(|store| store.tune(number, measured.tuning));
         }
         true
     }
 
-    /// Keeps what the store has found better.
+    /// Keeps what the stores have found better: of several that read one disk, what the fastest has.
     pub(crate) fn keep(&self) {
         let served = self.served();
-        let corrections = served.store.corrections().into_iter();
-        let named =
-            corrections.filter_map(|(number, better)| Some((served.told.get(&number)?.clone(), better)));
-        let named: Vec<(String, Measured)> = named.collect();
+        let mut best: BTreeMap<String, Measured> = BTreeMap::new();
+        for (number, better) in served.stores.iter().flat_map(|store| store.corrections()) {
+            let Some(disk) = served.told.get(&number) else { continue };
+            let known = best.entry(disk.clone()).or_insert(better);
+            if better.bytes_per_second > known.bytes_per_second {
+                *known = better;
+            }
+        }
         drop(served);
-        self.correct(named);
+        self.correct(best);
     }
 
     fn correct(&self, corrections: impl IntoIterator<Item = (String, Measured)>) {
@@ -208,7 +212,7 @@ mod tests {
     fn what_was_measured_is_kept_for_the_same_machine() {
         let data = tempfile::tempdir().unwrap();
         let store = Store::new(CpuDevice::open(1 << 20, 4096).unwrap());
-        let open = |machine: &str| Disks::open(data.path(), machine.to_owned(), store.clone());
+        let open = |machine: &str| Disks::open(data.path(), machine.to_owned(), vec![store.clone()]);
         let disks = open("this");
         assert!(!disks.tune(data.path()));
         let file = data.path().join("data.bin");

@@ -1,7 +1,8 @@
 //! One machine: composes catalog, store, pool and engine; owns threads and lifecycles.
 //!
-//! [`Node`] is what the layers above hold. It checks requests and hands them to the engine loop (`worker.rs`), which
-//! alone touches device memory; deployments change the data directory (`catalog.rs`) and are then announced to it.
+//! [`Node`] is what the layers above hold. It checks requests and hands them to the engine loop (`worker/`) of a device
+//! (`fleet.rs`), which alone touches that device's memory; deployments change the data directory (`catalog.rs`) and are
+//! then announced to all loops.
 
 mod api;
 mod arrival;
@@ -9,6 +10,7 @@ mod catalog;
 mod damage;
 mod device;
 mod disks;
+mod fleet;
 mod forecast;
 mod host;
 mod machine;
@@ -18,6 +20,7 @@ mod remote;
 mod sequence;
 mod speed;
 mod swap;
+mod totals;
 mod trial;
 mod worker;
 
@@ -47,8 +50,9 @@ use arrival::Arrival;
 pub use catalog::CatalogError;
 use catalog::{Catalog, Deployment, Import};
 pub use device::Device;
-use device::Setup;
+use device::{Opened, Setup};
 use disks::Disks;
+use fleet::{Done, Fleet, Member};
 pub use forecast::{Forecast, SHOWN_PROMPT_TOKENS};
 use forecast::{footprint, weight_types};
 use machine::Machine;
@@ -59,23 +63,23 @@ pub use tangram_engine::PassShape;
 pub use tangram_policy::Baseline;
 pub use tangram_remote::{Options as RemoteOptions, RemoteError, RemoteSource};
 pub use trial::{Fill, Trial};
-use worker::{Command, Registration, Shared, Worker};
+use worker::{Command, Shared, Worker};
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
     /// Data directory; made if it does not exist.
     pub data: PathBuf,
-    /// What it computes on.
-    pub device: Device,
-    /// Size of the device pool in bytes, for weights and KV together; `None` for all that a GPU has free, but a reserve.
+    /// What it computes on: the processor alone, or one or more GPUs.
+    pub devices: Vec<Device>,
+    /// Size of each device's pool in bytes, for weights and KV together; `None` for all that a GPU has free, but a reserve.
     pub device_memory: Option<u64>,
     /// How the pool is laid out.
     pub backend: Backend,
     /// Bytes per page of the pool, a power of two and at least the system's page; `None` chooses by the pool's size.
     pub page_bytes: Option<u64>,
-    /// Bytes of host memory beside the pool for what has to leave it for a while: the KV of preempted sequences, and on a
-    /// device that the host cannot address copies of weights too.
+    /// Bytes of host memory beside the pools for what has to leave them for a while: the KV of preempted sequences, and on a
+    /// device that the host cannot address copies of weights too. Each device gets an equal part.
     pub host_memory: u64,
     /// Threads of the executor; `None` means as many as this process may use.
     pub threads: Option<usize>,
@@ -97,7 +101,7 @@ impl NodeConfig {
     pub fn new(data: PathBuf, device_memory: u64) -> NodeConfig {
         NodeConfig {
             data,
-            device: Device::Cpu,
+            devices: vec![Device::Cpu],
             device_memory: Some(device_memory),
             backend: Backend::Paged,
             page_bytes: None,
@@ -118,9 +122,14 @@ pub enum NodeError {
     /// The data directory cannot be used.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    /// The device cannot be used.
-    #[error("device memory cannot be set up: {0}")]
-    Device(String),
+    /// A device cannot be used.
+    #[error("device memory cannot be set up: {problem}")]
+    Device {
+        /// Which of [`NodeConfig::devices`].
+        place: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A thread could not be started.
     #[error("starting the engine loop: {0}")]
     Thread(#[from] std::io::Error),
@@ -130,18 +139,15 @@ pub enum NodeError {
 pub struct Node {
     catalog: Arc<Mutex<Catalog>>,
     models: RwLock<BTreeMap<String, Arc<DeployedModel>>>,
-    commands: Sender<Command>,
-    shared: Arc<Shared>,
+    fleet: Fleet,
     /// Takes the manifests of deployments whose last request has ended, and removes their files.
     retired: Option<Sender<Arc<Manifest>>>,
-    worker: Option<JoinHandle<()>>,
+    workers: Vec<JoinHandle<()>>,
     janitor: Option<JoinHandle<()>>,
     machine: Arc<Machine>,
     disks: Arc<Disks>,
     /// Measures the machine where a start found deployments of which it knows nothing.
     measuring: Mutex<Option<JoinHandle<()>>>,
-    page_bytes: u64,
-    page_count: u64,
     max_waiting: usize,
     next_index: AtomicUsize,
     next_arrival: AtomicU64,
@@ -157,7 +163,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Node {
-    /// Opens the data directory, makes the device pool and starts the engine loop.
+    /// Opens the data directory, makes the pools of the devices and starts their engine loops.
     ///
     /// # Errors
     /// When another process holds the data directory, or it or the pool cannot be set up.
@@ -175,29 +181,41 @@ impl Node {
         let observe = config.observer.clone();
         let observe =
             observe.map(|observer| Arc::new(move |arrived: Arrived<'_>| observer.arrived(arrived)) as _);
-        let mut setup = Setup {
-            device: config.device.clone(),
+        let options = Options { verification: config.verification, damaged, observe };
+        let setup = |(place, device): (usize, &Device)| Setup {
+            place,
+            device: device.clone(),
             pool_bytes: config.device_memory,
             page_bytes: config.page_bytes,
-            host_bytes: config.host_memory,
+            host_bytes: config.host_memory / config.devices.len() as u64,
             backend: config.backend,
             threads,
-            options: Options { verification: config.verification, damaged, observe },
-            trial: config.trial,
+            options: options.clone(),
+            trial: config.trial.clone(),
         };
-        let opened = setup.open().map_err(NodeError::Device)?;
-        let memory = opened.pool.memory();
-        let (page_bytes, page_count) = (memory.page_bytes() as u64, memory.page_count() as u64);
-        let streams = memory.streams().len();
-        let gpu = (!config.device.is_cpu()).then(|| memory.name());
-        let machine = Arc::new(Machine::open(&config.data, threads, streams, gpu));
-        let (commands, receiver) = channel();
-        let shared = Arc::new(Shared::default());
-        let disks = Arc::new(Disks::open(&config.data, machine.describe(), opened.store.clone()));
-        let (told, publishes) = (commands.clone(), shared.clone());
-        let worker = Worker::new(setup, opened, disks.clone(), receiver, told, publishes);
-        let worker = worker.observed_by(config.observer);
-        let worker = std::thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run())?;
+        let mut setups: Vec<Setup> = config.devices.iter().enumerate().map(setup).collect();
+        let opened = device::open_all(&mut setups);
+        let opened = opened.map_err(|(place, problem)| NodeError::Device { place, problem })?;
+        let machine = Arc::new(open_machine(&config, threads, &opened));
+        let stores = opened.iter().map(|opened| opened.store.clone()).collect();
+        let disks = Arc::new(Disks::open(&config.data, machine.describe(), stores));
+        let page_bytes = setups.first().and_then(|setup| setup.page_bytes).unwrap_or(0);
+        let (mut members, mut workers) = (Vec::new(), Vec::new());
+        for (setup, opened) in setups.into_iter().zip(opened) {
+            let (commands, receiver) = channel();
+            let (told, shared) = (commands.clone(), Arc::new(Shared::default()));
+            let memory = opened.pool.memory();
+            let (name, pages) = (memory.name().to_owned(), memory.page_count() as u64);
+            let thread = match config.devices.len() {
+                1 => "engine".to_owned(),
+                _ => format!("engine-{}", setup.place),
+            };
+            let worker = Worker::new(setup, opened, disks.clone(), receiver, told, shared.clone());
+            let worker = worker.observed_by(config.observer.clone());
+            workers.push(std::thread::Builder::new().name(thread).spawn(move || worker.run())?);
+            members.push(Member { commands, shared, name, pages });
+        }
+        let fleet = Fleet::new(members, page_bytes);
         let catalog = Arc::new(Mutex::new(catalog));
         let (retired, receiver) = channel::<Arc<Manifest>>();
         let for_janitor = catalog.clone();
@@ -209,16 +227,13 @@ impl Node {
         let node = Arc::new(Node {
             catalog,
             models: RwLock::default(),
-            commands,
-            shared,
+            fleet,
             retired: Some(retired),
-            worker: Some(worker),
+            workers,
             janitor: Some(janitor),
             machine,
             disks,
             measuring: Mutex::new(None),
-            page_bytes,
-            page_count,
             max_waiting: config.max_waiting,
             next_index: AtomicUsize::new(0),
             next_arrival: AtomicU64::new(0),
@@ -273,28 +288,30 @@ impl Node {
         arrival: Option<&Arc<Arrival>>,
     ) -> Result<Arc<DeployedModel>, String> {
         let rows_first = self.machine.computes();
-        let plan = ModelPlan::new(catalog, deployment, &self.machine, self.page_bytes, rows_first, arrival)?;
+        let page_bytes = self.fleet.page_bytes();
+        let plan = ModelPlan::new(catalog, deployment, &self.machine, page_bytes, rows_first, arrival)?;
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
             None => None,
             Some(base) => {
                 let manifest = Arc::new(manifest.without_adapter());
                 let deployment = Deployment { created: deployment.created, manifest };
-                let (machine, page_bytes) = (&self.machine, self.page_bytes);
-                let plan = ModelPlan::new(catalog, &deployment, machine, page_bytes, rows_first, None)?;
-                Some((self.describe(catalog, base, &deployment, &plan)?, plan))
+                let plan = ModelPlan::new(catalog, &deployment, &self.machine, page_bytes, rows_first, None)?;
+                Some((self.describe(catalog, base, &deployment, &plan)?, Arc::new(plan)))
             }
         };
         let deployed = self.describe(catalog, name, deployment, &plan)?;
-        let (answer, answered) = channel();
-        let model = Box::new(Registration { deployed: deployed.clone(), plan, base });
-        self.commands
-            .send(Command::Register { model, answer })
-            .map_err(|_| "the engine loop has ended".to_owned())?;
-        answered.recv().map_err(|_| "the engine loop has ended".to_owned())??;
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-        models.insert(name.to_owned(), deployed.clone());
+        self.fleet.register(&deployed, &Arc::new(plan), base.as_ref())?;
+        self.put(name, &deployed);
         Ok(deployed)
+    }
+
+    /// From now on a name means this model.
+    fn put(&self, name: &str, model: &Arc<DeployedModel>) {
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        models.insert(name.to_owned(), model.clone());
+        drop(models);
+        self.fleet.set_models(&self.models());
     }
 
     /// What the layers above see of a model. Gives it a key.
@@ -325,19 +342,25 @@ impl Node {
             chat_template: manifest.chat_template.clone(),
             special_tokens: manifest.special_tokens.clone(),
             generation: manifest.generation.clone(),
-            context: footprint.context(manifest.spec.context as u64, self.page_count) as usize,
+            context: footprint.context(manifest.spec.context as u64, self.fleet.most_pages()) as usize,
             weight_bytes: plan.unique_bytes(),
             kv_bytes_per_token: footprint.kv_bytes_per_token(),
             created: deployment.created,
             index: self.next_index.fetch_add(1, Ordering::Relaxed),
+            sent: (0..self.fleet.len()).map(|_| AtomicUsize::new(0)).collect(),
             tensors: plan.tensor_profiles(),
             forecast: plan.forecast.clone(),
         }))
     }
 
-    /// Bytes of the device's pool.
+    /// Bytes of the devices' pools together.
     pub fn pool_bytes(&self) -> u64 {
-        self.page_count * self.page_bytes
+        self.fleet.pool_bytes()
+    }
+
+    /// Bytes of the largest pool: what does not fit there does not fit.
+    fn largest_pool(&self) -> u64 {
+        self.fleet.most_pages() * self.fleet.page_bytes()
     }
 
     /// What a simulator needs to know of this node.
@@ -345,9 +368,10 @@ impl Node {
         let generating = self.models().into_iter().filter(|model| model.spec.generates());
         let models: Vec<Arc<DeployedModel>> = generating.collect();
         let loading = models.iter().find_map(|model| model.forecast().loading());
+        let device = self.fleet.status_of(0);
         MachineProfile {
-            pool_bytes: self.page_count * self.page_bytes,
-            cached_prefix_bytes: self.status().kv_cached_bytes,
+            pool_bytes: device.pool_bytes,
+            cached_prefix_bytes: device.kv_cached_bytes,
             load_bytes_per_second: loading.map(|loading| loading.link.bytes_per_second),
             load_share: loading.map_or(0.0, |loading| loading.share),
             models: models.iter().map(|model| model.profile()).collect(),
@@ -446,8 +470,7 @@ impl Node {
         let deployment = catalog.models().get(base);
         let manifest = &deployment.ok_or_else(|| DeployError::UnknownModel(base.to_owned()))?.manifest;
         let source = AdapterSource::open(adapter, manifest)?;
-        let (bytes, pool) =
-            (manifest.weight_bytes() + source.weight_bytes(), self.page_count * self.page_bytes);
+        let (bytes, pool) = (manifest.weight_bytes() + source.weight_bytes(), self.largest_pool());
         if bytes > pool {
             return Err(does_not_fit(name, bytes, 0, pool));
         }
@@ -483,7 +506,7 @@ impl Node {
         deployment: &Deployment,
         old: Option<(Deployment, Arc<DeployedModel>)>,
     ) -> Result<Arc<DeployedModel>, DeployError> {
-        let pool_bytes = self.page_count * self.page_bytes;
+        let pool_bytes = self.largest_pool();
         let announced = self.announce(&catalog, name, deployment, None);
         let (index, problem) = match announced {
             Ok(deployed) if deployed.context > 0 => {
@@ -506,9 +529,7 @@ impl Node {
         match (restored, old) {
             (Some(Ok(())), Some((_, model))) => {
                 // It has been running all the time.
-                let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
-                models.insert(name.to_owned(), model);
-                drop(models);
+                self.put(name, &model);
                 self.retire(index, deployment);
             }
             (restored, old) => {
@@ -532,11 +553,12 @@ impl Node {
             .collect();
         let engine =
             Model::new(source.spec().clone(), &tensors).map_err(|reason| cannot_run(name, &reason))?;
-        let weight_pages = source.weight_bytes().div_ceil(self.page_bytes);
-        let footprint = footprint(&engine, weight_pages, self.page_bytes);
-        if footprint.context(source.spec().context as u64, self.page_count) == 0 {
+        let page_bytes = self.fleet.page_bytes();
+        let weight_pages = source.weight_bytes().div_ceil(page_bytes);
+        let footprint = footprint(&engine, weight_pages, page_bytes);
+        if footprint.context(source.spec().context as u64, self.fleet.most_pages()) == 0 {
             let (weights, kv) = (source.weight_bytes(), footprint.kv_bytes_per_token());
-            return Err(does_not_fit(name, weights, kv, self.page_count * self.page_bytes));
+            return Err(does_not_fit(name, weights, kv, self.largest_pool()));
         }
         Ok(weight_types(&engine))
     }
@@ -558,18 +580,18 @@ impl Node {
         catalog.remove(name)?;
         drop(catalog);
         let removed = self.models.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.fleet.set_models(&self.models());
         // A model that could not be announced has no key: its files can go at once.
         self.retire(removed.map_or(usize::MAX, |model| model.index), &deployment);
         Ok(())
     }
 
     fn retire(&self, index: usize, deployment: &Deployment) {
-        let done = self.cleaning(deployment);
-        let _ = self.commands.send(Command::Retire { model: index, done });
+        self.fleet.retire(index, self.cleaning(deployment));
     }
 
     /// What has to be done when the last request of a deployment has ended.
-    fn cleaning(&self, deployment: &Deployment) -> Box<dyn FnOnce() + Send> {
+    fn cleaning(&self, deployment: &Deployment) -> Done {
         let (retired, manifest) = (self.retired.clone(), deployment.manifest.clone());
         Box::new(move || {
             // Without a janitor the node is going down, and its next start cleans up.
@@ -613,8 +635,7 @@ impl Node {
             generated: 0,
             events,
         }));
-        let cancel = Cancel::new(&self.commands);
-        self.submit(&model, vec![(prompt, None, sink)], &cancel)?;
+        let cancel = self.submit(&model, vec![(prompt, None, sink)])?;
         Ok(Generation { events: receiver, _cancel: Some(cancel) })
     }
 
@@ -661,48 +682,49 @@ impl Node {
         let state =
             EmbedState { vectors: vec![None; inputs.len()], timing: Timing::default(), result: Some(result) };
         let group = Arc::new(EmbedGroup { state: Mutex::new(state) });
-        let cancel = Cancel::new(&self.commands);
         let inputs = inputs
             .into_iter()
             .enumerate()
             .map(|(index, input)| (input.tokens, input.second, Sink::Embed { group: group.clone(), index }))
             .collect();
-        self.submit(model, inputs, &cancel)?;
+        let cancel = self.submit(model, inputs)?;
         Ok(Embedding { result: receiver, _cancel: cancel })
     }
 
+    /// Sends sequences to a device, all to the same.
     fn submit(
         &self,
         model: &DeployedModel,
         sequences: Vec<(Vec<u32>, Option<usize>, Sink)>,
-        cancel: &Cancel,
-    ) -> Result<(), RequestError> {
+    ) -> Result<Cancel, RequestError> {
         if self.closing.load(Ordering::Acquire) {
             return Err(RequestError::ShuttingDown);
         }
-        let waiting = self.shared.waiting.load(Ordering::Acquire);
+        let waiting = self.fleet.waiting();
         if waiting >= self.max_waiting {
             return Err(RequestError::QueueFull { waiting });
         }
+        let lengths = sequences.iter().map(|(tokens, _, sink)| (tokens.len(), tokens.len() + sink.left()));
+        let (prompt, longest) = lengths.fold((0, 0), |most, next| (most.0.max(next.0), most.1.max(next.1)));
+        let device = self.fleet.choose(model, sequences.len(), prompt, longest);
+        // It was compared with the largest device.
+        let device = device.ok_or_else(|| too_long(model, prompt, Some(longest - prompt)))?;
+        let cancel = Cancel::new(self.fleet.commands(device));
         for (tokens, second, sink) in sequences {
-            self.shared.waiting.fetch_add(1, Ordering::AcqRel);
-            self.shared.in_flight.fetch_add(1, Ordering::AcqRel);
             let arrival = self.next_arrival.fetch_add(1, Ordering::Relaxed);
             let mut sequence = Sequence::new(arrival, model.index, tokens, cancel.flag.clone(), sink);
             sequence.second = second;
-            if self.commands.send(Command::Submit(Box::new(sequence))).is_err() {
-                self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-                self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+            if !self.fleet.submit(device, model, sequence) {
                 return Err(RequestError::ShuttingDown);
             }
         }
-        Ok(())
+        Ok(cancel)
     }
 
     /// Every deployed model, by name. At most a few hundredths of a second old while work is going on.
     pub fn list(&self) -> Vec<ModelStatus> {
-        let mut listed = lock(&self.shared.status).1.clone();
-        // The engine loop may not have published yet what is deployed or removed already.
+        let mut listed = self.fleet.list();
+        // The engine loops may not have published yet what is deployed or removed already.
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         listed.retain(|status| models.get(&status.name).is_some_and(|model| model.created == status.created));
         listed
@@ -710,13 +732,13 @@ impl Node {
 
     /// Device memory and counters.
     pub fn status(&self) -> NodeStatus {
-        lock(&self.shared.status).0.clone()
+        self.fleet.status()
     }
 
     /// Refuses new requests from now on and returns when everything accepted has ended.
     pub async fn drain(&self) {
         self.closing.store(true, Ordering::Release);
-        while self.shared.in_flight.load(Ordering::Acquire) > 0 {
+        while self.fleet.in_flight() > 0 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -730,11 +752,11 @@ impl Generator for Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        let _ = self.commands.send(Command::Stop);
-        if let Some(worker) = self.worker.take() {
+        self.fleet.stop();
+        for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
-        // The loop is gone and with it every other sender, so the janitor ends when it has done its work.
+        // The loops are gone and with them every other sender, so the janitor ends when it has done its work.
         self.retired = None;
         if let Some(measuring) = lock(&self.measuring).take() {
             let _ = measuring.join();
@@ -813,6 +835,14 @@ impl Embedding {
     pub fn result_blocking(self) -> Result<Embeddings, RequestError> {
         self.result.blocking_recv().unwrap_or(Err(RequestError::ShuttingDown))
     }
+}
+
+/// What was measured of the machine. Forecasts take GPUs of a node to be of the first one's kind.
+fn open_machine(config: &NodeConfig, threads: usize, opened: &[Opened]) -> Machine {
+    let first = opened.first().map(|opened| opened.pool.memory());
+    let on_gpu = config.devices.first().is_some_and(|device| !device.is_cpu());
+    let gpu = first.filter(|_| on_gpu).map(|memory| memory.name());
+    Machine::open(&config.data, threads, first.map_or(1, |memory| memory.streams().len()), gpu)
 }
 
 /// With fewer bytes of types that can be compressed, there is less to be won than it takes to measure the disk.

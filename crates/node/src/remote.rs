@@ -23,7 +23,6 @@ use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::channel;
 
 use tangram_checkpoint::{Arriving, CheckpointError, Presence, open_arriving};
 use tangram_remote::{Fetch, FetchProgress, Remote, RemoteError, RemoteSource};
@@ -31,7 +30,6 @@ use tangram_remote::{Fetch, FetchProgress, Remote, RemoteError, RemoteSource};
 use crate::api::{DeployError, DeployProgress, DeployStage, DeployedModel};
 use crate::arrival::Arrival;
 use crate::catalog::Deployment;
-use crate::worker::Command;
 use crate::{Node, check_name, lock};
 
 /// Whoever deploys, to be told how far it is; may stop it.
@@ -184,7 +182,7 @@ impl Node {
         let arrived = &mut |index, entry: &tangram_checkpoint::TensorEntry| {
             if let Some(early) = early {
                 early.arrival.arrived(index, &entry.chunks);
-                let _ = self.commands.send(Command::Wake);
+                self.fleet.wake();
             }
         };
         arriving.fill(wait, arrived).map_err(|error| cause(error, Some(directory)))?;
@@ -208,11 +206,8 @@ impl Node {
         if let Some(early) = early {
             let stand_ins = early.deployment.manifest.tensors.iter();
             let own = deployment.manifest.tensors.iter();
-            let pairs = stand_ins.zip(own).map(|(stand_in, own)| (stand_in.id, own.id)).collect();
-            let (answer, answered) = channel();
-            let sent = self.commands.send(Command::Identify { pairs, answer });
-            // Without the loop nothing is resident.
-            let _ = sent.is_ok().then(|| answered.recv());
+            let pairs: Vec<_> = stand_ins.zip(own).map(|(stand_in, own)| (stand_in.id, own.id)).collect();
+            self.fleet.identify(&pairs);
         }
         self.announce_or_undo(catalog, name, &deployment, old)
     }
@@ -225,9 +220,8 @@ impl Node {
             models.remove(name);
         }
         drop(models);
-        let done = self.cleaning(&early.deployment);
-        let (model, reason) = (early.model.index, reason.to_owned());
-        let _ = self.commands.send(Command::Withdraw { model, reason, done });
+        self.fleet.set_models(&self.models());
+        self.fleet.withdraw(early.model.index, reason, self.cleaning(&early.deployment));
     }
 }
 

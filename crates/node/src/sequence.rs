@@ -13,6 +13,7 @@ use tangram_pool::{BlockHash, Prefix};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{Embeddings, FinishReason, GenerateEvent, RequestError, Timing};
+use crate::fleet::Ticket;
 use crate::swap::Swapped;
 
 /// Where a sequence's results go.
@@ -21,6 +22,16 @@ pub(crate) enum Sink {
     Generate(Box<Generate>),
     /// Input `index` of a request for embeddings or scores.
     Embed { group: Arc<EmbedGroup>, index: usize },
+}
+
+impl Sink {
+    /// Tokens that can still be generated.
+    pub(crate) fn left(&self) -> usize {
+        match self {
+            Sink::Generate(generate) => generate.max_tokens.saturating_sub(generate.generated),
+            Sink::Embed { .. } => 0,
+        }
+    }
 }
 
 /// The generating side of a sequence.
@@ -66,6 +77,8 @@ pub(crate) struct Sequence {
     pub(crate) adapter: Option<Hash>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) sink: Sink,
+    /// Counts it on its device.
+    pub(crate) ticket: Option<Ticket>,
     pub(crate) submitted: Instant,
     /// First admission; a preemption does not reset it.
     pub(crate) admitted: Option<Instant>,
@@ -100,6 +113,7 @@ impl Sequence {
             adapter: None,
             cancelled,
             sink,
+            ticket: None,
             submitted: Instant::now(),
             admitted: None,
             preempted: false,
@@ -149,10 +163,7 @@ impl Sequence {
 
     /// Tokens that it can still get.
     pub(crate) fn left(&self) -> usize {
-        match &self.sink {
-            Sink::Generate(generate) => generate.max_tokens.saturating_sub(generate.generated),
-            Sink::Embed { .. } => 0,
-        }
+        self.sink.left()
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

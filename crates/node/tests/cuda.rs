@@ -11,46 +11,18 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{config, deploy, eventually, finish, open, request, run, shared};
+use common::gpu::{PAGE, gpu, nothing_is_left, on_gpu};
+use common::{deploy, eventually, finish, open, request, run, shared};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tangram_device::cuda::stand_in::{self, Delay, Left, Options, StandIn};
+use tangram_device::cuda::stand_in::Delay;
 use tangram_node::{
-    Backend, Baseline, DeployedModel, Device, GenerateRequest, Grammar, Node, NodeConfig, RequestError,
+    Backend, Baseline, DeployedModel, GenerateRequest, Grammar, Node, NodeConfig, RequestError,
     SamplingParams, TextPair, TokenText, Trial, Vocabulary,
 };
 use tangram_testkit::{
     Family, RandomAdapter, RandomModel, write_adapter, write_cross_encoder, write_hf_model,
 };
-
-const PAGE: usize = 64 << 10;
-
-/// A stand-in with room for a pool of these bytes.
-fn gpu(pool: usize, delay: Delay) -> Option<StandIn> {
-    let Some(emulator) = stand_in::build_emulator(Path::new(env!("CARGO_TARGET_TMPDIR"))) else {
-        println!("SKIPPED: no C++ compiler here that can compile the kernels");
-        return None;
-    };
-    stand_in::run_kernels(&emulator);
-    // Beside the pool: a reserve of 1 GiB, which costs nothing here.
-    let memory_bytes = pool + (2 << 30);
-    Some(StandIn::new(Options { memory_bytes, granularity: PAGE, delay, abort_on_misuse: true }))
-}
-
-fn on_gpu(stand_in: &StandIn, data: &Path, pool: usize) -> NodeConfig {
-    NodeConfig {
-        device: Device::Cuda { driver: stand_in::driver(), ordinal: stand_in.ordinal() },
-        page_bytes: Some(PAGE as u64),
-        ..config(data, pool as u64)
-    }
-}
-
-/// Ends the node; threads that read for it end a moment later.
-fn nothing_is_left(node: Arc<Node>, stand_in: &StandIn) {
-    drop(node);
-    eventually("everything is given back", || stand_in.left() == Left::default());
-    assert_eq!(stand_in.violations(), Vec::<String>::new());
-}
 
 #[derive(Deserialize)]
 struct Golden {

@@ -23,11 +23,12 @@ pub(crate) struct ServerOptions {
     /// Address to listen on [default: 127.0.0.1:8000].
     #[arg(long, env = "TANGRAM_LISTEN")]
     pub(crate) listen: Option<SocketAddr>,
-    /// Device that models run on: `cpu`, `cuda:N` for an NVIDIA GPU, or `auto` [default: auto].
+    /// Devices that models run on: `cpu`, `cuda:N` for an NVIDIA GPU, `cuda:N,cuda:M` for several, or `auto` for all GPUs, or
+    /// the CPU if there is none [default: auto].
     #[arg(long, env = "TANGRAM_DEVICE")]
     pub(crate) device: Option<String>,
-    /// Size of the pool for weights and KV, e.g. 8GiB [default: half of the memory that is available; of a GPU's all that
-    /// is free, but a reserve].
+    /// Size of the pool for weights and KV, e.g. 8GiB; each GPU has one [default: half of the memory that is available; of
+    /// a GPU's all that is free, but a reserve].
     #[arg(long, env = "TANGRAM_DEVICE_MEMORY")]
     pub(crate) device_memory: Option<ByteSize>,
     /// How the pool is laid out: `paged` maps pages under stable addresses, `segment` packs extents in one range
@@ -38,7 +39,8 @@ pub(crate) struct ServerOptions {
     #[arg(long, env = "TANGRAM_PAGE_SIZE")]
     pub(crate) page_size: Option<ByteSize>,
     /// Host memory beside the pool for what has to leave it for a while: the KV of preempted sequences, and on a GPU, which
-    /// gets seven eighths of it, weights that come back without a disk [default: 1GiB, at most a quarter of the pool].
+    /// gets seven eighths of it, weights that come back without a disk. Several GPUs have equal parts of it [default: 1GiB
+    /// for each device, at most a quarter of its pool].
     #[arg(long, env = "TANGRAM_HOST_MEMORY")]
     pub(crate) host_memory: Option<ByteSize>,
     /// Threads that compute [default: the cores that this process may use].
@@ -171,12 +173,12 @@ impl ServerOptions {
 }
 
 impl Settings {
-    /// Bytes of the pool on a device; `None` for what a GPU has free.
-    pub(crate) fn pool_bytes(&self, device: &Device) -> anyhow::Result<Option<u64>> {
-        match (self.device_memory, device) {
+    /// Bytes of the pool on each of these devices; `None` for what a GPU has free.
+    pub(crate) fn pool_bytes(&self, devices: &[Device]) -> anyhow::Result<Option<u64>> {
+        match (self.device_memory, devices) {
             (Some(bytes), _) => Ok(Some(bytes)),
-            (None, Device::Cuda { .. }) => Ok(None),
-            (None, Device::Cpu) => {
+            (None, [Device::Cuda { .. }, ..]) => Ok(None),
+            (None, _) => {
                 let available = available_memory().context(
                     "how much memory is available cannot be read from the system; say it with --device-memory",
                 )?;
@@ -185,10 +187,10 @@ impl Settings {
         }
     }
 
-    /// Bytes of host memory beside a pool of this size.
-    pub(crate) fn host_bytes(&self, pool_bytes: Option<u64>) -> u64 {
-        let default = || DEFAULT_HOST_MEMORY.min(pool_bytes.map_or(u64::MAX, |bytes| bytes / 4));
-        self.host_memory.unwrap_or_else(default)
+    /// Bytes of host memory beside so many pools of this size.
+    pub(crate) fn host_bytes(&self, pool_bytes: Option<u64>, devices: usize) -> u64 {
+        let of_one = || DEFAULT_HOST_MEMORY.min(pool_bytes.map_or(u64::MAX, |bytes| bytes / 4));
+        self.host_memory.unwrap_or_else(|| of_one() * devices as u64)
     }
 }
 
@@ -232,7 +234,8 @@ mod tests {
         let (_dir, mut options) = options("data = \"/d\"\ndevice-memory = \"2GiB\"\nmax-waiting = 7\n");
         options.device_memory = Some(ByteSize::mib(64));
         let settings = options.settle().unwrap();
-        assert_eq!((settings.device_memory, settings.host_bytes(Some(64 << 20))), (Some(64 << 20), 16 << 20));
+        assert_eq!(settings.device_memory, Some(64 << 20));
+        assert_eq!([1, 3].map(|devices| settings.host_bytes(Some(64 << 20), devices)), [16 << 20, 48 << 20]);
         assert_eq!((settings.max_waiting, settings.data), (7, PathBuf::from("/d")));
         assert_eq!(settings.listen, DEFAULT_LISTEN);
     }

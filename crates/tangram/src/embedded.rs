@@ -32,9 +32,9 @@ pub(crate) fn find_running(data: &Path) -> Option<Running> {
 /// A running server.
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
-    /// What its user should know of the device.
+    /// What its user should know of the devices.
     pub(crate) note: Option<String>,
-    /// Bytes of the device's pool.
+    /// Bytes of the devices' pools.
     pub(crate) pool_bytes: u64,
     running_file: std::path::PathBuf,
     stop: Option<oneshot::Sender<()>>,
@@ -44,18 +44,15 @@ pub(crate) struct Server {
 impl Server {
     /// Opens the node and listens.
     pub(crate) async fn start(settings: &Settings) -> anyhow::Result<Server> {
-        let (device, note) = settings.device.device()?;
+        let (devices, note) = settings.device.devices()?;
         // The port first: when it is taken, nothing has been touched yet.
         let listener = TcpListener::bind(settings.listen).await.with_context(|| {
             format!("cannot listen on {}; choose another address with --listen", settings.listen)
         })?;
         let address = listener.local_addr()?;
-        let (node, note) = match open(settings, device).await {
-            Err(error) if settings.device == Choice::Auto && note.is_none() && is_of_device(&error) => {
-                let note = on_cpu(&format_args!("there is a GPU, but {error}"));
-                (open(settings, Device::Cpu).await?, Some(note))
-            }
-            opened => (opened?, note),
+        let (node, note) = match (&settings.device, note) {
+            (Choice::Auto, None) => open_usable(settings, devices).await?,
+            (_, note) => (open(settings, devices).await?, note),
         };
         let pool_bytes = node.pool_bytes();
         let running_file = settings.data.join(RUNNING_FILE);
@@ -91,15 +88,41 @@ impl Server {
     }
 }
 
-async fn open(settings: &Settings, device: Device) -> anyhow::Result<Arc<Node>> {
-    let device_memory = settings.pool_bytes(&device)?;
+/// Opens the node on those of these GPUs that can be set up, or else on the processor; with what its user should know.
+async fn open_usable(
+    settings: &Settings,
+    mut gpus: Vec<Device>,
+) -> anyhow::Result<(Arc<Node>, Option<String>)> {
+    let mut unused = Vec::new();
+    loop {
+        let error = match open(settings, gpus.clone()).await {
+            Ok(node) => return Ok((node, (!unused.is_empty()).then(|| unused.join("\n")))),
+            Err(error) => error,
+        };
+        match error.downcast_ref() {
+            Some(NodeError::Device { place, .. }) if gpus.len() > 1 && *place < gpus.len() => {
+                unused.push(format!("a GPU is not used: {error}"));
+                gpus.remove(*place);
+            }
+            Some(NodeError::Device { .. }) => {
+                unused.push(on_cpu(&format_args!("there is a GPU, but {error}")));
+                return Ok((open(settings, vec![Device::Cpu]).await?, Some(unused.join("\n"))));
+            }
+            _ => return Err(error),
+        }
+    }
+}
+
+async fn open(settings: &Settings, devices: Vec<Device>) -> anyhow::Result<Arc<Node>> {
+    let device_memory = settings.pool_bytes(&devices)?;
+    let host_memory = settings.host_bytes(device_memory, devices.len());
     let config = NodeConfig {
         data: settings.data.clone(),
-        device,
+        devices,
         device_memory,
         backend: settings.pool,
         page_bytes: settings.page_size,
-        host_memory: settings.host_bytes(device_memory),
+        host_memory,
         threads: settings.threads,
         max_waiting: settings.max_waiting,
         verification: settings.verification,
@@ -108,11 +131,6 @@ async fn open(settings: &Settings, device: Device) -> anyhow::Result<Arc<Node>> 
         trial: Trial::default(),
     };
     Ok(tokio::task::spawn_blocking(move || Node::open(config)).await??)
-}
-
-/// Whether it was the device that could not be set up.
-fn is_of_device(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(NodeError::Device(_)))
 }
 
 /// Where a client on this machine reaches a server that listens on all addresses.

@@ -14,7 +14,12 @@ use tangram_node::{
 /// A node on GPU 0 over this data directory, with all memory.
 pub(crate) fn config(driver: &Arc<Driver>, data: &Path) -> NodeConfig {
     let device = Device::Cuda { driver: driver.clone(), ordinal: 0 };
-    NodeConfig { device, device_memory: None, max_waiting: 100_000, ..NodeConfig::new(data.to_owned(), 0) }
+    NodeConfig {
+        devices: vec![device],
+        device_memory: None,
+        max_waiting: 100_000,
+        ..NodeConfig::new(data.to_owned(), 0)
+    }
 }
 
 /// Ends a node. Threads that read for it end a moment later, and hold the memory until then.

@@ -31,6 +31,7 @@ impl Worker {
             match self.set_up_again() {
                 Ok(()) => {
                     self.outage = None;
+                    self.shared.lost.store(false, Ordering::Release);
                     self.rebuilds += 1;
                     tracing::warn!(device = self.pool.memory().name(), "the device was set up anew");
                     return true;
@@ -58,6 +59,7 @@ impl Worker {
     /// Ends everything that is on the device and lets it go.
     fn clear_away(&mut self, reason: &str) {
         tracing::error!("{reason}");
+        self.shared.lost.store(true, Ordering::Release);
         let error = RequestError::DeviceLost(reason.to_owned());
         for model in 0..self.models.len() {
             if self.models[model].as_ref().is_some_and(|entry| entry.active.is_some()) {
@@ -90,7 +92,7 @@ impl Worker {
 
     /// Goes on with another device, whose pool knows the same models and holds nothing of them.
     fn move_to(&mut self, Opened { pool, executor, store, host }: Opened) {
-        self.disks.serve(store.clone());
+        self.disks.serve(self.setup.place, store.clone());
         (self.pool, self.executor, self.store, self.host) = (pool, executor, store, host);
         self.located.clear();
         for index in 0..self.models.len() {

@@ -71,15 +71,30 @@ pub(crate) enum Command {
 /// A model for the loop to take up.
 pub(crate) struct Registration {
     pub(crate) deployed: Arc<DeployedModel>,
-    pub(crate) plan: ModelPlan,
+    /// What is the same for every worker.
+    pub(crate) plan: Arc<ModelPlan>,
     /// The base of an adapter, for the case that no deployed model is it.
-    pub(crate) base: Option<(Arc<DeployedModel>, ModelPlan)>,
+    pub(crate) base: Option<(Arc<DeployedModel>, Arc<ModelPlan>)>,
+}
+
+/// The loop's figures.
+#[derive(Default)]
+pub(crate) struct Published {
+    pub(crate) node: NodeStatus,
+    /// By name.
+    pub(crate) models: Vec<ModelStatus>,
+    /// When that was.
+    pub(crate) at: Option<Instant>,
+    /// Rate at which weights come from host memory, once that was seen.
+    pub(crate) host_bytes_per_second: Option<f64>,
 }
 
 /// What the loop publishes for everybody else.
 #[derive(Default)]
 pub(crate) struct Shared {
-    pub(crate) status: Mutex<(NodeStatus, Vec<ModelStatus>)>,
+    pub(crate) status: Mutex<Published>,
+    /// Whether there is no device just now.
+    pub(crate) lost: AtomicBool,
     /// Sequences submitted and not admitted yet.
     pub(crate) waiting: AtomicUsize,
     /// Sequences submitted and not ended yet.
@@ -88,7 +103,7 @@ pub(crate) struct Shared {
 
 struct ModelEntry {
     deployed: Arc<DeployedModel>,
-    plan: ModelPlan,
+    plan: Arc<ModelPlan>,
     keys: Vec<TensorKey>,
     kv: Option<KvKey>,
     prefixes: PrefixUse,
@@ -350,7 +365,7 @@ impl Worker {
     fn enter(
         &mut self,
         deployed: Arc<DeployedModel>,
-        plan: ModelPlan,
+        plan: Arc<ModelPlan>,
         retire: Option<Box<dyn FnOnce() + Send>>,
     ) -> Result<(), String> {
         let (keys, kv) = self.catalogue(&plan)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tangram_checkpoint::{ModelSpec, Output, TensorEntry};
 use tangram_pool::Backend;
 
-use super::Worker;
+use super::{Published, Worker};
 use crate::api::{ModelStatus, NodeStatus};
 use crate::model::ModelPlan;
 
@@ -26,6 +26,7 @@ impl Worker {
         let counts = self.executor.counts();
         let mut node = NodeStatus {
             device: memory.name().to_owned(),
+            devices: Vec::new(),
             backend: match self.pool.backend() {
                 Backend::Paged => "paged",
                 Backend::Segment => "segment",
@@ -83,6 +84,7 @@ impl Worker {
                 in_place_bytes: plan.manifest.in_place.is_some().then(|| plan.in_place_bytes()),
                 shared_bytes: self.pool.shared_bytes(&entry.keys),
                 resident_bytes: self.pool.resident_bytes(&entry.keys),
+                resident_by_device: Vec::new(),
                 hosted_bytes: self.pool.hosted_bytes(&entry.keys),
                 kv_bytes_per_token: deployed.kv_bytes_per_token,
                 context: deployed.context,
@@ -94,7 +96,9 @@ impl Worker {
             });
         }
         models.sort_by(|a, b| a.name.cmp(&b.name));
-        *self.shared.status.lock().unwrap_or_else(PoisonError::into_inner) = (node, models);
+        let host_bytes_per_second = self.store.host_rate();
+        *self.shared.status.lock().unwrap_or_else(PoisonError::into_inner) =
+            Published { node, models, at: Some(self.published), host_bytes_per_second };
     }
 }
 

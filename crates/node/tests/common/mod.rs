@@ -1,6 +1,8 @@
 //! Helpers for the node's integration tests.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod gpu;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -243,6 +243,18 @@ pub(crate) async fn ps(target: Target, as_json: bool) -> anyhow::Result<()> {
         bytes(node.kv_bytes),
         node.kv_blocks
     );
+    for device in &node.devices {
+        println!(
+            "  {}{}: pool {}, free {}, resident weights {}, {} running, {} waiting",
+            device.device,
+            if device.lost { " (lost)" } else { "" },
+            bytes(device.pool_bytes),
+            bytes(device.free_bytes),
+            bytes(device.resident_bytes),
+            device.running,
+            device.waiting
+        );
+    }
     println!(
         "{} running, {} waiting; since the start: {} loaded, {} reused, {} evicted, {} preemptions",
         node.running,

@@ -1,0 +1,322 @@
+//! The workers of a node, one for each of its devices, and which of them a request goes to.
+//!
+//! Deployments are announced to all of them; a request goes to one, which policy chooses ([`Dispatch`]) from what the
+//! workers publish and from what was sent to them. Never touches device memory and never waits for a worker that computes,
+//! but where a deployment is announced.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use tangram_checkpoint::ContentId;
+use tangram_policy::Dispatch;
+use tangram_policy::dispatch::{Coming, Seen};
+
+use crate::api::{DeployedModel, ModelStatus, NodeStatus};
+use crate::lock;
+use crate::model::ModelPlan;
+use crate::sequence::Sequence;
+use crate::totals;
+use crate::worker::{Command, MAX_BATCH, Published, Registration, Shared};
+
+/// Bytes per second at which weights are taken to come from the disk before that was measured.
+const DISK_RATE: f64 = 1e9;
+/// The same from host memory.
+const HOST_RATE: f64 = 1e10;
+
+/// What is done when every worker has let a model go.
+pub(crate) type Done = Box<dyn FnOnce() + Send>;
+
+/// A worker, as far as others deal with it.
+pub(crate) struct Member {
+    pub(crate) commands: Sender<Command>,
+    pub(crate) shared: Arc<Shared>,
+    /// Its device, for people.
+    pub(crate) name: String,
+    /// Pages of its pool.
+    pub(crate) pages: u64,
+}
+
+/// All workers of a node.
+pub(crate) struct Fleet {
+    members: Vec<Member>,
+    page_bytes: u64,
+    dispatch: Mutex<Dispatch>,
+    epoch: Instant,
+}
+
+/// Counts a sequence among those of its model on a device, for as long as it lives.
+pub(crate) struct Ticket {
+    sent: Arc<[AtomicUsize]>,
+    device: usize,
+}
+
+impl Ticket {
+    fn new(model: &DeployedModel, device: usize) -> Ticket {
+        let ticket = Ticket { sent: model.sent.clone(), device };
+        if let Some(sent) = ticket.sent.get(device) {
+            sent.fetch_add(1, Ordering::AcqRel);
+        }
+        ticket
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(sent) = self.sent.get(self.device) {
+            sent.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+impl Fleet {
+    /// Of these workers, at least one, whose pools have pages of `page_bytes` bytes.
+    pub(crate) fn new(members: Vec<Member>, page_bytes: u64) -> Fleet {
+        let dispatch = Mutex::new(Dispatch::new(members.len()));
+        Fleet { members, page_bytes, dispatch, epoch: Instant::now() }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    /// Bytes of a page of any pool.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.page_bytes
+    }
+
+    /// Pages of the largest pool: what does not fit there can never run.
+    pub(crate) fn most_pages(&self) -> u64 {
+        self.members.iter().map(|member| member.pages).max().unwrap_or(0)
+    }
+
+    /// Bytes of all pools.
+    pub(crate) fn pool_bytes(&self) -> u64 {
+        self.members.iter().map(|member| member.pages * self.page_bytes).sum()
+    }
+
+    fn tell_all(&self, mut command: impl FnMut() -> Command) {
+        for member in &self.members {
+            // A loop that has ended has nothing to do with it any more.
+            let _ = member.commands.send(command());
+        }
+    }
+
+    /// Announces a model to every worker; `base` is the base of an adapter.
+    ///
+    /// # Errors
+    /// When a worker cannot take it up, for the user; then none has it.
+    pub(crate) fn register(
+        &self,
+        deployed: &Arc<DeployedModel>,
+        plan: &Arc<ModelPlan>,
+        base: Option<&(Arc<DeployedModel>, Arc<ModelPlan>)>,
+    ) -> Result<(), String> {
+        let announce = |member: &Member| {
+            let (answer, answered) = channel();
+            let (deployed, plan) = (deployed.clone(), plan.clone());
+            let model = Box::new(Registration { deployed, plan, base: base.cloned() });
+            let sent = member.commands.send(Command::Register { model, answer });
+            sent.is_ok().then_some(answered)
+        };
+        let answers: Vec<_> = self.members.iter().map(announce).collect();
+        let outcome = |answer: Option<std::sync::mpsc::Receiver<_>>| {
+            let ended = || Err("the engine loop has ended".to_owned());
+            answer.and_then(|answer| answer.recv().ok()).unwrap_or_else(ended)
+        };
+        let outcomes: Vec<Result<(), String>> = answers.into_iter().map(outcome).collect();
+        let failed = self.members.iter().zip(&outcomes).find_map(|(member, outcome)| match outcome {
+            Ok(()) => None,
+            Err(problem) if self.members.len() == 1 => Some(problem.clone()),
+            Err(problem) => Some(format!("on {}: {problem}", member.name)),
+        });
+        let Some(problem) = failed else { return Ok(()) };
+        for (member, _) in self.members.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok()) {
+            let done = Box::new(|| ());
+            let _ = member.commands.send(Command::Retire { model: deployed.index, done });
+        }
+        Err(problem)
+    }
+
+    /// For each worker something to call; when all have, `done` is called.
+    fn after_all(&self, done: Done) -> impl FnMut() -> Done + use<> {
+        let state = Arc::new(Mutex::new((self.members.len(), Some(done))));
+        move || {
+            let state = state.clone();
+            Box::new(move || {
+                let mut state = lock(&state);
+                state.0 -= 1;
+                let last = if state.0 == 0 { state.1.take() } else { None };
+                drop(state);
+                if let Some(done) = last {
+                    done();
+                }
+            })
+        }
+    }
+
+    /// Takes a model out of service everywhere; `done`, which must not block, runs when its last request has ended.
+    pub(crate) fn retire(&self, model: usize, done: Done) {
+        let mut done = self.after_all(done);
+        self.tell_all(|| Command::Retire { model, done: done() });
+    }
+
+    /// As [`Fleet::retire`], for a model that will not come: its requests fail.
+    pub(crate) fn withdraw(&self, model: usize, reason: &str, done: Done) {
+        let mut done = self.after_all(done);
+        self.tell_all(|| Command::Withdraw { model, reason: reason.to_owned(), done: done() });
+    }
+
+    /// Puts contents' own identities in the place of others, and returns when every worker has.
+    pub(crate) fn identify(&self, pairs: &[(ContentId, ContentId)]) {
+        let (answer, answered) = channel();
+        self.tell_all(|| Command::Identify { pairs: pairs.to_vec(), answer: answer.clone() });
+        drop(answer);
+        // Until the last has answered, or has ended: then nothing is resident there.
+        answered.iter().for_each(drop);
+    }
+
+    /// Something happened that any of them may wait for.
+    pub(crate) fn wake(&self) {
+        self.tell_all(|| Command::Wake);
+    }
+
+    /// These models are deployed now.
+    pub(crate) fn set_models(&self, models: &[Arc<DeployedModel>]) {
+        if self.members.len() > 1 {
+            lock(&self.dispatch).set_models(charges(models));
+        }
+    }
+
+    /// The device for a request of `sequences` sequences, the longest of which has `prompt` tokens and will have at most
+    /// `longest`. `None` if that fits nowhere.
+    pub(crate) fn choose(
+        &self,
+        model: &DeployedModel,
+        sequences: usize,
+        prompt: usize,
+        longest: usize,
+    ) -> Option<usize> {
+        if self.members.len() == 1 {
+            return Some(0);
+        }
+        let forecast = model.forecast();
+        let bytes_per_second = forecast.load_bytes_per_second().unwrap_or(DISK_RATE);
+        let cold = forecast.first_token(prompt, forecast.bytes_by_stage());
+        let seen: Vec<Seen> = (0..self.members.len())
+            .map(|device| self.see(device, model, longest as u64, bytes_per_second))
+            .collect();
+        let request = Coming {
+            model: model.index as u32,
+            sequences,
+            compute_seconds: cold.map_or(0.0, |cold| cold.compute),
+            hidden_seconds: cold.map_or(0.0, |cold| (cold.load - cold.stall).max(0.0)),
+            bytes_per_second,
+        };
+        lock(&self.dispatch).send(&request, &seen, self.epoch.elapsed().as_secs_f64())
+    }
+
+    /// What is known of a device just now, for a request of a model.
+    fn see(&self, device: usize, model: &DeployedModel, longest: u64, bytes_per_second: f64) -> Seen {
+        let Member { shared, pages, .. } = &self.members[device];
+        let footprint = model.forecast().footprint();
+        let (free_bytes, published, at, resident, hosted, host_rate) = {
+            let status = lock(&shared.status);
+            let found = status.models.binary_search_by(|other| other.name.as_str().cmp(&model.name));
+            let found = found.ok().and_then(|place| status.models.get(place));
+            let (resident, hosted) = found.map_or((0, 0), |found| (found.resident_bytes, found.hosted_bytes));
+            let Published { node, at, host_bytes_per_second, .. } = &*status;
+            (node.free_bytes, node.waiting, *at, resident, hosted, *host_bytes_per_second)
+        };
+        let missing = model.weight_bytes.saturating_sub(resident);
+        let hosted = hosted.min(missing);
+        let from_disk = (missing - hosted) as f64 / bytes_per_second;
+        let sent = model.sent.get(device).map_or(0, |sent| sent.load(Ordering::Acquire));
+        // The status is of the loop's last turn: some of those that waited then may have gone since.
+        let waiting = published.min(shared.waiting.load(Ordering::Acquire));
+        Seen {
+            usable: !shared.lost.load(Ordering::Acquire),
+            fits: footprint.context(model.spec.context as u64, *pages) >= longest,
+            pool_bytes: pages * self.page_bytes,
+            free_bytes,
+            in_flight: shared.in_flight.load(Ordering::Acquire),
+            waiting: waiting.max(sent.saturating_sub(MAX_BATCH)),
+            as_of: at.map_or(0.0, |at| at.saturating_duration_since(self.epoch).as_secs_f64()),
+            load_seconds: from_disk + hosted as f64 / host_rate.unwrap_or(HOST_RATE),
+        }
+    }
+
+    /// What wakes the loop of a device.
+    pub(crate) fn commands(&self, device: usize) -> &Sender<Command> {
+        &self.members[device].commands
+    }
+
+    /// Sends a sequence to a device; `false` if the loop there has ended.
+    pub(crate) fn submit(&self, device: usize, model: &DeployedModel, mut sequence: Sequence) -> bool {
+        let Member { commands, shared, .. } = &self.members[device];
+        shared.waiting.fetch_add(1, Ordering::AcqRel);
+        shared.in_flight.fetch_add(1, Ordering::AcqRel);
+        sequence.ticket = Some(Ticket::new(model, device));
+        let sent = commands.send(Command::Submit(Box::new(sequence))).is_ok();
+        if !sent {
+            shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+        }
+        sent
+    }
+
+    fn sum(&self, count: fn(&Shared) -> &AtomicUsize) -> usize {
+        self.members.iter().map(|member| count(&member.shared).load(Ordering::Acquire)).sum()
+    }
+
+    /// Sequences submitted and not admitted yet.
+    pub(crate) fn waiting(&self) -> usize {
+        self.sum(|shared| &shared.waiting)
+    }
+
+    /// Sequences submitted and not ended yet.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.sum(|shared| &shared.in_flight)
+    }
+
+    /// What is published of one device.
+    pub(crate) fn status_of(&self, device: usize) -> NodeStatus {
+        lock(&self.members[device].shared.status).node.clone()
+    }
+
+    /// What is published of all devices together.
+    pub(crate) fn status(&self) -> NodeStatus {
+        let each = self.members.iter().enumerate().map(|(device, member)| {
+            let lost = member.shared.lost.load(Ordering::Acquire);
+            (member.name.as_str(), lost, self.status_of(device))
+        });
+        totals::node(each.collect())
+    }
+
+    /// What is published of the models, by name.
+    pub(crate) fn list(&self) -> Vec<ModelStatus> {
+        let each = self.members.iter().map(|member| lock(&member.shared.status).models.clone());
+        totals::models(each.collect())
+    }
+
+    /// Ends the loops.
+    pub(crate) fn stop(&self) {
+        self.tell_all(|| Command::Stop);
+    }
+}
+
+/// What each model is charged with, bytes: of a tensor that several have an equal part each.
+fn charges(models: &[Arc<DeployedModel>]) -> Vec<(u32, f64)> {
+    let mut owners: HashMap<&str, f64> = HashMap::new();
+    for tensor in models.iter().flat_map(|model| &model.tensors) {
+        *owners.entry(&tensor.content).or_default() += 1.0;
+    }
+    let charged = |model: &Arc<DeployedModel>| {
+        let part = |content: &str| owners.get(content).copied().unwrap_or(1.0).recip();
+        model.tensors.iter().map(|tensor| tensor.bytes as f64 * part(&tensor.content)).sum()
+    };
+    models.iter().map(|model| (model.index as u32, charged(model))).collect()
+}
