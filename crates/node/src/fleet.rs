@@ -14,7 +14,7 @@ use tangram_checkpoint::ContentId;
 use tangram_policy::Dispatch;
 use tangram_policy::dispatch::{Coming, Seen};
 
-use crate::api::{DeployedModel, ModelStatus, NodeStatus};
+use crate::api::{DeployedModel, ModelStatus, NodeStatus, TensorProfile};
 use crate::lock;
 use crate::model::ModelPlan;
 use crate::sequence::Sequence;
@@ -78,6 +78,11 @@ impl Fleet {
         Fleet { members, page_bytes, dispatch, epoch: Instant::now() }
     }
 
+    /// The worker of a device.
+    pub(crate) fn member(&self, device: usize) -> &Member {
+        &self.members[device]
+    }
+
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.members.len()
@@ -91,6 +96,12 @@ impl Fleet {
     /// Pages of the largest pool: what does not fit there can never run.
     pub(crate) fn most_pages(&self) -> u64 {
         self.members.iter().map(|member| member.pages).max().unwrap_or(0)
+    }
+
+    /// Bytes of the first device's pool, and of them those that cached prefixes take now.
+    pub(crate) fn first_pool(&self) -> (u64, u64) {
+        let pages = self.members.first().map_or(0, |member| member.pages);
+        (pages * self.page_bytes, self.status_of(0).kv_cached_bytes)
     }
 
     /// Bytes of all pools.
@@ -187,11 +198,12 @@ impl Fleet {
     /// These models are deployed now.
     pub(crate) fn set_models(&self, models: &[Arc<DeployedModel>]) {
         if self.members.len() > 1 {
-            lock(&self.dispatch).set_models(charges(models));
+            let tensors = models.iter().map(|model| (model.index as u32, &model.tensors[..]));
+            lock(&self.dispatch).set_models(charges(tensors));
         }
     }
 
-    /// The device for a request of `sequences` sequences, the longest of which has `prompt` tokens and will have at most
+    /// The device for a request of `sequences` sequences, the longest of which has `prompt` tokens and needs room for
     /// `longest`. `None` if that fits nowhere.
     pub(crate) fn choose(
         &self,
@@ -207,7 +219,7 @@ impl Fleet {
         let bytes_per_second = forecast.load_bytes_per_second().unwrap_or(DISK_RATE);
         let cold = forecast.first_token(prompt, forecast.bytes_by_stage());
         let seen: Vec<Seen> = (0..self.members.len())
-            .map(|device| self.see(device, model, longest as u64, bytes_per_second))
+            .map(|device| self.see(device, model, longest, bytes_per_second))
             .collect();
         let request = Coming {
             model: model.index as u32,
@@ -216,13 +228,46 @@ impl Fleet {
             hidden_seconds: cold.map_or(0.0, |cold| (cold.load - cold.stall).max(0.0)),
             bytes_per_second,
         };
-        lock(&self.dispatch).send(&request, &seen, self.epoch.elapsed().as_secs_f64())
+        let mut dispatch = lock(&self.dispatch);
+        let before = dispatch.home(request.model);
+        let device = dispatch.send(&request, &seen, self.epoch.elapsed().as_secs_f64())?;
+        drop(dispatch);
+        // What the one before has of it is a second copy from now on.
+        for (other, elsewhere) in before
+            .filter(|&before| before != device)
+            .into_iter()
+            .flat_map(|before| [(before, true), (device, false)])
+        {
+            let _ = self.members[other].commands.send(Command::Elsewhere { model: model.index, elsewhere });
+        }
+        Some(device)
+    }
+
+    /// Longest sequence of a model in tokens that a device can run.
+    pub(crate) fn context(&self, device: usize, model: &DeployedModel) -> usize {
+        let footprint = model.forecast().footprint();
+        footprint.context(model.spec.context as u64, self.members[device].pages) as usize
+    }
+
+    /// Sends a sequence that waits for a lost device to another; gives it back if there is none that works and has room.
+    pub(crate) fn hand_over(
+        &self,
+        model: &DeployedModel,
+        mut sequence: Box<Sequence>,
+    ) -> Result<(), Box<Sequence>> {
+        let tokens = sequence.tokens.len();
+        let device = self.choose(model, 1, tokens, tokens + sequence.left());
+        let works = |&device: &usize| !self.members[device].shared.lost.load(Ordering::Acquire);
+        let Some(device) = device.filter(works) else { return Err(sequence) };
+        sequence.swapped = None;
+        // Where a loop has ended all will, and clients see that.
+        let _ = self.send(device, model, sequence);
+        Ok(())
     }
 
     /// What is known of a device just now, for a request of a model.
-    fn see(&self, device: usize, model: &DeployedModel, longest: u64, bytes_per_second: f64) -> Seen {
+    fn see(&self, device: usize, model: &DeployedModel, longest: usize, bytes_per_second: f64) -> Seen {
         let Member { shared, pages, .. } = &self.members[device];
-        let footprint = model.forecast().footprint();
         let (free_bytes, published, at, resident, hosted, host_rate) = {
             let status = lock(&shared.status);
             let found = status.models.binary_search_by(|other| other.name.as_str().cmp(&model.name));
@@ -239,7 +284,7 @@ impl Fleet {
         let waiting = published.min(shared.waiting.load(Ordering::Acquire));
         Seen {
             usable: !shared.lost.load(Ordering::Acquire),
-            fits: footprint.context(model.spec.context as u64, *pages) >= longest,
+            fits: self.context(device, model) >= longest,
             pool_bytes: pages * self.page_bytes,
             free_bytes,
             in_flight: shared.in_flight.load(Ordering::Acquire),
@@ -249,18 +294,13 @@ impl Fleet {
         }
     }
 
-    /// What wakes the loop of a device.
-    pub(crate) fn commands(&self, device: usize) -> &Sender<Command> {
-        &self.members[device].commands
-    }
-
-    /// Sends a sequence to a device; `false` if the loop there has ended.
-    pub(crate) fn submit(&self, device: usize, model: &DeployedModel, mut sequence: Sequence) -> bool {
+    /// Sends a sequence to a device; `false` if the loop there has ended, and with it the sequence.
+    pub(crate) fn send(&self, device: usize, model: &DeployedModel, mut sequence: Box<Sequence>) -> bool {
         let Member { commands, shared, .. } = &self.members[device];
         shared.waiting.fetch_add(1, Ordering::AcqRel);
         shared.in_flight.fetch_add(1, Ordering::AcqRel);
         sequence.ticket = Some(Ticket::new(model, device));
-        let sent = commands.send(Command::Submit(Box::new(sequence))).is_ok();
+        let sent = commands.send(Command::Submit(sequence)).is_ok();
         if !sent {
             shared.waiting.fetch_sub(1, Ordering::AcqRel);
             shared.in_flight.fetch_sub(1, Ordering::AcqRel);
@@ -283,7 +323,7 @@ impl Fleet {
     }
 
     /// What is published of one device.
-    pub(crate) fn status_of(&self, device: usize) -> NodeStatus {
+    fn status_of(&self, device: usize) -> NodeStatus {
         lock(&self.members[device].shared.status).node.clone()
     }
 
@@ -308,15 +348,29 @@ impl Fleet {
     }
 }
 
-/// What each model is charged with, bytes: of a tensor that several have an equal part each.
-fn charges(models: &[Arc<DeployedModel>]) -> Vec<(u32, f64)> {
+/// What each model is charged with, bytes: of a tensor that several have an equal part each. A model has no tensor twice.
+fn charges<'a>(models: impl Iterator<Item = (u32, &'a [TensorProfile])> + Clone) -> Vec<(u32, f64)> {
     let mut owners: HashMap<&str, f64> = HashMap::new();
-    for tensor in models.iter().flat_map(|model| &model.tensors) {
+    for tensor in models.clone().flat_map(|(_, tensors)| tensors) {
         *owners.entry(&tensor.content).or_default() += 1.0;
     }
-    let charged = |model: &Arc<DeployedModel>| {
-        let part = |content: &str| owners.get(content).copied().unwrap_or(1.0).recip();
-        model.tensors.iter().map(|tensor| tensor.bytes as f64 * part(&tensor.content)).sum()
+    let part = |tensor: &TensorProfile| {
+        tensor.bytes as f64 / owners.get(tensor.content.as_str()).copied().unwrap_or(1.0)
     };
-    models.iter().map(|model| (model.index as u32, charged(model))).collect()
+    models.map(|(model, tensors)| (model, tensors.iter().map(part).sum())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shared_is_charged_once() {
+        let tensor = |content: &str, bytes| TensorProfile { content: content.to_owned(), bytes, stage: 0 };
+        let base = [tensor("x", 60), tensor("y", 30)];
+        let adapters = ["p", "q"].map(|own| [tensor("x", 60), tensor("y", 30), tensor(own, 5)]);
+        let models = [&base[..], &adapters[0], &adapters[1], &[]];
+        let charged = charges((7..).zip(models));
+        assert_eq!(charged, [(7, 30.0), (8, 35.0), (9, 35.0), (10, 0.0)]);
+    }
 }

@@ -139,7 +139,7 @@ pub enum NodeError {
 pub struct Node {
     catalog: Arc<Mutex<Catalog>>,
     models: RwLock<BTreeMap<String, Arc<DeployedModel>>>,
-    fleet: Fleet,
+    fleet: Arc<Fleet>,
     /// Takes the manifests of deployments whose last request has ended, and removes their files.
     retired: Option<Sender<Arc<Manifest>>>,
     workers: Vec<JoinHandle<()>>,
@@ -200,22 +200,24 @@ impl Node {
         let stores = opened.iter().map(|opened| opened.store.clone()).collect();
         let disks = Arc::new(Disks::open(&config.data, machine.describe(), stores));
         let page_bytes = setups.first().and_then(|setup| setup.page_bytes).unwrap_or(0);
-        let (mut members, mut workers) = (Vec::new(), Vec::new());
-        for (setup, opened) in setups.into_iter().zip(opened) {
+        let member = |opened: &Opened| {
             let (commands, receiver) = channel();
-            let (told, shared) = (commands.clone(), Arc::new(Shared::default()));
             let memory = opened.pool.memory();
             let (name, pages) = (memory.name().to_owned(), memory.page_count() as u64);
-            let thread = match config.devices.len() {
+            (Member { commands, shared: Arc::new(Shared::default()), name, pages }, receiver)
+        };
+        let (members, receivers): (Vec<_>, Vec<_>) = opened.iter().map(member).unzip();
+        let fleet = Arc::new(Fleet::new(members, page_bytes));
+        let mut workers = Vec::new();
+        for ((setup, opened), receiver) in setups.into_iter().zip(opened).zip(receivers) {
+            let thread = match fleet.len() {
                 1 => "engine".to_owned(),
                 _ => format!("engine-{}", setup.place),
             };
-            let worker = Worker::new(setup, opened, disks.clone(), receiver, told, shared.clone());
+            let worker = Worker::new(setup, opened, disks.clone(), receiver, fleet.clone());
             let worker = worker.observed_by(config.observer.clone());
             workers.push(std::thread::Builder::new().name(thread).spawn(move || worker.run())?);
-            members.push(Member { commands, shared, name, pages });
         }
-        let fleet = Fleet::new(members, page_bytes);
         let catalog = Arc::new(Mutex::new(catalog));
         let (retired, receiver) = channel::<Arc<Manifest>>();
         let for_janitor = catalog.clone();
@@ -368,10 +370,10 @@ impl Node {
         let generating = self.models().into_iter().filter(|model| model.spec.generates());
         let models: Vec<Arc<DeployedModel>> = generating.collect();
         let loading = models.iter().find_map(|model| model.forecast().loading());
-        let device = self.fleet.status_of(0);
+        let (pool_bytes, cached_prefix_bytes) = self.fleet.first_pool();
         MachineProfile {
-            pool_bytes: device.pool_bytes,
-            cached_prefix_bytes: device.kv_cached_bytes,
+            pool_bytes,
+            cached_prefix_bytes,
             load_bytes_per_second: loading.map(|loading| loading.link.bytes_per_second),
             load_share: loading.map_or(0.0, |loading| loading.share),
             models: models.iter().map(|model| model.profile()).collect(),
@@ -635,7 +637,11 @@ impl Node {
             generated: 0,
             events,
         }));
-        let cancel = self.submit(&model, vec![(prompt, None, sink)])?;
+        let needs = match max_tokens {
+            Some(max) => prompt.len() + max,
+            None => prompt.len() + room.min(OPEN_ENDED_TOKENS.max(prompt.len())),
+        };
+        let cancel = self.submit(&model, needs, vec![(prompt, None, sink)])?;
         Ok(Generation { events: receiver, _cancel: Some(cancel) })
     }
 
@@ -682,19 +688,21 @@ impl Node {
         let state =
             EmbedState { vectors: vec![None; inputs.len()], timing: Timing::default(), result: Some(result) };
         let group = Arc::new(EmbedGroup { state: Mutex::new(state) });
+        let longest = inputs.iter().map(|input| input.tokens.len()).max().unwrap_or(0);
         let inputs = inputs
             .into_iter()
             .enumerate()
             .map(|(index, input)| (input.tokens, input.second, Sink::Embed { group: group.clone(), index }))
             .collect();
-        let cancel = self.submit(model, inputs)?;
+        let cancel = self.submit(model, longest, inputs)?;
         Ok(Embedding { result: receiver, _cancel: cancel })
     }
 
-    /// Sends sequences to a device, all to the same.
+    /// Sends sequences to a device, all to the same, on which the longest can have at least `needs` tokens.
     fn submit(
         &self,
         model: &DeployedModel,
+        needs: usize,
         sequences: Vec<(Vec<u32>, Option<usize>, Sink)>,
     ) -> Result<Cancel, RequestError> {
         if self.closing.load(Ordering::Acquire) {
@@ -704,17 +712,18 @@ impl Node {
         if waiting >= self.max_waiting {
             return Err(RequestError::QueueFull { waiting });
         }
-        let lengths = sequences.iter().map(|(tokens, _, sink)| (tokens.len(), tokens.len() + sink.left()));
-        let (prompt, longest) = lengths.fold((0, 0), |most, next| (most.0.max(next.0), most.1.max(next.1)));
-        let device = self.fleet.choose(model, sequences.len(), prompt, longest);
-        // It was compared with the largest device.
-        let device = device.ok_or_else(|| too_long(model, prompt, Some(longest - prompt)))?;
-        let cancel = Cancel::new(self.fleet.commands(device));
-        for (tokens, second, sink) in sequences {
+        let prompt = sequences.iter().map(|(tokens, ..)| tokens.len()).max().unwrap_or(0);
+        // Whether it fits on the largest was asked before.
+        let device = self.fleet.choose(model, sequences.len(), prompt, needs);
+        let device = device.ok_or_else(|| too_long(model, needs, None))?;
+        let cancel = Cancel::new(&self.fleet.member(device).commands);
+        let context = self.fleet.context(device, model);
+        for (tokens, second, mut sink) in sequences {
+            sink.limit(context.saturating_sub(tokens.len()));
             let arrival = self.next_arrival.fetch_add(1, Ordering::Relaxed);
             let mut sequence = Sequence::new(arrival, model.index, tokens, cancel.flag.clone(), sink);
             sequence.second = second;
-            if !self.fleet.submit(device, model, sequence) {
+            if !self.fleet.send(device, model, Box::new(sequence)) {
                 return Err(RequestError::ShuttingDown);
             }
         }
@@ -844,6 +853,10 @@ fn open_machine(config: &NodeConfig, threads: usize, opened: &[Opened]) -> Machi
     let gpu = first.filter(|_| on_gpu).map(|memory| memory.name());
     Machine::open(&config.data, threads, first.map_or(1, |memory| memory.streams().len()), gpu)
 }
+
+/// Tokens for which a GPU must have room to be given a request that does not say how many it wants; or as many as its prompt
+/// has, if that is more. The answer goes on as long as this GPU's memory lets it.
+const OPEN_ENDED_TOKENS: usize = 8192;
 
 /// With fewer bytes of types that can be compressed, there is less to be won than it takes to measure the disk.
 const LEAST_COMPRESSIBLE: u64 = 64 << 20;

@@ -25,6 +25,13 @@ pub(crate) enum Sink {
 }
 
 impl Sink {
+    /// No more than so many tokens are generated.
+    pub(crate) fn limit(&mut self, most: usize) {
+        if let Sink::Generate(generate) = self {
+            generate.max_tokens = generate.max_tokens.min(most);
+        }
+    }
+
     /// Tokens that can still be generated.
     pub(crate) fn left(&self) -> usize {
         match self {

@@ -111,3 +111,94 @@ fn merge(total: &mut ModelStatus, other: &ModelStatus) {
         total.state.clone_from(&other.state);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ModelForecast;
+
+    fn model(name: &str, resident_bytes: u64, state: &str, running: usize) -> ModelStatus {
+        ModelStatus {
+            name: name.to_owned(),
+            base: None,
+            family: "llama".to_owned(),
+            task: "generate".to_owned(),
+            dtype: "F32".to_owned(),
+            weight_bytes: 100,
+            in_place_bytes: None,
+            stored_bytes: 100,
+            shared_bytes: 0,
+            resident_bytes,
+            resident_by_device: Vec::new(),
+            hosted_bytes: 0,
+            kv_bytes_per_token: 1,
+            context: 10,
+            forecast: ModelForecast {
+                tokens_beside_weights: Some(resident_bytes),
+                scratch_bytes: 0,
+                prompt_tokens: 10,
+                cold_first_token_seconds: None,
+                resident_first_token_seconds: None,
+                load_bytes_per_second: None,
+            },
+            state: state.to_owned(),
+            running,
+            waiting: 1,
+            created: 5,
+        }
+    }
+
+    #[test]
+    fn one_device_is_shown_as_it_is() {
+        let status = NodeStatus { device: "cpu".to_owned(), free_bytes: 7, ..NodeStatus::default() };
+        let shown = node(vec![("another name", false, status)]);
+        assert_eq!((shown.device.as_str(), shown.free_bytes, shown.devices.len()), ("cpu", 7, 0));
+        let listed = models(vec![vec![model("a", 30, "idle", 0)]]);
+        assert!(listed[0].resident_by_device.is_empty());
+        let text = serde_json::to_string(&(shown, listed)).unwrap();
+        assert!(!text.contains("devices") && !text.contains("by_device"), "{text}");
+    }
+
+    #[test]
+    fn several_are_added_up_and_listed() {
+        let status =
+            |free_bytes| NodeStatus { free_bytes, running: 2, kv_blocks: 3, ..NodeStatus::default() };
+        let shown = node(vec![("g0", false, status(7)), ("g1", true, status(5))]);
+        assert_eq!(
+            (shown.device.as_str(), shown.free_bytes, shown.running, shown.kv_blocks),
+            ("g0, g1", 12, 4, 6)
+        );
+        let devices: Vec<_> = shown
+            .devices
+            .iter()
+            .map(|device| (device.device.as_str(), device.lost, device.free_bytes))
+            .collect();
+        assert_eq!(devices, [("g0", false, 7), ("g1", true, 5)]);
+        let listed = models(vec![
+            vec![model("a", 30, "active", 1), model("b", 0, "idle", 0)],
+            // What was removed or deployed a moment ago is not on all of them.
+            vec![model("b", 90, "loading", 3), model("c", 1, "idle", 0)],
+        ]);
+        let figures: Vec<_> = listed
+            .iter()
+            .map(|model| {
+                (
+                    &model.name[..],
+                    &model.resident_by_device[..],
+                    &model.state[..],
+                    model.running,
+                    model.waiting,
+                )
+            })
+            .collect();
+        assert_eq!(
+            figures,
+            [
+                ("a", &[30, 0][..], "active", 1, 1),
+                ("b", &[0, 90], "loading", 3, 2),
+                ("c", &[0, 1], "idle", 0, 1)
+            ]
+        );
+        assert_eq!((listed[1].resident_bytes, listed[1].forecast.tokens_beside_weights), (90, Some(90)));
+    }
+}

@@ -160,6 +160,36 @@ fn one_gpu_is_lost_and_the_other_serves() {
     nothing_is_left(node, &gpus);
 }
 
+/// More than both run at once when one is lost: of what it ran nothing comes, what waited for it comes from the other.
+#[test]
+fn what_waits_for_a_lost_gpu_goes_to_the_other() {
+    const LAUNCH_FAILED: i32 = 719;
+    const MOST_AT_ONCE: usize = 64;
+    let two = Two::new();
+    let pool = 16 << 20;
+    let Some(gpus) = gpus([pool; 2]) else { return };
+    let node = Node::open(on_both(&gpus, two.data.path(), Some(pool))).unwrap();
+    let alone = run(&node, request(&model(&node, "a"), &PROMPT[..1], 1)).tokens;
+    gpus[0].occupy(2 << 30);
+    // In one of its first steps, when more are waiting than run.
+    gpus[0].fail("execution", 30, LAUNCH_FAILED);
+    let outcomes: Vec<_> = many(&node, "a", 200).into_iter().map(finish).collect();
+    let mut failed = 0;
+    for outcome in outcomes {
+        match outcome {
+            Ok(outcome) => assert_eq!(outcome.tokens, alone),
+            Err(error) => {
+                assert!(matches!(error, RequestError::DeviceLost(_)), "{error}");
+                failed += 1;
+            }
+        }
+    }
+    println!("{failed} failed");
+    assert!((1..=MOST_AT_ONCE).contains(&failed), "{failed} failed");
+    gpus[0].occupy(0);
+    nothing_is_left(node, &gpus);
+}
+
 /// Deployments, removals and adapters reach both; files go when the last of both has let go.
 #[test]
 fn deployments_and_removals_reach_both() {

@@ -160,6 +160,11 @@ impl Dispatch {
         self.models = known.collect();
     }
 
+    /// The device that requests for a model were sent to last.
+    pub fn home(&self, model: u32) -> Option<usize> {
+        self.models.get(&model)?.home
+    }
+
     /// The device that a request goes to, of which `seen` has what is seen of each; notes that it goes there. One that
     /// does not work is taken only where the request fits on no other. `None` if it fits nowhere.
     pub fn send(&mut self, request: &Coming, seen: &[Seen], now: f64) -> Option<usize> {
@@ -276,10 +281,12 @@ mod tests {
     #[test]
     fn a_model_goes_where_its_weights_are() {
         let mut dispatch = two();
+        assert_eq!(dispatch.home(0), None);
         for (at, holder) in [(0.0, 1), (1.0, 0), (2.0, 1)] {
             let devices = [0, 1].map(|device| if device == holder { seen() } else { cold(3.0) });
             assert_eq!(dispatch.send(&coming(0), &devices, at), Some(holder));
         }
+        assert_eq!(dispatch.home(0), Some(1));
         // Most of them is better than none of them, and host memory better than the disk.
         assert_eq!(dispatch.send(&coming(0), &[cold(0.2), cold(0.1)], 3.0), Some(1));
     }

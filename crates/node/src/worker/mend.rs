@@ -66,6 +66,7 @@ impl Worker {
                 self.fail_model(model, &error);
             }
         }
+        self.hand_over_waiting();
         self.end_prefetch();
         self.waiting.clear();
         self.outage = Some(Outage { reason: reason.to_owned(), retry: Instant::now() });
@@ -108,8 +109,31 @@ impl Worker {
         }
     }
 
+    /// What waits for this device goes to another that works, if there is one where it fits. (What ran here ends: it may be
+    /// what the device was lost by.)
+    fn hand_over_waiting(&mut self) {
+        for sequence in self.queue.remove(|_| true) {
+            let model = sequence.model;
+            let outcome = match &self.models[model] {
+                Some(entry) => self.fleet.hand_over(&entry.deployed, sequence),
+                None => Err(sequence),
+            };
+            if let Err(stays) = outcome {
+                self.queue.push(stays);
+                continue;
+            }
+            self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            self.shared.in_flight.fetch_sub(1, Ordering::AcqRel);
+            if let Some(entry) = self.models[model].as_mut() {
+                entry.waiting -= 1;
+            }
+            self.retire_if_over(model);
+        }
+    }
+
     /// Nobody is let wait for a device that may not come back.
     fn refuse_waiting(&mut self) {
+        self.hand_over_waiting();
         let Some(outage) = &self.outage else { return };
         let error = RequestError::DeviceLost(outage.reason.clone());
         for sequence in self.queue.remove(|_| true) {

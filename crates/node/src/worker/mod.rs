@@ -37,6 +37,7 @@ use crate::api::{DeployedModel, ModelStatus, NodeStatus, RequestError};
 use crate::arrival::Waiting;
 use crate::device::{Opened, Setup};
 use crate::disks::Disks;
+use crate::fleet::{Fleet, Member};
 use crate::forecast::LoadMeter;
 use crate::model::ModelPlan;
 use crate::observe::Observer;
@@ -58,6 +59,8 @@ pub(crate) enum Command {
     Register { model: Box<Registration>, answer: Sender<Result<(), String>> },
     /// A model is no longer deployed. It goes when its last sequence has ended; then `done` runs, which must not block.
     Retire { model: usize, done: Box<dyn FnOnce() + Send> },
+    /// Another device has been sent requests for a model since this one was, or no longer.
+    Elsewhere { model: usize, elsewhere: bool },
     /// Contents that were registered under identities that stood for their own, and their own.
     Identify { pairs: Vec<(ContentId, ContentId)>, answer: Sender<()> },
     /// A model that was still arriving will not come: its requests fail, then it goes as by `Retire`.
@@ -152,6 +155,8 @@ struct Step {
 pub(crate) struct Worker {
     commands: Receiver<Command>,
     shared: Arc<Shared>,
+    /// This worker and those of the node's other devices.
+    fleet: Arc<Fleet>,
     executor: DeviceExecutor,
     pool: Pool,
     setup: Setup,
@@ -192,9 +197,10 @@ impl Worker {
         Opened { pool, executor, store, host }: Opened,
         disks: Arc<Disks>,
         commands: Receiver<Command>,
-        wake_sender: Sender<Command>,
-        shared: Arc<Shared>,
+        fleet: Arc<Fleet>,
     ) -> Worker {
+        let Member { commands: wake_sender, shared, .. } = fleet.member(setup.place);
+        let (wake_sender, shared) = (wake_sender.clone(), shared.clone());
         let wake_pending = Arc::new(AtomicBool::new(false));
         let pending = wake_pending.clone();
         let wake: Wake = Arc::new(move || {
@@ -207,6 +213,7 @@ impl Worker {
         let mut worker = Worker {
             commands,
             shared,
+            fleet,
             executor,
             pool,
             setup,
@@ -328,6 +335,9 @@ impl Worker {
                 }
                 self.bind_adapters();
                 self.retire_if_over(model);
+            }
+            Command::Elsewhere { model, elsewhere } => {
+                self.expectations.set_elsewhere(model as u32, elsewhere);
             }
             Command::Identify { pairs, answer } => {
                 self.pool.identify(&pairs);
