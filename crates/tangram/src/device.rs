@@ -13,6 +13,8 @@ pub(crate) enum Choice {
     /// All GPUs that can be used, in the driver's order; the processor if there is none.
     #[default]
     Auto,
+    /// The first GPU if it can be used, else the processor: for what is shown of one pool. Nobody names it.
+    AutoOne,
     /// The processor and its memory.
     Cpu,
     /// The NVIDIA GPUs of these numbers, at least one, none twice.
@@ -54,11 +56,11 @@ impl Choice {
         };
         match self {
             Choice::Cpu => Ok((vec![Device::Cpu], None)),
-            Choice::Auto => Ok(match Driver::load() {
+            Choice::Auto | Choice::AutoOne => Ok(match Driver::load() {
                 Err(reason) => (vec![Device::Cpu], Some(on_cpu(&reason))),
                 Ok(driver) => {
-                    let all: Vec<i32> = (0..driver.gpus().max(1)).collect();
-                    (gpus(driver, &all), None)
+                    let count = if *self == Choice::AutoOne { 1 } else { driver.gpus().max(1) };
+                    (gpus(driver, &(0..count).collect::<Vec<i32>>()), None)
                 }
             }),
             Choice::Cuda(ordinals) => {

@@ -51,7 +51,7 @@ impl Server {
         })?;
         let address = listener.local_addr()?;
         let (node, note) = match (&settings.device, note) {
-            (Choice::Auto, None) => open_usable(settings, devices).await?,
+            (Choice::Auto | Choice::AutoOne, None) => open_usable(settings, devices).await?,
             (_, note) => (open(settings, devices).await?, note),
         };
         let pool_bytes = node.pool_bytes();

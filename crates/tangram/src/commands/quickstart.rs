@@ -15,6 +15,7 @@ use crate::client::Client;
 use crate::commands::models::{Deployable, deploy_on};
 use crate::commands::serve::until_signal;
 use crate::config::{ServerOptions, default_data};
+use crate::device::Choice;
 use crate::embedded::Server;
 use crate::output::{bytes, milliseconds, table};
 
@@ -84,6 +85,10 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     }
     options.device_memory = options.device_memory.or(Some(bytesize::ByteSize::b(POOL_BYTES)));
     let mut settings = options.settle()?;
+    if settings.device == Choice::Auto {
+        // What it shows is how models share one pool.
+        settings.device = Choice::AutoOne;
+    }
     let packages = settings.data.join("packages");
     let chat_model = chat_model.map_or_else(|| fetch(&CHAT, &packages, "--chat-model"), Ok)?;
     let embedding_model =
