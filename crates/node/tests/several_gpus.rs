@@ -85,8 +85,14 @@ fn models_that_do_not_fit_together_live_on_both_and_stay() {
     let two = Two::new();
     let pool = two.pool_for_one();
     let Some(gpus) = gpus([pool; 2]) else { return };
-    let node = Node::open(on_both(&gpus, two.data.path(), Some(pool))).unwrap();
+    let config = NodeConfig { host_memory: 4 << 20, ..on_both(&gpus, two.data.path(), Some(pool)) };
+    let node = Node::open(config).unwrap();
     assert_eq!(node.pool_bytes(), 2 * pool as u64);
+    // Half of host memory is for each, an eighth of it not for weights.
+    let (tier, page) = ((2 << 20) * 7 / 8, PAGE as u64);
+    eventually("host memory is pinned", || {
+        node.status().devices.iter().all(|gpu| (tier + 1 - page..=tier).contains(&gpu.host_tier_bytes))
+    });
     for round in 0..6 {
         for (name, expected) in ["a", "b"].iter().zip(&two.expected) {
             let outcome = run(&node, request(&model(&node, name), &PROMPT, 3));
