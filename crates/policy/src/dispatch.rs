@@ -21,6 +21,9 @@ const HALF_LIFE_SECONDS: f64 = 600.0;
 /// What a device says so long after something was sent there takes account of it.
 const SETTLED_SECONDS: f64 = 0.1;
 
+/// What was sent somewhere is seen in flight there not later than that.
+const UNDER_WAY_SECONDS: f64 = 0.005;
+
 /// The rate at which a device ends requests is that of about the last so many seconds.
 const RATE_SECONDS: f64 = 10.0;
 
@@ -81,6 +84,7 @@ struct Ledger {
     /// When models that were sent for will be there, and when that was. Kept until the device itself can tell.
     arrivals: HashMap<u32, (f64, f64)>,
     sent: u64,
+    last_sent: f64,
     /// Sequences that have ended, and when that was looked at last, with something in flight or not.
     ended: u64,
     looked: f64,
@@ -98,7 +102,7 @@ impl Ledger {
         let busy = if self.was_busy { seconds } else { 0.0 };
         self.lately = (self.lately.0 * fade + (ended - self.ended) as f64, self.lately.1 * fade + busy);
         (self.ended, self.looked, self.was_busy) = (ended, now, in_flight > 0);
-        if in_flight == 0 {
+        if in_flight == 0 && now - self.last_sent > UNDER_WAY_SECONDS {
             (self.link_until, self.compute_until) = (now, now);
             self.arrivals.values_mut().for_each(|(at, _)| *at = at.min(now));
         }
@@ -128,6 +132,7 @@ impl Ledger {
         self.arrivals.insert(request.model, (arrival, now));
         self.compute_until = self.compute_until.max(now) + request.compute_seconds;
         self.sent += request.sequences as u64;
+        self.last_sent = now;
         self.was_busy = true;
     }
 }
@@ -385,6 +390,14 @@ mod tests {
         assert_eq!(dispatch.send(&coming(0), &devices(1.05), 1.06), Some(1), "perhaps too early");
         // It has gone since.
         assert_eq!(dispatch.send(&coming(0), &devices(2.0), 2.0), Some(0));
+    }
+
+    #[test]
+    fn what_was_sent_a_moment_ago_counts_although_it_is_not_seen() {
+        let mut dispatch = two();
+        dispatch.set_models((0..2).map(|model| (model, GB as f64)));
+        assert_eq!(dispatch.send(&coming(0), &[cold(3.0), cold(3.0)], 0.0), Some(0));
+        assert_eq!(dispatch.send(&coming(1), &[cold(3.0), cold(3.0)], 0.001), Some(1));
     }
 
     #[test]
