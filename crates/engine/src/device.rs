@@ -176,10 +176,11 @@ impl DevicePass {
         }
     }
 
-    /// As [`Pass::set_early_rows`]; on a GPU they are not used.
-    pub fn set_early_rows(&mut self, rows: Vec<u8>) {
-        if let DevicePass::Cpu(pass) = self {
-            pass.set_early_rows(rows);
+    /// As [`Pass::set_early_rows`] and [`CudaPass::set_early_rows`].
+    pub fn set_early_rows(&mut self, rows: Vec<u8>, verified: bool) {
+        match self {
+            DevicePass::Cpu(pass) => pass.set_early_rows(rows),
+            DevicePass::Cuda(pass) => pass.set_early_rows(rows, verified),
         }
     }
 

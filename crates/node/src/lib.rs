@@ -286,16 +286,15 @@ impl Node {
         deployment: &Deployment,
         arrival: Option<&Arc<Arrival>>,
     ) -> Result<Arc<DeployedModel>, String> {
-        let rows_first = self.machine.computes();
         let page_bytes = self.fleet.page_bytes();
-        let plan = ModelPlan::new(catalog, deployment, &self.machine, page_bytes, rows_first, arrival)?;
+        let plan = ModelPlan::new(catalog, deployment, &self.machine, page_bytes, arrival)?;
         let manifest = &deployment.manifest;
         let base = match &manifest.base {
             None => None,
             Some(base) => {
                 let manifest = Arc::new(manifest.without_adapter());
                 let deployment = Deployment { created: deployment.created, manifest };
-                let plan = ModelPlan::new(catalog, &deployment, &self.machine, page_bytes, rows_first, None)?;
+                let plan = ModelPlan::new(catalog, &deployment, &self.machine, page_bytes, None)?;
                 Some((self.describe(catalog, base, &deployment, &plan)?, Arc::new(plan)))
             }
         };

@@ -135,7 +135,6 @@ impl ModelPlan {
         deployment: &Deployment,
         machine: &Arc<Machine>,
         page_bytes: u64,
-        rows_first: bool,
         arrival: Option<&Arc<Arrival>>,
     ) -> Result<ModelPlan, String> {
         let manifest = deployment.manifest.clone();
@@ -155,7 +154,7 @@ impl ModelPlan {
         let files = manifest.in_place.iter().flat_map(|in_place| &in_place.files);
         let files: Vec<Arc<InPlaceFile>> = files.cloned().map(Arc::new).collect();
         let mut seen = HashMap::new();
-        let (order, late) = load_order(&manifest, rows_first && arrival.is_none());
+        let (order, late) = load_order(&manifest, arrival.is_none());
         unique_of.resize(manifest.tensors.len(), 0);
         for index in order {
             let tensor = &manifest.tensors[index];
@@ -209,7 +208,7 @@ impl ModelPlan {
         let forecast = Arc::new(Forecast::new(engine.clone(), machine.clone(), footprint, bytes_by_stage));
         let adapter = match manifest.spec.updates.is_empty() {
             true => None,
-            false => Some(AdapterPlan::new(&manifest, &of_adapter, &unique_of, rows_first)?),
+            false => Some(AdapterPlan::new(&manifest, &of_adapter, &unique_of)?),
         };
         let early_rows = late.and_then(|index| {
             Some(EarlyRows { unique: *unique_of.get(index)?, row_bytes: engine.token_row_bytes() })
@@ -264,17 +263,12 @@ impl ModelPlan {
 }
 
 impl AdapterPlan {
-    fn new(
-        manifest: &Manifest,
-        descs: &[TensorDesc],
-        unique_of: &[usize],
-        rows_first: bool,
-    ) -> Result<AdapterPlan, String> {
+    fn new(manifest: &Manifest, descs: &[TensorDesc], unique_of: &[usize]) -> Result<AdapterPlan, String> {
         let engine = Adapter::new(&manifest.spec, descs).map_err(|error| error.to_string())?;
         // In the order in which the base's own plan numbers them: by first appearance.
         let mut of_base: Vec<usize> = Vec::new();
         let mut index_in_base = HashMap::new();
-        let (order, _) = load_order(manifest, rows_first);
+        let (order, _) = load_order(manifest, true);
         for unique in of_role(manifest, unique_of, &order, |role| !is_adapters(role)) {
             index_in_base.entry(unique).or_insert_with(|| {
                 of_base.push(unique);

@@ -9,19 +9,22 @@ mod common;
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use common::gpu::{PAGE, gpu, nothing_is_left, on_gpu};
 use common::{deploy, eventually, finish, open, request, run, shared};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tangram_checkpoint::{Manifest, Role, TensorEntry};
 use tangram_device::cuda::stand_in::Delay;
 use tangram_node::{
-    Backend, Baseline, DeployedModel, GenerateRequest, Grammar, Node, NodeConfig, RequestError,
-    SamplingParams, TextPair, TokenText, Trial, Vocabulary,
+    Arrived, Backend, Baseline, Computed, DeployedModel, GenerateRequest, Grammar, Node, NodeConfig,
+    Observer, RequestError, SamplingParams, TextPair, TokenText, Trial, Vocabulary,
 };
 use tangram_testkit::{
-    Family, RandomAdapter, RandomModel, write_adapter, write_cross_encoder, write_hf_model,
+    Family, Float, GgmlType, GgufOptions, RandomAdapter, RandomModel, write_adapter, write_cross_encoder,
+    write_gguf, write_hf_model,
 };
 
 #[derive(Deserialize)]
@@ -436,4 +439,145 @@ fn one_block_of_host_memory_stands_for_all_weights() {
     let own = Node::open(NodeConfig { trial: Trial::default(), ..config() }).unwrap();
     assert_ne!(ask(&own).tokens, cold.tokens);
     nothing_is_left(own, &stand_in);
+}
+
+/// Lets no copy but the first arrive, while it is told to, before the first stage of a pass over so many tokens has been
+/// computed. The thread on which it is told of arrivals is the one by which all of them become known.
+#[derive(Debug, Default)]
+struct Gate {
+    tokens: Mutex<Option<usize>>,
+    computed: Condvar,
+}
+
+impl Gate {
+    fn close(&self, tokens: usize) {
+        *self.tokens.lock().unwrap() = Some(tokens);
+    }
+
+    /// Whether the stage has been computed since.
+    fn is_open(&self) -> bool {
+        self.tokens.lock().unwrap().is_none()
+    }
+}
+
+impl Observer for Gate {
+    fn arrived(&self, _: Arrived<'_>) {
+        let closed = self.tokens.lock().unwrap();
+        // So that a failure is one, and no test that hangs.
+        let most = Duration::from_secs(20);
+        drop(self.computed.wait_timeout_while(closed, most, |tokens| tokens.is_some()).unwrap());
+    }
+
+    fn computed(&self, computed: Computed) {
+        let mut tokens = self.tokens.lock().unwrap();
+        if computed.stage == 0 && *tokens == Some(computed.tokens) {
+            *tokens = None;
+            self.computed.notify_all();
+        }
+    }
+}
+
+fn token_embedding(model: &DeployedModel) -> TensorEntry {
+    let manifest = std::fs::read(model.directory.join("manifest.json")).unwrap();
+    let manifest: Manifest = serde_json::from_slice(&manifest).unwrap();
+    manifest.tensors.into_iter().find(|tensor| tensor.role == Role::TokenEmbedding).unwrap()
+}
+
+/// Changes a byte of the row of a token on the disk.
+fn damage(model: &DeployedModel, token: usize, vocab: usize) {
+    let (embedding, file) = (token_embedding(model), model.directory.join("data.bin"));
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[embedding.offset as usize + token * (embedding.bytes as usize / vocab) + 5] ^= 0x40;
+    std::fs::write(&file, &bytes).unwrap();
+}
+
+const VOCAB: usize = 20_000;
+const PROMPT: [u32; 7] = [5, 19_999, 3, 40, 19_999, 9_000, 7];
+
+/// A model of 4 to 10 MB, most of which is its token embedding, and its output matrix if it has one of its own.
+fn with_many_tokens(seed: u64, family: Family, dtype: Float, tied: bool) -> RandomModel {
+    RandomModel { seed, dtype, tied, vocab: VOCAB, layers: 2, ..RandomModel::tiny(family) }
+}
+
+/// The first stage is computed before the embedding, or anything else, has arrived from the disk.
+#[test]
+fn cold_passes_begin_with_rows_of_the_embedding() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = |name: &str| sources.path().join(name);
+    for (seed, (name, family, dtype, tied)) in (51..).zip([
+        ("tied", Family::Llama, Float::BF16, true),
+        ("untied", Family::Qwen3, Float::F16, false),
+        ("scaled", Family::Gemma3, Float::BF16, true),
+        ("positions", Family::Gpt2, Float::F32, true),
+    ]) {
+        write_hf_model(&path(name), &with_many_tokens(seed, family, dtype, tied));
+    }
+    let options = GgufOptions { dtype: GgmlType::Q8_0, ..GgufOptions::default() };
+    write_gguf(&path("q8.gguf"), &with_many_tokens(55, Family::Llama, Float::F32, true), options);
+    for (backend, delay) in [(Backend::Paged, Delay::Latest), (Backend::Segment, Delay::Random(9))] {
+        let Some(stand_in) = gpu(64 << 20, delay) else { return };
+        let gate = Arc::new(Gate::default());
+        let config = || NodeConfig { backend, ..on_gpu(&stand_in, data.path(), 64 << 20) };
+        let node = Node::open(NodeConfig { observer: Some(gate.clone()), ..config() }).unwrap();
+        let scratch = |node: &Node| node.status().scratch_bytes;
+        for name in ["tied", "untied", "scaled", "positions", "q8.gguf"] {
+            let model = node.model(name).unwrap_or_else(|| deploy(&node, name, &path(name)));
+            let prepared = scratch(&node);
+            gate.close(PROMPT.len());
+            let cold = run(&node, request(&model, &PROMPT, 3));
+            assert!(gate.is_open(), "{name}: the first stage waited for tensors");
+            assert_eq!(cold.timing.bytes_loaded, model.weight_bytes);
+            let resident = run(&node, request(&model, &PROMPT, 3));
+            assert_eq!(cold.tokens, resident.tokens, "{name}");
+            assert_eq!(resident.timing.bytes_loaded, 0);
+            eventually("everything was allocated when it was deployed", || scratch(&node) == prepared);
+        }
+        nothing_is_left(node, &stand_in);
+    }
+    let Some(stand_in) = gpu(64 << 20, Delay::Latest) else { return };
+    let node = Node::open(on_gpu(&stand_in, data.path(), 64 << 20)).unwrap();
+    let model = node.model("tied").unwrap();
+    damage(&model, 40, VOCAB);
+    let error = finish(node.generate(request(&model, &PROMPT, 3)).unwrap()).err().unwrap().to_string();
+    assert!(error.contains("checksum") && error.contains("token_embedding"), "{error}");
+    nothing_is_left(node, &stand_in);
+}
+
+/// What host memory has is not looked for on the disk, where it has changed since.
+#[test]
+fn rows_of_the_embedding_come_from_host_memory() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let Some(stand_in) = gpu(10 << 20, Delay::Random(3)) else { return };
+    let gate = Arc::new(Gate::default());
+    let config = NodeConfig {
+        host_memory: 32 << 20,
+        observer: Some(gate.clone()),
+        ..on_gpu(&stand_in, data.path(), 8 << 20)
+    };
+    let node = Node::open(config).unwrap();
+    eventually("host memory is pinned", || node.status().host_tier_bytes > 27 << 20);
+    let models = [61, 62, 63, 64].map(|seed| {
+        let source = sources.path().join(seed.to_string());
+        write_hf_model(&source, &with_many_tokens(seed, Family::Llama, Float::BF16, true));
+        deploy(&node, &seed.to_string(), &source)
+    });
+    let prompt = [&PROMPT[..], &[11, 12]].concat();
+    let expected = run(&node, request(&models[0], &prompt, 3)).tokens;
+    // There is room for two.
+    for model in &models[1..3] {
+        run(&node, request(model, &PROMPT, 3));
+    }
+    damage(&models[0], 40, VOCAB);
+    // Nothing of the last arrives, and nothing that comes after it, before the first has begun.
+    gate.close(prompt.len());
+    let other = node.generate(request(&models[3], &PROMPT, 3)).unwrap();
+    let before = node.status().bytes_from_host_total;
+    let again = run(&node, request(&models[0], &prompt, 3));
+    assert!(gate.is_open(), "the first stage waited for tensors");
+    assert_eq!(again.tokens, expected);
+    let from_host = node.status().bytes_from_host_total - before;
+    assert!(from_host >= token_embedding(&models[0]).bytes, "it was resident");
+    assert_eq!(from_host, again.timing.bytes_loaded);
+    finish(other).unwrap();
+    nothing_is_left(node, &stand_in);
 }

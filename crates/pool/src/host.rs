@@ -126,27 +126,25 @@ impl Pool {
         }
     }
 
+    /// The bytes of a tensor, verified when they came, if host memory has them.
+    pub fn host_bytes(&self, tensor: TensorKey) -> Option<Arc<HostBytes>> {
+        let host = self.host.as_ref()?;
+        let Some(stand_in) = &host.stand_in else { return host.copies.get(&tensor)?.bytes.get().cloned() };
+        // Anywhere, so that no cache has what the tensor before it had.
+        let len = self.slot(tensor)?.bytes;
+        let places = stand_in.len().saturating_sub(len) / ALIGNMENT + 1;
+        let at = tensor.0.wrapping_mul(0x9E37_79B1) as usize % places * ALIGNMENT;
+        Some(Arc::new(HostBytes::part(stand_in, at, len)))
+    }
+
     /// Settles for tensors that are about to be loaded whether their bytes come from host memory, and whether a copy of
     /// those that come from disk is kept.
     pub(crate) fn supply(&mut self, vacancies: &mut [Vacancy]) {
-        let Some(host) = &self.host else { return };
-        if let Some(stand_in) = &host.stand_in {
-            for vacancy in vacancies {
-                let (key, len) = (vacancy.tensor().key(), vacancy.tensor().len());
-                // Anywhere, so that no cache has what the tensor before it had.
-                let places = stand_in.len().saturating_sub(len) / ALIGNMENT + 1;
-                let at = key.0.wrapping_mul(0x9E37_79B1) as usize % places * ALIGNMENT;
-                self.stats.from_host_total += len as u64;
-                vacancy.supply = Supply::Host(Arc::new(HostBytes::part(stand_in, at, len)));
-            }
-            return;
-        }
         // Copies that are going to be read are held before any other makes room.
         for vacancy in vacancies.iter_mut() {
-            let copy = host.copies.get(&vacancy.tensor().key());
-            if let Some(bytes) = copy.and_then(|copy| copy.bytes.get()) {
+            if let Some(bytes) = self.host_bytes(vacancy.tensor().key()) {
                 self.stats.from_host_total += bytes.len() as u64;
-                vacancy.supply = Supply::Host(bytes.clone());
+                vacancy.supply = Supply::Host(bytes);
             }
         }
         for vacancy in vacancies {

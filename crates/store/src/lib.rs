@@ -41,7 +41,7 @@ use tangram_pool::{LoadFailure, Vacancy};
 pub use job::Damage;
 pub use mapping::{drop_removed, unmap};
 pub use probe::{Measured, Tuning, disk_of, measure};
-pub use rows::RowRead;
+pub use rows::{RowRead, RowSource};
 pub use schedule::LoadId;
 
 use file::DataFile;

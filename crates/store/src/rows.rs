@@ -1,7 +1,7 @@
 //! Some rows of a stored matrix, read before the matrix itself arrives.
 //!
-//! Stands beside the queues of the disks: so few bytes, wanted at once, are not worth a turn. What it reads is compared with
-//! no checksum; whoever uses it must compare it with the matrix when that is there.
+//! Stands beside the queues of the disks and of host memory: so few bytes, wanted at once, are not worth a turn. What it
+//! reads of a file is compared with no checksum; whoever uses it must compare it with the matrix when that is there.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::io::{Errno, ReadWriteFlags};
+use tangram_device::HostBytes;
 
 use crate::buffer::Buffer;
 use crate::file::DataFile;
@@ -19,34 +20,59 @@ use crate::ring::{Bell, Ring};
 /// Which rows of which matrix.
 #[derive(Clone, Debug)]
 pub struct RowRead {
-    /// File that holds the matrix, as it is.
-    pub file: PathBuf,
-    /// Its first byte in the file.
-    pub offset: u64,
+    /// Where the matrix is.
+    pub from: RowSource,
     /// Bytes of a row.
     pub row_bytes: usize,
     /// Rows, in the order in which they are wanted; some may be equal.
     pub rows: Vec<u32>,
 }
 
+/// Where a matrix is that rows are read of.
+#[derive(Clone, Debug)]
+pub enum RowSource {
+    /// In a file, as it is.
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Its first byte there.
+        offset: u64,
+    },
+    /// In host memory, verified; nothing else is there.
+    Host(Arc<HostBytes>),
+}
+
 impl RowRead {
     /// Reads them, one after the other in memory.
     ///
     /// # Errors
-    /// When the file cannot be read, or ends before a row does.
+    /// When the file cannot be read, or what is read ends before a row does.
     pub(crate) fn read(&self) -> io::Result<Vec<u8>> {
-        let file = DataFile::open(&self.file)?;
         let size = self.rows.len().checked_mul(self.row_bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let mut bytes = vec![0; size];
         if self.row_bytes == 0 {
             return Ok(bytes);
         }
-        let rows = self.rows.iter().zip(bytes.chunks_exact_mut(self.row_bytes));
-        let missing: Vec<(u64, &mut [u8])> = rows
-            .map(|(&row, into)| (self.offset + u64::from(row) * self.row_bytes as u64, into))
-            .filter_map(|(at, into)| (!read_cached(file.cached(), at, into)).then_some((at, into)))
-            .collect();
-        read_missing(&file, missing)?;
+        let place = |row: u32| u64::from(row) * self.row_bytes as u64;
+        let rows = self.rows.iter().map(|&row| place(row)).zip(bytes.chunks_exact_mut(self.row_bytes));
+        match &self.from {
+            RowSource::Host(matrix) => {
+                for (at, into) in rows {
+                    if at + self.row_bytes as u64 > matrix.len() as u64 {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                    matrix.read(at as usize, into);
+                }
+            }
+            RowSource::File { path, offset } => {
+                let file = DataFile::open(path)?;
+                let missing: Vec<(u64, &mut [u8])> = rows
+                    .map(|(at, into)| (offset + at, into))
+                    .filter_map(|(at, into)| (!read_cached(file.cached(), at, into)).then_some((at, into)))
+                    .collect();
+                read_missing(&file, missing)?;
+            }
+        }
         Ok(bytes)
     }
 }
@@ -127,7 +153,7 @@ mod tests {
                 File::open(&path).unwrap().sync_all().unwrap();
                 DataFile::open(&path).unwrap().drop_from_cache(0, bytes.len());
             }
-            let read = RowRead { file: path, offset, row_bytes, rows: rows.clone() };
+            let read = RowRead { from: RowSource::File { path, offset }, row_bytes, rows: rows.clone() };
             let expected: Vec<u8> = rows
                 .iter()
                 .flat_map(|&row| {
@@ -142,8 +168,28 @@ mod tests {
     }
 
     #[test]
+    fn rows_are_what_host_memory_has() {
+        const ROW: usize = 3000;
+        let memory = tangram_device::cuda::stand_in::memory(64 << 10, 4096);
+        let host = memory.host_pool().unwrap();
+        host.grow(1 << 20).unwrap();
+        // Every other unit is taken, so the matrix lies in pieces.
+        let units: Vec<_> = (0..16).map(|_| host.take(1).unwrap()).collect();
+        let _taken: Vec<_> = units.into_iter().step_by(2).collect();
+        let bytes: Vec<u8> = (0..100 * ROW).map(|i| (i * 31 + i / 253) as u8).collect();
+        let mut matrix = host.take(bytes.len()).unwrap();
+        matrix.write(0, &bytes);
+        let from = RowSource::Host(Arc::new(matrix));
+        let read = RowRead { from, row_bytes: ROW, rows: vec![99, 0, 21, 43, 21] };
+        let row = |&row: &u32| &bytes[row as usize * ROW..][..ROW];
+        assert!(read.read().unwrap() == read.rows.iter().flat_map(row).copied().collect::<Vec<u8>>());
+        assert!(RowRead { rows: vec![0, 100], ..read }.read().is_err(), "a row that is not there");
+    }
+
+    #[test]
     fn a_file_that_is_not_there_is_an_error() {
-        let read = RowRead { file: "/nowhere/at/all".into(), offset: 0, row_bytes: 8, rows: vec![1] };
+        let from = RowSource::File { path: "/nowhere/at/all".into(), offset: 0 };
+        let read = RowRead { from, row_bytes: 8, rows: vec![1] };
         assert!(read.read().is_err());
     }
 }

@@ -168,6 +168,19 @@ impl Program {
         unsafe { self.queue.to_device(bytes.as_ptr().cast(), to, bytes.len()) }
     }
 
+    /// Copies on the GPU, after everything launched so far.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    ///
+    /// # Safety
+    /// Both ranges must be mapped or allocated until the copy is done, apart from each other, and nobody may write the one
+    /// or access the other meanwhile.
+    pub unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { self.queue.within(from, to, bytes) }
+    }
+
     /// Copies from the GPU, after everything launched so far, and waits for it.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tangram_device::{DeviceError, Extent};
 
+use super::early::EarlyRows;
 use super::graphs::{Graphs, Noted, Shape};
 use super::plan::{Cut, Offset, Tables};
 use super::select::Selection;
@@ -156,6 +157,10 @@ pub struct CudaPass {
     stages: usize,
     /// Chunks that somebody asked for: the first ones of `places`.
     chunks: usize,
+    /// Their tokens.
+    pub(crate) tokens: Vec<u32>,
+    /// Until the embedding itself is needed.
+    pub(crate) early: Option<EarlyRows>,
     /// Whether these are single tokens that all want logits, filled up with sequences that are none.
     decodes: bool,
     pub(crate) rows: usize,
@@ -189,6 +194,12 @@ impl CudaPass {
     /// Rows of its output.
     pub fn output_rows(&self) -> usize {
         self.places[..self.chunks].iter().map(|place| place.output_rows).sum()
+    }
+
+    /// As [`crate::Pass::set_early_rows`]; to be called before the pass advances. Rows that are known to be those of the
+    /// embedding (`verified`) are not compared with it.
+    pub fn set_early_rows(&mut self, rows: Vec<u8>, verified: bool) {
+        self.early = Some(EarlyRows { rows, verified });
     }
 
     /// What its launches depend on besides addresses, if it is one of those that are put together in graphs.
@@ -435,6 +446,8 @@ impl CudaExecutor {
             stage: 0,
             stages: spec.stages(),
             chunks,
+            tokens: batch.iter().take(chunks).flat_map(|chunk| chunk.tokens).copied().collect(),
+            early: None,
             decodes,
             rows: of_batch.iter().map(|place| place.tokens).sum(),
             output_rows,
@@ -511,6 +524,10 @@ impl CudaExecutor {
             pass.memory.blocks.fill(tables.bytes())?;
         }
         let whole = pass.stage == 0 && ready_stages >= pass.stages;
+        if whole {
+            // The embedding is here.
+            pass.early = None;
+        }
         let result = match pass.shape().filter(|_| whole) {
             Some(shape) => self.graphs.run(&self.kernels, pass, model, weights, shape),
             None => super::forward::run(&self.kernels, pass, model, weights, ready_stages),

@@ -31,7 +31,11 @@ pub(crate) fn run(
         match stage {
             0 => step.embed()?,
             stage if stage <= model.layers.len() => step.layer(stage - 1)?,
-            _ => step.head()?,
+            _ => {
+                step.head()?;
+                // What the head makes of wrong rows is for nobody; so the GPU need not wait for this.
+                step.check_early_rows()?;
+            }
         }
         pass.stage += 1;
     }
@@ -136,11 +140,15 @@ impl Step<'_> {
         let out = numbers(&mut self.memory().x, rows * spec.hidden)?;
         let (position_table, position_type) = self.optional(model.position_embedding.as_ref())?;
         let (type_table, type_type) = self.optional(model.type_embedding.as_ref())?;
+        let (tokens, token_table) = match self.early_rows()? {
+            Some(early) => early,
+            None => (self.table(self.pass.layout.tokens), self.address(&model.token_embedding)?),
+        };
         let arguments = EmbedArguments {
-            tokens: self.table(self.pass.layout.tokens),
+            tokens,
             positions: self.table(self.pass.layout.positions),
             types: self.pass.layout.types.map_or(0, |types| self.table(types)),
-            token_table: self.address(&model.token_embedding)?,
+            token_table,
             position_table,
             type_table,
             out,

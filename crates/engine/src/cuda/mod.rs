@@ -8,6 +8,7 @@
 
 pub mod bundle;
 mod constants;
+mod early;
 mod executor;
 mod experts;
 mod forward;
@@ -105,6 +106,15 @@ pub unsafe trait Launcher: Send + Sync {
     /// # Safety
     /// The destination must be allocated.
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), DeviceError>;
+
+    /// Copies on the GPU, after everything submitted so far.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the driver refuses.
+    ///
+    /// # Safety
+    /// Both ranges must be allocated or a tensor's, apart from each other, and stay until the copy is done.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), DeviceError>;
 
     /// Copies from the GPU, after everything submitted so far; waits for it.
     ///

@@ -58,6 +58,11 @@ unsafe impl Launcher for Program {
         unsafe { Program::upload(self, to as usize, bytes) }
     }
 
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { Program::copy(self, from as usize, to as usize, bytes) }
+    }
+
     unsafe fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), DeviceError> {
         // SAFETY: as the caller says.
         unsafe { Program::download(self, from as usize, bytes) }

@@ -59,6 +59,10 @@ unsafe impl Launcher for Recorder {
         refused()
     }
 
+    unsafe fn copy(&self, _from: u64, _to: u64, _bytes: usize) -> Result<(), DeviceError> {
+        refused()
+    }
+
     unsafe fn download(&self, _from: u64, _bytes: &mut [u8]) -> Result<(), DeviceError> {
         refused()
     }

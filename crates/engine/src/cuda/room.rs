@@ -49,6 +49,10 @@ unsafe impl Launcher for Nothing {
         Ok(())
     }
 
+    unsafe fn copy(&self, _from: u64, _to: u64, _bytes: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     unsafe fn download(&self, _from: u64, _bytes: &mut [u8]) -> Result<(), DeviceError> {
         Ok(())
     }
@@ -77,6 +81,7 @@ pub(super) fn needed(
             logits: LogitRows::Last,
         };
         let batch: Vec<Chunk<'_>> = positions.iter().map(chunk).collect();
+        let tokens: usize = positions.iter().map(Range::len).sum();
         // Where a model knows two types of tokens, there is a table of them.
         let wholes = vec![Whole { second: Some(0), ..Whole::default() }; batch.len()];
         let of_chunk = vec![adapter.map(|_| 0); if adapter.is_some() { batch.len() } else { 0 }];
@@ -88,7 +93,11 @@ pub(super) fn needed(
             Some(_) => positions.iter().map(|positions| positions.end.div_ceil(BLOCK_TOKENS)).sum(),
             None => 0,
         };
-        executor.advance_at(&mut pass, model, Addressed::Nowhere, vec![256; blocks], usize::MAX)?;
+        // As while weights are on their way, when the first stage gets rows of the token embedding.
+        pass.set_early_rows(vec![0; tokens * model.token_row_bytes()], false);
+        for ready_stages in [1, usize::MAX] {
+            executor.advance_at(&mut pass, model, Addressed::Nowhere, vec![256; blocks], ready_stages)?;
+        }
         let sizes = pass.memory.sizes();
         most.resize(sizes.len(), 0);
         most.iter_mut().zip(sizes).for_each(|(most, size)| *most = size.max(*most));

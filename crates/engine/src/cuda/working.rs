@@ -80,6 +80,8 @@ buffers! {
     Memory {
         tables: Buffer,
         blocks: Buffer,
+        /// See [`super::early`].
+        early: Buffer,
         /// Residual stream, `[rows, hidden]`.
         x: Buffer,
         /// Normalised input of a block.

@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 #[path = "../../examples/cuda-check/suite/mod.rs"]
 mod suite;
 
-use tangram_checkpoint::{DType, Output, Pooling};
+use tangram_checkpoint::{DType, Output, Pooling, Role};
 use tangram_device::Extent;
 use tangram_device::cuda::Gpu;
 use tangram_device::cuda::stand_in::{self, Options, StandIn};
-use tangram_engine::cuda::{self, Addresses, Buffer, CudaExecutor, Launcher, Region};
+use tangram_engine::cuda::{self, Addresses, Buffer, CudaExecutor, ExecuteError, Launcher, Region};
 use tangram_engine::sampling::{Sampler, SamplingParams};
-use tangram_engine::{Chunk, KvBlocks, LogitRows};
+use tangram_engine::{Chunk, KvBlocks, LogitRows, PassError};
 
 use crate::adapter::{Stored, merged, random_adapter};
 use crate::support::{Blocks, Sample, reference_embedding, reference_logits, sample, spec};
@@ -478,6 +478,94 @@ fn long_sequences_on_the_gpu_are_cut_without_a_trace() {
     assert_eq!(bits(&found), bits(&whole));
 }
 
+/// Which tensor is the token embedding, and its rows for these tokens as they are stored.
+fn embedding_rows(sample: &Sample, tokens: &[u32]) -> (usize, Vec<u8>) {
+    let roles = sample.model.spec().required_roles();
+    let index = roles.iter().position(|&role| role == Role::TokenEmbedding).expect("an embedding");
+    let row_bytes = sample.model.token_row_bytes();
+    let row = |&token: &u32| &sample.bytes[index][token as usize * row_bytes..][..row_bytes];
+    (index, tokens.iter().flat_map(row).copied().collect())
+}
+
+/// The bits are those of the embedding itself, which nobody asks for before the last stage. Rows that nobody vouches for
+/// are compared with it; those that are wrong end the pass without a result.
+#[test]
+fn early_rows_on_the_gpu_stand_in_for_the_token_embedding() {
+    struct Late<'a>(&'a OnGpu<'a>, usize);
+    // SAFETY: as for what it passes on.
+    unsafe impl Addresses for Late<'_> {
+        fn tensor(&self, index: usize) -> Region {
+            assert_ne!(index, self.1, "the embedding is not there yet");
+            self.0.tensor(index)
+        }
+    }
+    let Some(emulated) = Emulated::open() else { return };
+    let executor = CudaExecutor::new(emulated.gpu.clone()).expect("kernels");
+    for (family, dtype) in [
+        ("llama", DType::BF16),
+        ("qwen2", DType::Q8_0),
+        ("gemma3", DType::Q8_0),
+        ("gpt2", DType::F32),
+        ("qwen3_moe", DType::F16),
+        ("bert", DType::BF16),
+    ] {
+        let sample = sample(spec(family), dtype, 5);
+        let (model, weights) = (&sample.model, OnGpu::new(&emulated.gpu, &sample));
+        let last = model.spec().stages() - 1;
+        // Two prompts, and a decode step of three sequences, which is filled up to four.
+        for lengths in [&[9, 5][..], &[1, 1, 1]] {
+            let all: Vec<Vec<u32>> = lengths.iter().map(|&n| tokens(n, 7 * n as u32 + 1)).collect();
+            let chunk = |tokens| Chunk { tokens, position: 0, logits: LogitRows::Last };
+            let batch: Vec<Chunk<'_>> = all.iter().map(|tokens| chunk(tokens.as_slice())).collect();
+            let (embedding, right) = embedding_rows(&sample, &all.concat());
+            let run = |early: Option<(&[u8], bool)>| {
+                let mut blocks = Blocks::aligned(model, 16);
+                let mut taken: Vec<_> = match model.kv() {
+                    Some(_) => all.iter().map(|tokens| blocks.take(tokens.len())).collect(),
+                    None => Vec::new(),
+                };
+                let mut kv: Vec<KvBlocks<'_>> =
+                    taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
+                let mut pass = executor.begin(model, &batch, &[], Vec::new(), &[])?;
+                if let Some((rows, verified)) = early {
+                    pass.set_early_rows(rows.to_vec(), verified);
+                    assert!(!executor.advance(
+                        &mut pass,
+                        model,
+                        &Late(&weights, embedding),
+                        &mut kv,
+                        last
+                    )?);
+                }
+                let done = executor.advance(&mut pass, model, &weights, &mut kv, usize::MAX);
+                let results: Vec<Vec<u32>> = (0..batch.len())
+                    .map(|chunk| [bits(pass.logits(chunk)), bits(pass.embedding(chunk))].concat())
+                    .collect();
+                executor.recycle(pass);
+                if done.is_err() {
+                    assert!(results.iter().all(Vec::is_empty), "there is a result");
+                }
+                done.map(|_| results)
+            };
+            let expected = run(None).expect("a result");
+            assert!(expected.iter().all(|bits| !bits.is_empty()));
+            for verified in [false, true] {
+                let found = run(Some((&right, verified))).expect("a result");
+                assert_eq!(found, expected, "{family} {dtype} {lengths:?}");
+            }
+            let refused = |rows: &[u8]| {
+                matches!(run(Some((rows, false))), Err(ExecuteError::Pass(PassError::EarlyRows)))
+            };
+            for at in [0, right.len() / 2, right.len() - 1] {
+                let mut wrong = right.clone();
+                wrong[at] ^= 1;
+                assert!(refused(&wrong), "{family} {dtype}: byte {at} is another");
+            }
+            assert!(refused(&right[model.token_row_bytes()..]), "{family} {dtype}: too few rows");
+        }
+    }
+}
+
 #[test]
 fn adapters_on_the_gpu_share_a_batch() {
     let Some(emulated) = Emulated::open() else { return };
@@ -548,6 +636,12 @@ fn prepared_passes_on_the_gpu_allocate_nothing() {
                 .collect();
             let mut kv: Vec<KvBlocks<'_>> =
                 taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
+            // Every other step as one whose weights are still on their way.
+            if step % 2 == 0 {
+                let all: Vec<u32> = batch.iter().flat_map(|chunk| chunk.tokens).copied().collect();
+                pass.set_early_rows(embedding_rows(&sample, &all).1, false);
+                assert!(!executor.advance(&mut pass, model, &weights, &mut kv, 1).expect("success"));
+            }
             assert!(executor.advance(&mut pass, model, &weights, &mut kv, usize::MAX).expect("success"));
             executor.recycle(pass);
             assert_eq!(executor.scratch_bytes(), prepared, "{family}, step {step}");

@@ -144,11 +144,18 @@ struct Step {
     /// Keys of the adapters of the pass, in its numbering.
     adapters: Vec<usize>,
     /// Rows of the token embedding that the first stage waits for.
-    rows: Option<Receiver<io::Result<Vec<u8>>>>,
+    rows: Option<AwaitedRows>,
     /// Time computed so far.
     spent: Duration,
     /// Whether all weights were there from its beginning, so that its time is that of computing alone.
     undisturbed: bool,
+}
+
+/// Rows of a token embedding that are being read.
+struct AwaitedRows {
+    rows: Receiver<io::Result<Vec<u8>>>,
+    /// Whether they come from where the embedding was verified.
+    verified: bool,
 }
 
 /// The loop's state.

@@ -1,18 +1,17 @@
 //! Steps: composing a batch, running its forward pass as far as the weights have arrived, taking the results.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use tangram_engine::sampling::Wish;
 use tangram_engine::{Chunk, DeviceExecutor, DevicePass, KvBlocks, LogitRows, Whole};
 use tangram_policy::{Runnable, Share, compose};
-use tangram_pool::{LoadFailure, Refusal, Tensor};
-use tangram_store::{RowRead, Store, Wake};
+use tangram_pool::{LoadFailure, Pool, Refusal, Tensor};
+use tangram_store::{RowRead, RowSource, Store, Wake};
 
 use super::adapters::ActiveAdapter;
-use super::{Active, Step, Worker};
+use super::{Active, AwaitedRows, Step, Worker};
 use crate::api::{FinishReason, GenerateEvent, GeneratedToken, RequestError};
 use crate::forecast::Forecast;
 use crate::model::{EarlyRows, LeasedTensors, Location, ModelPlan};
@@ -183,8 +182,9 @@ impl Worker {
                 let embedding =
                     entry.plan.early_rows.filter(|rows| !is_ready(active.lease.tensors(), rows.unique));
                 let rows = embedding.map(|rows| {
+                    let from = source_of(&self.pool, &entry.plan, active.lease.tensors(), rows);
                     let tokens = chunks.iter().flat_map(|chunk| chunk.tokens).copied();
-                    read_rows(&self.store, &entry.plan, rows, tokens.collect(), self.wake.clone())
+                    read_rows(&self.store, from, rows.row_bytes, tokens.collect(), self.wake.clone())
                 });
                 active.step = Some(Step { pass, shares, adapters, rows, spent: Duration::ZERO, undisturbed });
                 Begun::Ready
@@ -367,33 +367,42 @@ fn is_ready(tensors: &[Arc<Tensor>], unique: usize) -> bool {
     tensors.get(unique).is_some_and(|tensor| tensor.is_ready())
 }
 
+/// Where rows of a token embedding that is on its way are read: where host memory has it, that is as good as what comes.
+fn source_of(pool: &Pool, plan: &ModelPlan, tensors: &[Arc<Tensor>], early: EarlyRows) -> Option<RowSource> {
+    if let Some(bytes) = pool.host_bytes(tensors.get(early.unique)?.key()) {
+        return Some(RowSource::Host(bytes));
+    }
+    let Location { file, offset, .. } = plan.locations.get(early.unique)?;
+    Some(RowSource::File { path: file.clone(), offset: *offset })
+}
+
 /// Reads the rows of the token embedding for these tokens.
 fn read_rows(
     store: &Store,
-    plan: &ModelPlan,
-    early: EarlyRows,
+    from: Option<RowSource>,
+    row_bytes: usize,
     tokens: Vec<u32>,
     wake: Wake,
-) -> Receiver<io::Result<Vec<u8>>> {
-    let (sender, receiver) = channel();
-    if let Some(Location { file, offset, .. }) = plan.locations.get(early.unique) {
-        let (file, row_bytes) = (file.clone(), early.row_bytes);
-        store.read_rows(RowRead { file, offset: *offset, row_bytes, rows: tokens }, move |rows| {
+) -> AwaitedRows {
+    let (sender, rows) = channel();
+    let verified = matches!(from, Some(RowSource::Host(_)));
+    if let Some(from) = from {
+        store.read_rows(RowRead { from, row_bytes, rows: tokens }, move |rows| {
             // Nobody waits for them any more if the embedding was faster.
             let _ = sender.send(rows);
             wake();
         });
     }
-    receiver
+    AwaitedRows { rows, verified }
 }
 
 /// Whether the first stage has the rows that it takes from the token embedding. Where they cannot be read early it waits
 /// for the embedding.
 fn rows_are_here(step: &mut Step, early: Option<EarlyRows>, tensors: &[Arc<Tensor>]) -> bool {
-    let Some(rows) = &step.rows else { return true };
+    let Some(AwaitedRows { rows, verified }) = &step.rows else { return true };
     let here = match rows.try_recv() {
         Ok(Ok(rows)) => {
-            step.pass.set_early_rows(rows);
+            step.pass.set_early_rows(rows, *verified);
             true
         }
         _ => early.is_none_or(|early| is_ready(tensors, early.unique)),

@@ -1,0 +1,54 @@
+//! Rows of the token embedding that come before the embedding does: the first stage reads them in its place.
+//!
+//! They lie in a buffer, one after the other, and behind them a table of which of them each row of the batch is; so the
+//! kernel reads them as it reads the embedding. What came from a file unverified is compared with the embedding in the last
+//! stage, whose result is given to nobody where the two differ.
+
+use super::executor::ExecuteError;
+use super::forward::Step;
+use super::plan::Tables;
+use crate::executor::PassError;
+
+/// Rows of the token embedding, one per token of the batch, as they are stored.
+pub(crate) struct EarlyRows {
+    pub(super) rows: Vec<u8>,
+    /// Whether they are known to be those of the embedding.
+    pub(super) verified: bool,
+}
+
+impl Step<'_> {
+    /// Brings the early rows of the pass, if it has some, to the GPU. Gives the addresses of the table that stands for the
+    /// tokens, and of the rows.
+    pub(super) fn early_rows(&mut self) -> Result<Option<(u64, u64)>, ExecuteError> {
+        let (rows, count, pass) = (self.rows(), self.pass.tokens.len(), &mut *self.pass);
+        let Some(early) = &pass.early else { return Ok(None) };
+        if early.rows.len() != count * self.model.token_row_bytes() {
+            return Err(PassError::EarlyRows.into());
+        }
+        let mut table = Tables::default();
+        // Rows that fill a decode step up are of any token.
+        table.push((0..rows as u32).map(|row| if row < count as u32 { row } else { 0 }));
+        let start = early.rows.len().next_multiple_of(16);
+        let address = pass.memory.early.reserve(start + table.bytes().len())?;
+        pass.memory.early.write_at(0, &early.rows)?;
+        pass.memory.early.write_at(start, table.bytes())?;
+        Ok(Some((address + start as u64, address)))
+    }
+
+    /// Compares early rows that nobody has verified with the embedding, which was.
+    pub(super) fn check_early_rows(&mut self) -> Result<(), ExecuteError> {
+        let Some(early) = self.pass.early.take().filter(|early| !early.verified) else { return Ok(()) };
+        let embedding = self.address(&self.model.token_embedding)?;
+        let row_bytes = self.model.token_row_bytes();
+        let to = self.pass.memory.early.reserve(early.rows.len())?;
+        for (index, &token) in self.pass.tokens.iter().enumerate() {
+            let (from, at) = (u64::from(token) * row_bytes as u64, (index * row_bytes) as u64);
+            // SAFETY: the embedding has its bytes (checked) and a row for each token (checked in `begin`), the buffer room
+            // for as many rows as there are tokens; stages that read it have been launched before.
+            unsafe { self.kernels.gpu().copy(embedding + from, to + at, row_bytes) }?;
+        }
+        let mut rows = vec![0; early.rows.len()];
+        self.pass.memory.early.read(&mut rows)?;
+        if rows == early.rows { Ok(()) } else { Err(PassError::EarlyRows.into()) }
+    }
+}
