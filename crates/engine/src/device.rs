@@ -2,6 +2,7 @@
 //!
 //! Only passes the calls on. Both keep the promise of this crate, each with the bits of its own arithmetic.
 
+use std::ops::DerefMut;
 use std::sync::Arc;
 
 use tangram_device::Extent;
@@ -24,6 +25,9 @@ pub trait Tensors: Sync {
         None
     }
 }
+
+/// Host memory for bytes that a pass needs, of whatever kind copies to the device are fastest from.
+pub type HostBuffer = Box<dyn DerefMut<Target = [u8]> + Send + Sync>;
 
 /// Tensors where the host can address them; what is not there has no bytes, which executors refuse.
 struct OnHost<'a>(&'a dyn Tensors);
@@ -176,8 +180,16 @@ impl DevicePass {
         }
     }
 
+    /// Room for so many bytes of rows, or more, to be filled and given to [`DevicePass::set_early_rows`].
+    pub fn early_room(&self, bytes: usize) -> HostBuffer {
+        match self {
+            DevicePass::Cpu(_) => Box::new(vec![0; bytes]),
+            DevicePass::Cuda(pass) => pass.early_room(bytes),
+        }
+    }
+
     /// As [`Pass::set_early_rows`] and [`CudaPass::set_early_rows`].
-    pub fn set_early_rows(&mut self, rows: Vec<u8>, verified: bool) {
+    pub fn set_early_rows(&mut self, rows: HostBuffer, verified: bool) {
         match self {
             DevicePass::Cpu(pass) => pass.set_early_rows(rows),
             DevicePass::Cuda(pass) => pass.set_early_rows(rows, verified),

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tangram_checkpoint::Attention;
 
 use crate::adapter::{Adapted, Adapter};
+use crate::device::HostBuffer;
 use crate::forward;
 use crate::kernels::attention::Spans;
 use crate::kernels::kv::{KvBlocks, KvProblem, KvTable};
@@ -231,14 +232,14 @@ pub struct Pass {
     pub(crate) memory: Memory,
     pub(crate) adapted: Option<Adapted>,
     /// The row of the token embedding for each row of the batch.
-    pub(crate) early_rows: Option<Vec<u8>>,
+    pub(crate) early_rows: Option<HostBuffer>,
 }
 
 impl Pass {
     /// Lets stage 0 take the rows of the token embedding from here: one per token of the batch, in its order, as they
     /// are stored, [`Model::token_row_bytes`] each. The embedding itself need then not be there before the last
     /// stage, which compares the two.
-    pub fn set_early_rows(&mut self, rows: Vec<u8>) {
+    pub fn set_early_rows(&mut self, rows: HostBuffer) {
         self.early_rows = Some(rows);
     }
 

@@ -34,7 +34,7 @@ pub(crate) fn run(
         adapted,
         rows: pass.rows,
         output_rows: pass.output_rows,
-        early_rows: pass.early_rows.as_deref(),
+        early_rows: pass.early_rows.as_ref().map(|rows| &***rows),
     };
     let mut table = std::mem::take(&mut pass.memory.kv);
     let result = (|| {

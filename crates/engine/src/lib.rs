@@ -19,7 +19,7 @@ pub mod sampling;
 
 pub use adapter::Adapter;
 pub use cost::{PassShape, StageWork, WeightWork};
-pub use device::{DeviceExecutor, DevicePass, Tensors};
+pub use device::{DeviceExecutor, DevicePass, HostBuffer, Tensors};
 pub use executor::{Chunk, Executor, LogitRows, Pass, PassError, Weights, Whole};
 pub use kernels::kv::KvBlocks;
 pub use model::{KvLayout, Model, ModelError, TensorDesc};

@@ -29,6 +29,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::ops::DerefMut;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -213,10 +214,16 @@ impl Store {
         self.start(tensors, Urgency::Prefetch, wake)
     }
 
-    /// Reads some rows of a matrix before all of it is there. `done` gets them, one after the other and compared with
-    /// nothing, or an error; it is called once, on another thread, and not at all when no thread can be started.
-    pub fn read_rows(&self, read: RowRead, done: impl FnOnce(io::Result<Vec<u8>>) + Send + 'static) {
-        let body = move || done(read.read());
+    /// Reads some rows of a matrix before all of it is there, one after the other to the beginning of `room`, compared
+    /// with nothing. `done` gets the room back, or an error; it is called once, on another thread, and not at all when
+    /// no thread can be started.
+    pub fn read_rows<R: DerefMut<Target = [u8]> + Send + ?Sized + 'static>(
+        &self,
+        read: RowRead,
+        mut room: Box<R>,
+        done: impl FnOnce(io::Result<Box<R>>) + Send + 'static,
+    ) {
+        let body = move || done(read.read(&mut room).map(|()| room));
         // Without it the rows come with their matrix.
         let _ = std::thread::Builder::new().name("rows".to_owned()).spawn(body);
     }

@@ -43,15 +43,15 @@ pub enum RowSource {
 }
 
 impl RowRead {
-    /// Reads them, one after the other in memory.
+    /// Reads them, one after the other to the beginning of `into`.
     ///
     /// # Errors
-    /// When the file cannot be read, or what is read ends before a row does.
-    pub(crate) fn read(&self) -> io::Result<Vec<u8>> {
+    /// When the file cannot be read, what is read ends before a row does, or there is no room for them.
+    pub(crate) fn read(&self, into: &mut [u8]) -> io::Result<()> {
         let size = self.rows.len().checked_mul(self.row_bytes).ok_or(io::ErrorKind::InvalidInput)?;
-        let mut bytes = vec![0; size];
+        let bytes = into.get_mut(..size).ok_or(io::ErrorKind::InvalidInput)?;
         if self.row_bytes == 0 {
-            return Ok(bytes);
+            return Ok(());
         }
         let place = |row: u32| u64::from(row) * self.row_bytes as u64;
         let rows = self.rows.iter().map(|&row| place(row)).zip(bytes.chunks_exact_mut(self.row_bytes));
@@ -73,7 +73,7 @@ impl RowRead {
                 read_missing(&file, missing)?;
             }
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 
@@ -137,6 +137,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// What is read, to a room larger than it needs.
+    fn rows_of(read: &RowRead) -> io::Result<Vec<u8>> {
+        let bytes = read.rows.len() * read.row_bytes;
+        let mut room = vec![0x5a; bytes + 9];
+        read.read(&mut room)?;
+        assert!(room.split_off(bytes) == [0x5a; 9], "more is written than was read");
+        Ok(room)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
@@ -161,9 +170,9 @@ mod tests {
                     bytes[start..start + row_bytes].to_vec()
                 })
                 .collect();
-            prop_assert!(read.read().unwrap() == expected);
+            prop_assert!(rows_of(&read).unwrap() == expected);
             let beyond = RowRead { rows: vec![0, 40], ..read };
-            prop_assert!(beyond.read().is_err(), "a row that the file does not have");
+            prop_assert!(rows_of(&beyond).is_err(), "a row that the file does not have");
         }
     }
 
@@ -182,14 +191,15 @@ mod tests {
         let from = RowSource::Host(Arc::new(matrix));
         let read = RowRead { from, row_bytes: ROW, rows: vec![99, 0, 21, 43, 21] };
         let row = |&row: &u32| &bytes[row as usize * ROW..][..ROW];
-        assert!(read.read().unwrap() == read.rows.iter().flat_map(row).copied().collect::<Vec<u8>>());
-        assert!(RowRead { rows: vec![0, 100], ..read }.read().is_err(), "a row that is not there");
+        assert!(rows_of(&read).unwrap() == read.rows.iter().flat_map(row).copied().collect::<Vec<u8>>());
+        assert!(read.read(&mut [0; 4 * ROW]).is_err(), "too little room");
+        assert!(rows_of(&RowRead { rows: vec![0, 100], ..read }).is_err(), "a row that is not there");
     }
 
     #[test]
     fn a_file_that_is_not_there_is_an_error() {
         let from = RowSource::File { path: "/nowhere/at/all".into(), offset: 0 };
         let read = RowRead { from, row_bytes: 8, rows: vec![1] };
-        assert!(read.read().is_err());
+        assert!(rows_of(&read).is_err());
     }
 }

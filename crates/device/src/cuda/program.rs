@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::driver::{FunctionHandle, MOST_SHARED_BYTES, ModuleHandle, StreamHandle, attribute};
 use super::gpu::Gpu;
+use super::pinned::PinnedBytes;
 use super::queue::Queue;
 use crate::DeviceError;
 
@@ -156,15 +157,25 @@ impl Program {
             .must("freeing working memory", |driver| unsafe { (driver.cuMemFree_v2)(address as u64) });
     }
 
-    /// Copies to the GPU, after everything launched so far. The bytes have been read when it returns.
+    /// Pins `bytes` (more than 0) of host memory for uploads.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`] when the system does not give so much, [`DeviceError::Lost`].
+    pub fn pin(&self, bytes: usize) -> Result<PinnedBytes, DeviceError> {
+        PinnedBytes::new(&self.gpu, bytes)
+    }
+
+    /// Copies to the GPU, after everything launched so far. The bytes have been read when it returns, unless they are
+    /// pinned.
     ///
     /// # Errors
     /// [`DeviceError::Cuda`], [`DeviceError::Lost`].
     ///
     /// # Safety
-    /// The destination must be mapped or allocated, and nobody else's, until the copy is done.
+    /// The destination must be mapped or allocated, and nobody else's, until the copy is done; so long pinned bytes must
+    /// stay as they are.
     pub unsafe fn upload(&self, to: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        // SAFETY: as the caller says; pageable memory is copied aside before this returns.
+        // SAFETY: as the caller says; memory that is not pinned is copied aside before this returns.
         unsafe { self.queue.to_device(bytes.as_ptr().cast(), to, bytes.len()) }
     }
 

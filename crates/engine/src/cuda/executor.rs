@@ -196,12 +196,6 @@ impl CudaPass {
         self.places[..self.chunks].iter().map(|place| place.output_rows).sum()
     }
 
-    /// As [`crate::Pass::set_early_rows`]; to be called before the pass advances. Rows that are known to be those of the
-    /// embedding (`verified`) are not compared with it.
-    pub fn set_early_rows(&mut self, rows: Vec<u8>, verified: bool) {
-        self.early = Some(EarlyRows { rows, verified });
-    }
-
     /// What its launches depend on besides addresses, if it is one of those that are put together in graphs.
     fn shape(&self) -> Option<Shape> {
         self.decodes.then(|| Shape {

@@ -16,6 +16,7 @@ mod graphs;
 mod head;
 mod kernels;
 pub mod launch;
+mod lent;
 mod memory;
 mod plan;
 mod program;
@@ -35,6 +36,8 @@ use std::ffi::CStr;
 
 use tangram_device::DeviceError;
 use tangram_device::cuda::{Graph, Launched};
+
+use crate::device::HostBuffer;
 
 /// A GPU with kernels loaded and a stream on which they run. Calls take effect in their order. An error that is
 /// [`DeviceError::Lost`] ends all use of it.
@@ -98,13 +101,19 @@ pub unsafe trait Launcher: Send + Sync {
     /// The address must come from [`Launcher::allocate`], once, and nothing submitted later may use it.
     unsafe fn free(&self, address: u64);
 
-    /// Copies to the GPU. The bytes have been read when it returns.
+    /// Pins `bytes` (more than 0) of host memory, from which uploads are fastest.
+    ///
+    /// # Errors
+    /// [`DeviceError::Cuda`] when the system does not give so much.
+    fn pin(&self, bytes: usize) -> Result<HostBuffer, DeviceError>;
+
+    /// Copies to the GPU. The bytes have been read when it returns, unless they are pinned.
     ///
     /// # Errors
     /// [`DeviceError::Cuda`] when the driver refuses.
     ///
     /// # Safety
-    /// The destination must be allocated.
+    /// The destination must be allocated, and pinned bytes must stay as they are until the copy is done.
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), DeviceError>;
 
     /// Copies on the GPU, after everything submitted so far.

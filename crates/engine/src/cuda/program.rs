@@ -7,6 +7,7 @@ use tangram_device::DeviceError;
 use tangram_device::cuda::{self, Graph, Grid, Launched, Program};
 
 use super::{Kernel, Launch, Launcher, bundle};
+use crate::device::HostBuffer;
 
 /// Loads the embedded kernels on a GPU, with a stream of their own.
 ///
@@ -51,6 +52,10 @@ unsafe impl Launcher for Program {
     unsafe fn free(&self, address: u64) {
         // SAFETY: as the caller says.
         unsafe { Program::free(self, address as usize) }
+    }
+
+    fn pin(&self, bytes: usize) -> Result<HostBuffer, DeviceError> {
+        Ok(Box::new(Program::pin(self, bytes)?))
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), DeviceError> {

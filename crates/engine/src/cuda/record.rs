@@ -7,6 +7,7 @@ use tangram_device::DeviceError;
 use tangram_device::cuda::{Grid, Launched};
 
 use super::{Kernel, Launch, Launcher};
+use crate::device::HostBuffer;
 
 /// Writes launches down.
 #[derive(Default)]
@@ -54,6 +55,10 @@ unsafe impl Launcher for Recorder {
     }
 
     unsafe fn free(&self, _address: u64) {}
+
+    fn pin(&self, _bytes: usize) -> Result<HostBuffer, DeviceError> {
+        refused()
+    }
 
     unsafe fn upload(&self, _to: u64, _bytes: &[u8]) -> Result<(), DeviceError> {
         refused()

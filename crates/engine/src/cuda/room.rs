@@ -13,6 +13,7 @@ use super::executor::{Addressed, CudaExecutor, ExecuteError};
 use super::plan::PARTITION;
 use super::{Kernel, Launch, Launcher};
 use crate::adapter::Adapter;
+use crate::device::HostBuffer;
 use crate::executor::{Chunk, LogitRows, Whole, longest};
 use crate::kernels::kv::BLOCK_TOKENS;
 use crate::model::Model;
@@ -44,6 +45,10 @@ unsafe impl Launcher for Nothing {
     }
 
     unsafe fn free(&self, _address: u64) {}
+
+    fn pin(&self, bytes: usize) -> Result<HostBuffer, DeviceError> {
+        Ok(Box::new(vec![0; bytes]))
+    }
 
     unsafe fn upload(&self, _to: u64, _bytes: &[u8]) -> Result<(), DeviceError> {
         Ok(())
@@ -94,7 +99,7 @@ pub(super) fn needed(
             None => 0,
         };
         // As while weights are on their way, when the first stage gets rows of the token embedding.
-        pass.set_early_rows(vec![0; tokens * model.token_row_bytes()], false);
+        pass.set_early_rows(Box::new(vec![0; tokens * model.token_row_bytes()]), false);
         for ready_stages in [1, usize::MAX] {
             executor.advance_at(&mut pass, model, Addressed::Nowhere, vec![256; blocks], ready_stages)?;
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tangram_device::DeviceError;
 
 use super::constants::Constants;
+use super::lent::Lender;
 use super::{Buffer, Launcher};
 
 /// Defines a set of buffers that can be gone through in their order.
@@ -65,6 +66,16 @@ impl Parts for Constants {
     }
 }
 
+impl Parts for Lender {
+    fn new(gpu: &Arc<dyn Launcher>) -> Lender {
+        Lender::new(gpu)
+    }
+
+    fn each(&mut self, _: &mut dyn FnMut(&mut Buffer)) {}
+
+    fn places_into(&self, _: &mut Vec<(u64, usize)>) {}
+}
+
 buffers! {
     /// Rows as products read them: f32, and operands in bf16 and f16 (with a factor per row).
     Operands {
@@ -82,6 +93,7 @@ buffers! {
         blocks: Buffer,
         /// See [`super::early`].
         early: Buffer,
+        early_on_host: Lender,
         /// Residual stream, `[rows, hidden]`.
         x: Buffer,
         /// Normalised input of a block.
@@ -138,7 +150,7 @@ impl Memory {
         self.places().into_iter().map(|(_, bytes)| bytes).collect()
     }
 
-    /// Makes room for at least so many bytes in each buffer.
+    /// Makes room for at least so many bytes in each buffer, and on the host for what goes through it.
     ///
     /// # Errors
     /// As [`Buffer::reserve`].
@@ -149,6 +161,7 @@ impl Memory {
                 result = buffer.reserve(bytes).map(|_| ());
             }
         });
+        self.early_on_host.reserve(self.early.bytes());
         result
     }
 }

@@ -528,7 +528,9 @@ fn early_rows_on_the_gpu_stand_in_for_the_token_embedding() {
                     taken.iter_mut().map(|blocks| blocks.as_mut_slice().into()).collect();
                 let mut pass = executor.begin(model, &batch, &[], Vec::new(), &[])?;
                 if let Some((rows, verified)) = early {
-                    pass.set_early_rows(rows.to_vec(), verified);
+                    let mut room = pass.early_room(rows.len());
+                    room[..rows.len()].copy_from_slice(rows);
+                    pass.set_early_rows(room, verified);
                     assert!(!executor.advance(
                         &mut pass,
                         model,
@@ -639,10 +641,16 @@ fn prepared_passes_on_the_gpu_allocate_nothing() {
             // Every other step as one whose weights are still on their way.
             if step % 2 == 0 {
                 let all: Vec<u32> = batch.iter().flat_map(|chunk| chunk.tokens).copied().collect();
-                pass.set_early_rows(embedding_rows(&sample, &all).1, false);
+                let rows = embedding_rows(&sample, &all).1;
+                let mut room = pass.early_room(rows.len());
+                room[..rows.len()].copy_from_slice(&rows);
+                // One at a time has what was made for this; there is more of it than these few rows take.
+                assert_eq!([room.len() > rows.len(), pass.early_room(5).len() > 5], [true, false]);
+                pass.set_early_rows(room, false);
                 assert!(!executor.advance(&mut pass, model, &weights, &mut kv, 1).expect("success"));
             }
             assert!(executor.advance(&mut pass, model, &weights, &mut kv, usize::MAX).expect("success"));
+            assert!(pass.early_room(5).len() > 5, "it has come back");
             executor.recycle(pass);
             assert_eq!(executor.scratch_bytes(), prepared, "{family}, step {step}");
         }

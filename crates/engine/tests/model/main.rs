@@ -210,7 +210,7 @@ fn early_rows_stand_in_for_the_token_embedding_until_the_last_stage() {
             let mut kv = [first.as_mut_slice().into(), second.as_mut_slice().into()];
             let mut pass = executor.begin(&sample.model, &batch)?;
             if let Some(rows) = early {
-                pass.set_early_rows(rows);
+                pass.set_early_rows(Box::new(rows));
                 let late = Late(sample, embedding);
                 let last = sample.model.spec().stages() - 1;
                 assert!(!executor.advance(&mut pass, &sample.model, &late, &mut kv, last)?);

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tangram_checkpoint::ContentId;
-use tangram_engine::{DeviceExecutor, DevicePass};
+use tangram_engine::{DeviceExecutor, DevicePass, HostBuffer};
 use tangram_policy::{Admission, Expectations, PrefixUse, Share, TensorKey};
 use tangram_pool::{KvKey, Lease, Pool};
 use tangram_store::{LoadId, Store, Wake};
@@ -153,7 +153,7 @@ struct Step {
 
 /// Rows of a token embedding that are being read.
 struct AwaitedRows {
-    rows: Receiver<io::Result<Vec<u8>>>,
+    rows: Receiver<io::Result<HostBuffer>>,
     /// Whether they come from where the embedding was verified.
     verified: bool,
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use tangram_engine::sampling::Wish;
-use tangram_engine::{Chunk, DeviceExecutor, DevicePass, KvBlocks, LogitRows, Whole};
+use tangram_engine::{Chunk, DeviceExecutor, DevicePass, HostBuffer, KvBlocks, LogitRows, Whole};
 use tangram_policy::{Runnable, Share, compose};
 use tangram_pool::{LoadFailure, Pool, Refusal, Tensor};
 use tangram_store::{RowRead, RowSource, Store, Wake};
@@ -183,8 +183,10 @@ impl Worker {
                     entry.plan.early_rows.filter(|rows| !is_ready(active.lease.tensors(), rows.unique));
                 let rows = embedding.map(|rows| {
                     let from = source_of(&self.pool, &entry.plan, active.lease.tensors(), rows);
-                    let tokens = chunks.iter().flat_map(|chunk| chunk.tokens).copied();
-                    read_rows(&self.store, from, rows.row_bytes, tokens.collect(), self.wake.clone())
+                    let tokens: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect();
+                    let room = pass.early_room(tokens.len() * rows.row_bytes);
+                    let read = from.map(|from| RowRead { from, row_bytes: rows.row_bytes, rows: tokens });
+                    read_rows(&self.store, read, room, self.wake.clone())
                 });
                 active.step = Some(Step { pass, shares, adapters, rows, spent: Duration::ZERO, undisturbed });
                 Begun::Ready
@@ -376,18 +378,12 @@ fn source_of(pool: &Pool, plan: &ModelPlan, tensors: &[Arc<Tensor>], early: Earl
     Some(RowSource::File { path: file.clone(), offset: *offset })
 }
 
-/// Reads the rows of the token embedding for these tokens.
-fn read_rows(
-    store: &Store,
-    from: Option<RowSource>,
-    row_bytes: usize,
-    tokens: Vec<u32>,
-    wake: Wake,
-) -> AwaitedRows {
+/// Reads rows of the token embedding.
+fn read_rows(store: &Store, read: Option<RowRead>, room: HostBuffer, wake: Wake) -> AwaitedRows {
     let (sender, rows) = channel();
-    let verified = matches!(from, Some(RowSource::Host(_)));
-    if let Some(from) = from {
-        store.read_rows(RowRead { from, row_bytes, rows: tokens }, move |rows| {
+    let verified = read.as_ref().is_some_and(|read| matches!(read.from, RowSource::Host(_)));
+    if let Some(read) = read {
+        store.read_rows(read, room, move |rows| {
             // Nobody waits for them any more if the embedding was faster.
             let _ = sender.send(rows);
             wake();
