@@ -9,6 +9,7 @@ mod common;
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -447,6 +448,8 @@ fn one_block_of_host_memory_stands_for_all_weights() {
 struct Gate {
     tokens: Mutex<Option<usize>>,
     computed: Condvar,
+    /// Whether something was let arrive all the same.
+    late: AtomicBool,
 }
 
 impl Gate {
@@ -454,9 +457,9 @@ impl Gate {
         *self.tokens.lock().unwrap() = Some(tokens);
     }
 
-    /// Whether the stage has been computed since.
+    /// Whether the stage has been computed before anything else was let arrive.
     fn is_open(&self) -> bool {
-        self.tokens.lock().unwrap().is_none()
+        self.tokens.lock().unwrap().is_none() && !self.late.load(Ordering::Relaxed)
     }
 }
 
@@ -464,8 +467,9 @@ impl Observer for Gate {
     fn arrived(&self, _: Arrived<'_>) {
         let closed = self.tokens.lock().unwrap();
         // So that a failure is one, and no test that hangs.
-        let most = Duration::from_secs(20);
-        drop(self.computed.wait_timeout_while(closed, most, |tokens| tokens.is_some()).unwrap());
+        let most = Duration::from_secs(if self.late.load(Ordering::Relaxed) { 0 } else { 20 });
+        let waited = self.computed.wait_timeout_while(closed, most, |tokens| tokens.is_some()).unwrap();
+        self.late.fetch_or(waited.1.timed_out(), Ordering::Relaxed);
     }
 
     fn computed(&self, computed: Computed) {
@@ -491,10 +495,10 @@ fn damage(model: &DeployedModel, token: usize, vocab: usize) {
     std::fs::write(&file, &bytes).unwrap();
 }
 
-const VOCAB: usize = 20_000;
-const PROMPT: [u32; 7] = [5, 19_999, 3, 40, 19_999, 9_000, 7];
+const VOCAB: usize = 16_000;
+const PROMPT: [u32; 7] = [5, 15_999, 3, 40, 15_999, 9_000, 7];
 
-/// A model of 4 to 10 MB, most of which is its token embedding, and its output matrix if it has one of its own.
+/// A model of 2 to 5 MB, most of which is its token embedding, and its output matrix if it has one of its own.
 fn with_many_tokens(seed: u64, family: Family, dtype: Float, tied: bool) -> RandomModel {
     RandomModel { seed, dtype, tied, vocab: VOCAB, layers: 2, ..RandomModel::tiny(family) }
 }
@@ -514,29 +518,61 @@ fn cold_passes_begin_with_rows_of_the_embedding() {
     }
     let options = GgufOptions { dtype: GgmlType::Q8_0, ..GgufOptions::default() };
     write_gguf(&path("q8.gguf"), &with_many_tokens(55, Family::Llama, Float::F32, true), options);
-    for (backend, delay) in [(Backend::Paged, Delay::Latest), (Backend::Segment, Delay::Random(9))] {
+    let names = ["tied", "untied", "scaled", "positions", "q8.gguf"];
+    for (backend, delay, names) in
+        [(Backend::Paged, Delay::Latest, &names[..]), (Backend::Segment, Delay::Random(9), &names[..2])]
+    {
         let Some(stand_in) = gpu(64 << 20, delay) else { return };
         let gate = Arc::new(Gate::default());
         let config = || NodeConfig { backend, ..on_gpu(&stand_in, data.path(), 64 << 20) };
         let node = Node::open(NodeConfig { observer: Some(gate.clone()), ..config() }).unwrap();
         let scratch = |node: &Node| node.status().scratch_bytes;
-        for name in ["tied", "untied", "scaled", "positions", "q8.gguf"] {
+        for &name in names {
             let model = node.model(name).unwrap_or_else(|| deploy(&node, name, &path(name)));
             let prepared = scratch(&node);
-            gate.close(PROMPT.len());
-            let cold = run(&node, request(&model, &PROMPT, 3));
+            // Learned positions are added in the first stage, which waits for them.
+            if name != "positions" {
+                gate.close(PROMPT.len());
+            }
+            let cold = run(&node, request(&model, &PROMPT, 2));
             assert!(gate.is_open(), "{name}: the first stage waited for tensors");
             assert_eq!(cold.timing.bytes_loaded, model.weight_bytes);
-            let resident = run(&node, request(&model, &PROMPT, 3));
+            let resident = run(&node, request(&model, &PROMPT, 2));
             assert_eq!(cold.tokens, resident.tokens, "{name}");
             assert_eq!(resident.timing.bytes_loaded, 0);
             eventually("everything was allocated when it was deployed", || scratch(&node) == prepared);
         }
         nothing_is_left(node, &stand_in);
     }
-    let Some(stand_in) = gpu(64 << 20, Delay::Latest) else { return };
-    let node = Node::open(on_gpu(&stand_in, data.path(), 64 << 20)).unwrap();
-    let model = node.model("tied").unwrap();
+}
+
+/// Rows that lie in ordinary memory, that are under way when the GPU is lost, or that are damaged on the disk.
+#[test]
+fn rows_of_the_embedding_meet_misfortune() {
+    const OUT_OF_MEMORY: i32 = 2;
+    const ECC: i32 = 214;
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_hf_model(sources.path(), &with_many_tokens(57, Family::Llama, Float::BF16, true));
+    let Some(stand_in) = gpu(16 << 20, Delay::Latest) else { return };
+    let node = Node::open(on_gpu(&stand_in, data.path(), 16 << 20)).unwrap();
+    // Nothing is pinned for rows.
+    (1..9).for_each(|nth| stand_in.fail("cuMemHostAlloc", nth, OUT_OF_MEMORY));
+    let model = deploy(&node, "m", sources.path());
+    stand_in.clear_faults();
+    let ask = || finish(node.generate(request(&model, &PROMPT, 3)).unwrap());
+    let cold = ask().unwrap();
+    assert_eq!((cold.timing.bytes_loaded, &ask().unwrap().tokens), (model.weight_bytes, &cold.tokens));
+    // From the second on each time in a cold pass.
+    for nth in [1, 2, 3, 5, 9, 20] {
+        stand_in.fail("execution", nth, ECC);
+        assert!(matches!(ask(), Err(RequestError::DeviceLost(_))), "{nth}");
+    }
+    let again = ask().unwrap();
+    assert_eq!((again.timing.bytes_loaded, &again.tokens), (model.weight_bytes, &cold.tokens));
+    nothing_is_left(node, &stand_in);
+    let Some(stand_in) = gpu(16 << 20, Delay::Latest) else { return };
+    let node = Node::open(on_gpu(&stand_in, data.path(), 16 << 20)).unwrap();
+    let model = node.model("m").unwrap();
     damage(&model, 40, VOCAB);
     let error = finish(node.generate(request(&model, &PROMPT, 3)).unwrap()).err().unwrap().to_string();
     assert!(error.contains("checksum") && error.contains("token_embedding"), "{error}");
@@ -547,15 +583,17 @@ fn cold_passes_begin_with_rows_of_the_embedding() {
 #[test]
 fn rows_of_the_embedding_come_from_host_memory() {
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let Some(stand_in) = gpu(10 << 20, Delay::Random(3)) else { return };
+    // Room for two.
+    let pool = 6 << 20;
+    let Some(stand_in) = gpu(pool, Delay::Random(3)) else { return };
     let gate = Arc::new(Gate::default());
     let config = NodeConfig {
-        host_memory: 32 << 20,
+        host_memory: 24 << 20,
         observer: Some(gate.clone()),
-        ..on_gpu(&stand_in, data.path(), 8 << 20)
+        ..on_gpu(&stand_in, data.path(), pool)
     };
     let node = Node::open(config).unwrap();
-    eventually("host memory is pinned", || node.status().host_tier_bytes > 27 << 20);
+    eventually("host memory is pinned", || node.status().host_tier_bytes > 20 << 20);
     let models = [61, 62, 63, 64].map(|seed| {
         let source = sources.path().join(seed.to_string());
         write_hf_model(&source, &with_many_tokens(seed, Family::Llama, Float::BF16, true));
@@ -563,7 +601,6 @@ fn rows_of_the_embedding_come_from_host_memory() {
     });
     let prompt = [&PROMPT[..], &[11, 12]].concat();
     let expected = run(&node, request(&models[0], &prompt, 3)).tokens;
-    // There is room for two.
     for model in &models[1..3] {
         run(&node, request(model, &PROMPT, 3));
     }

@@ -182,14 +182,17 @@ impl Program {
     /// Copies on the GPU, after everything launched so far.
     ///
     /// # Errors
-    /// [`DeviceError::Lost`].
+    /// [`DeviceError::Cuda`], [`DeviceError::Lost`].
     ///
     /// # Safety
     /// Both ranges must be mapped or allocated until the copy is done, apart from each other, and nobody may write the one
     /// or access the other meanwhile.
     pub unsafe fn copy(&self, from: usize, to: usize, bytes: usize) -> Result<(), DeviceError> {
-        // SAFETY: as the caller says.
-        unsafe { self.queue.within(from, to, bytes) }
+        let stream = self.queue.stream();
+        self.gpu.call("copying on the GPU", |driver| {
+            // SAFETY: as the caller says.
+            unsafe { (driver.cuMemcpyDtoDAsync_v2)(to as u64, from as u64, bytes, stream) }
+        })
     }
 
     /// Copies from the GPU, after everything launched so far, and waits for it.
