@@ -1,6 +1,6 @@
 //! Reads by io_uring, and what of a file is in the page cache: the calls for which there is no safe interface.
 //!
-//! The only file of this crate with `unsafe`. A read under way owns the memory that it fills: [`Ring`] takes the
+//! A read under way owns the memory that it fills: [`Ring`] takes the
 //! [`Target`], does not touch it and gives it back when the kernel is done with it, or never.
 
 #![allow(unsafe_code)]
@@ -35,7 +35,7 @@ pub(crate) unsafe trait Target: Send {
 }
 
 // SAFETY: a part's bytes are those of the extent that it owns, which is mapped at its address until it is dropped and
-// has no other owner; a buffer's are on the heap, in a vector that is never resized.
+// has no other owner; a buffer's are memory of its own that stays where it is.
 unsafe impl Target for crate::job::Job {
     fn memory(&mut self, place: Place) -> &mut [u8] {
         match place {
@@ -55,7 +55,7 @@ unsafe impl Target for tangram_device::Extent {
     }
 }
 
-// SAFETY: the bytes are on the heap, in a vector that is never resized and has no other owner.
+// SAFETY: the bytes are memory of the buffer's own and stay where they are when it is moved.
 unsafe impl Target for crate::buffer::Buffer {
     fn memory(&mut self, place: Place) -> &mut [u8] {
         match place {

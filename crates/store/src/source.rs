@@ -20,6 +20,9 @@ use crate::reuse::{self, Reuse};
 use crate::ring::{Bell, Ring};
 use crate::schedule::{LoadId, Schedule, Urgency};
 
+/// Buffers that are kept to be used again.
+const MOST_SPARE: usize = 32;
+
 /// Threads that read for a disk without io_uring.
 const READERS: usize = 4;
 
@@ -151,10 +154,13 @@ impl Source {
     pub(crate) fn landed(&self, buffer: Option<Buffer>) {
         let mut state = self.lock();
         state.landing -= 1;
-        if let Some(buffer) = buffer
-            && state.spare.len() < state.control.tuning().depth
-        {
-            state.spare.push(buffer);
+        if let Some(buffer) = buffer {
+            // As much as is under way, and being decoded, at a time.
+            let Tuning { block, depth } = state.control.tuning();
+            let kept: usize = state.spare.iter().map(Buffer::len).sum();
+            if kept + buffer.len() <= 2 * block * depth && state.spare.len() < MOST_SPARE {
+                state.spare.push(buffer);
+            }
         }
         drop(state);
         self.notify();
@@ -255,10 +261,13 @@ impl Source {
         if bytes == 0 {
             return None;
         }
-        let spare = self.lock().spare.pop();
+        let mut state = self.lock();
+        let fits = state.spare.iter().position(|spare| spare.len() >= bytes);
+        let spare = fits.map(|at| state.spare.swap_remove(at));
+        drop(state);
         // Those for compressed chunks vary a little; rounded up, the next one finds room too.
         let rounded = if bytes < BUFFER_STEP { bytes } else { bytes.next_multiple_of(BUFFER_STEP) };
-        spare.filter(|spare| spare.len() >= bytes).or_else(|| Some(Buffer::new(rounded)))
+        spare.or_else(|| Some(Buffer::new(rounded)))
     }
 
     /// Deals with the end of a job's reads. Gives it back if it has to be read another way.

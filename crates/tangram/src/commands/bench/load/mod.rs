@@ -111,7 +111,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             runs.push(Run::of(name, bench.whole(mode)?, memory));
         }
         if let Some(compressed) = &mut compressed {
-            compressed.whole(warm)?;
+            raw::write_anew(compressed.file())?;
             runs.push(Run::of("warm, compressed", compressed.whole(warm)?, memory));
         }
         runs.extend(peers.warm()?.into_iter().map(|(name, cost)| Run::of(&name, cost, memory)));

@@ -107,6 +107,11 @@ impl Bench {
         Ok(Bench { file: file.to_owned(), pool, places, sets, turn: 0, measured })
     }
 
+    /// The data file that it loads from.
+    pub(super) fn file(&self) -> &Path {
+        &self.file
+    }
+
     fn store(&self, sampled: bool) -> anyhow::Result<Arc<Store>> {
         let verification = if sampled { Verification::Sampled } else { Verification::Full };
         let options = Options { verification, ..Options::default() };
