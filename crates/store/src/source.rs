@@ -26,8 +26,10 @@ const MOST_SPARE: usize = 32;
 /// Threads that read for a disk without io_uring.
 const READERS: usize = 4;
 
-/// Sizes of large buffers are multiples of this.
-const BUFFER_STEP: usize = 512 << 10;
+/// Sizes of buffers are multiples of this, but of those for torn blocks: any of them then suits the next chunk.
+const BUFFER_STEP: usize = 2 << 20;
+/// Buffers below are for torn blocks.
+const LEAST_ROUNDED: usize = 64 << 10;
 
 /// How a disk is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,8 +267,7 @@ impl Source {
         let fits = state.spare.iter().position(|spare| spare.len() >= bytes);
         let spare = fits.map(|at| state.spare.swap_remove(at));
         drop(state);
-        // Those for compressed chunks vary a little; rounded up, the next one finds room too.
-        let rounded = if bytes < BUFFER_STEP { bytes } else { bytes.next_multiple_of(BUFFER_STEP) };
+        let rounded = if bytes < LEAST_ROUNDED { bytes } else { bytes.next_multiple_of(BUFFER_STEP) };
         spare.or_else(|| Some(Buffer::new(rounded)))
     }
 

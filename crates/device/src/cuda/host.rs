@@ -8,9 +8,8 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::driver::HOST_PORTABLE;
 use super::gpu::Gpu;
-use super::numa;
+use super::pinned::pin;
 use crate::DeviceError;
 use crate::pages::FreePages;
 
@@ -81,14 +80,7 @@ impl HostPool {
             return Ok(0);
         }
         let (gpu, bytes) = (&self.shared.gpu, units * UNIT);
-        let base = numa::near(gpu.numa_node(), || {
-            let mut base = std::ptr::null_mut();
-            let pinned = gpu.call("pinning host memory", |driver| {
-                // SAFETY: the pointer is to a live variable.
-                unsafe { (driver.cuMemHostAlloc)(&mut base, bytes, HOST_PORTABLE) }
-            });
-            pinned.map(|()| base as usize)
-        })?;
+        let base = pin(gpu, bytes)?;
         let mut state = self.shared.state();
         let first = state.slabs.len() * STRIDE;
         state.slabs.push((base, bytes));

@@ -16,18 +16,22 @@ pub struct PinnedBytes {
     bytes: usize,
 }
 
+/// Pins `bytes` (more than 0) of host memory near a GPU and gives its address. Takes milliseconds.
+pub(super) fn pin(gpu: &Gpu, bytes: usize) -> Result<usize, DeviceError> {
+    numa::near(gpu.numa_node(), || {
+        let mut base = std::ptr::null_mut();
+        let pinned = gpu.call("pinning host memory", |driver| {
+            // SAFETY: the pointer is to a live variable.
+            unsafe { (driver.cuMemHostAlloc)(&mut base, bytes, HOST_PORTABLE) }
+        });
+        pinned.map(|()| base as usize)
+    })
+}
+
 impl PinnedBytes {
     /// Pins `bytes` (more than 0). Takes milliseconds, so it is nothing for the path of a request.
     pub(super) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBytes, DeviceError> {
-        let base = numa::near(gpu.numa_node(), || {
-            let mut base = std::ptr::null_mut();
-            let pinned = gpu.call("pinning host memory", |driver| {
-                // SAFETY: the pointer is to a live variable.
-                unsafe { (driver.cuMemHostAlloc)(&mut base, bytes, HOST_PORTABLE) }
-            });
-            pinned.map(|()| base as usize)
-        })?;
-        Ok(PinnedBytes { gpu: gpu.clone(), base, bytes })
+        Ok(PinnedBytes { gpu: gpu.clone(), base: pin(gpu, bytes)?, bytes })
     }
 }
 
