@@ -7,6 +7,7 @@ use tangram_device::Memory;
 
 use crate::buffer::Buffer;
 use crate::job::{Arrival, Job, Landed};
+use crate::reuse::Key;
 use crate::schedule::URGENCIES;
 use crate::source::Source;
 
@@ -70,9 +71,11 @@ impl Landings {
         if let Some(worker) = self.memory.streams().get(stream) {
             worker.submit(Box::new(move || {
                 let _next = next;
-                let mut over = Over { source, buffer: None };
+                let mut over = Over { source, buffer: None, found: None };
+                let cached = matches!(arrival, Arrival::Cached);
+                let found = cached.then(|| ((job.file.number(), job.offset), job.len as u64));
                 match job.land(arrival) {
-                    Landed::Over(buffer) => over.buffer = buffer,
+                    Landed::Over(buffer) => (over.buffer, over.found) = (buffer, found),
                     Landed::Again(job) => over.source.put_back(*job),
                 }
             }));
@@ -96,10 +99,12 @@ impl Drop for Next {
 struct Over {
     source: Arc<Source>,
     buffer: Option<Buffer>,
+    /// What the page cache had, and bytes of that.
+    found: Option<(Key, u64)>,
 }
 
 impl Drop for Over {
     fn drop(&mut self) {
-        self.source.landed(self.buffer.take());
+        self.source.landed(self.buffer.take(), self.found);
     }
 }

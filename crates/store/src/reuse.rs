@@ -4,7 +4,8 @@
 //! Reading past the cache is fastest and leaves nothing behind. A model that is loaded again and again, because the pool has
 //! no room for all, is better kept in memory that is idle anyway. So a part's first read goes past the cache, and its second
 //! through it (as in the 2Q replacement of Johnson and Shasha, VLDB 1994: what came once need not come again). If the
-//! system then takes it out again, memory is short, and the part is not tried any more.
+//! system then takes it out again, memory is short, and neither the part is tried any more nor what was kept until then:
+//! reads through the cache are slower, and what the system reads ahead would hide for long that the rest is gone too.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -15,7 +16,8 @@ pub(crate) type Key = (u64, u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Known {
     Once,
-    Kept,
+    /// Before so many losses.
+    Kept(u64),
     GivenUp,
 }
 
@@ -23,14 +25,26 @@ enum Known {
 pub(crate) struct Reuse {
     /// Bytes of the parts that may be kept.
     budget: u64,
+    /// Bytes of those that are kept since the last loss.
     kept: u64,
+    /// How often something that was kept was gone.
+    losses: u64,
     parts: HashMap<Key, Known>,
 }
 
 impl Reuse {
     /// Nothing has been read; up to `budget` bytes may be kept.
     pub(crate) fn new(budget: u64) -> Reuse {
-        Reuse { budget, kept: 0, parts: HashMap::new() }
+        Reuse { budget, kept: 0, losses: 0, parts: HashMap::new() }
+    }
+
+    /// The cache has a part of `len` bytes. If that was read past it before, it was read ahead with others and counts as
+    /// they do.
+    pub(crate) fn found(&mut self, key: Key, len: u64) {
+        if let Some(known @ Known::Once) = self.parts.get_mut(&key) {
+            *known = Known::Kept(self.losses);
+            self.kept += len;
+        }
     }
 
     /// A part of `len` bytes that the cache does not have is about to be read; `true` if it is to be read through it.
@@ -42,14 +56,17 @@ impl Reuse {
             }
             Entry::Occupied(mut known) => match known.get() {
                 Known::Once if self.kept + len <= self.budget => {
-                    known.insert(Known::Kept);
+                    known.insert(Known::Kept(self.losses));
                     self.kept += len;
                     true
                 }
                 Known::Once | Known::GivenUp => false,
-                Known::Kept => {
+                Known::Kept(losses) => {
+                    if *losses == self.losses {
+                        self.losses += 1;
+                        self.kept = 0;
+                    }
                     known.insert(Known::GivenUp);
-                    self.kept = self.kept.saturating_sub(len);
                     false
                 }
             },
@@ -69,6 +86,7 @@ pub(crate) fn budget() -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::HashSet;
 
     #[test]
     fn the_second_read_goes_through_the_cache_once() {
@@ -83,18 +101,52 @@ mod tests {
         assert!(budget() > 0);
     }
 
+    #[test]
+    fn when_one_is_gone_none_is_counted_on() {
+        let mut reuse = Reuse::new(20);
+        let read = |reuse: &mut Reuse, part| reuse.read((1, part), 10);
+        for part in [0, 10, 20] {
+            assert!(!read(&mut reuse, part));
+        }
+        assert_eq!(
+            [0, 10, 20].map(|part| read(&mut reuse, part)),
+            [true, true, false],
+            "there is room for two"
+        );
+        assert!(!read(&mut reuse, 0), "memory is short");
+        assert!(!read(&mut reuse, 10), "so this one was given up too, and is no second loss");
+        assert!(read(&mut reuse, 20), "what was not kept then has not been tried");
+        assert_eq!(reuse.losses, 1);
+        assert!(!read(&mut reuse, 20));
+        assert_eq!(reuse.losses, 2);
+    }
+
+    #[test]
+    fn what_was_read_ahead_is_kept_too() {
+        let mut reuse = Reuse::new(20);
+        assert!(!reuse.read((1, 0), 10) && !reuse.read((1, 10), 10));
+        assert!(reuse.read((1, 0), 10));
+        reuse.found((1, 10), 10);
+        assert_eq!(reuse.kept, 20);
+        assert!(!reuse.read((1, 0), 10));
+        assert!(!reuse.read((1, 10), 10), "not tried again");
+        reuse.found((1, 20), 10);
+        assert!(!reuse.read((1, 20), 10), "what an import left there was not brought in by loads");
+    }
+
     proptest! {
         #[test]
-        fn no_more_is_kept_than_there_is_room_for(reads in prop::collection::vec((0u64..20, 1u64..8), 0..200)) {
+        fn no_more_is_kept_than_there_is_room_for(reads in prop::collection::vec(0u64..20, 0..200)) {
             let mut reuse = Reuse::new(30);
-            let mut kept: HashMap<u64, u64> = HashMap::new();
-            for (part, _) in reads {
+            let (mut kept, mut tried): (HashMap<u64, u64>, HashSet<u64>) = Default::default();
+            for part in reads {
                 // A part always has the same length.
                 let len = part % 7 + 1;
                 if reuse.read((0, part), len) {
-                    prop_assert!(kept.insert(part, len).is_none(), "read through the cache once");
-                } else {
-                    kept.remove(&part);
+                    prop_assert!(tried.insert(part), "read through the cache once");
+                    kept.insert(part, len);
+                } else if kept.contains_key(&part) {
+                    kept.clear();
                 }
                 prop_assert!(kept.values().sum::<u64>() <= 30);
                 prop_assert_eq!(kept.values().sum::<u64>(), reuse.kept);

@@ -152,10 +152,13 @@ impl Source {
         self.lock().corrected
     }
 
-    /// A job has landed, and left a buffer.
-    pub(crate) fn landed(&self, buffer: Option<Buffer>) {
+    /// A job has landed, and left a buffer; `found` is what the page cache had.
+    pub(crate) fn landed(&self, buffer: Option<Buffer>, found: Option<(reuse::Key, u64)>) {
         let mut state = self.lock();
         state.landing -= 1;
+        if let Some((key, len)) = found {
+            state.reuse.found(key, len);
+        }
         if let Some(buffer) = buffer {
             // As much as is under way, and being decoded, at a time.
             let Tuning { block, depth } = state.control.tuning();
