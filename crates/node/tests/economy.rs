@@ -350,6 +350,25 @@ fn a_client_that_goes_away_frees_its_kv() {
     all_kv_is_back(&node);
 }
 
+/// Without a request that comes after it, or anything else that makes room.
+#[test]
+fn what_was_loading_for_a_client_that_went_away_leaves_with_its_model() {
+    let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_hf_model(
+        sources.path(),
+        &RandomModel { hidden: 256, intermediate: 2048, layers: 8, ..RandomModel::tiny(Family::Llama) },
+    );
+    let node = open(data.path(), 128 << 20);
+    for turn in 0..10 {
+        let model = deploy(&node, "m", sources.path());
+        let generation = node.generate(request(&model, &[5; 40], 64)).unwrap();
+        eventually("it begins to load", || node.status().activations_total > turn);
+        drop(generation);
+        node.remove("m").unwrap();
+        eventually("everything is given back", || node.status().resident_bytes == 0);
+    }
+}
+
 #[test]
 fn a_damaged_file_fails_its_model_by_name_and_others_go_on() {
     let (sources, data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

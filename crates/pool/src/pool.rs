@@ -567,8 +567,9 @@ impl Pool {
     }
 
     /// Looks after tensors without a lease that were arriving when they lost it: those that arrived become evictable,
-    /// those that failed or were given up are gone.
-    pub(crate) fn settle(&mut self) {
+    /// those that failed or were given up are gone. Everything that makes room does this first; whoever goes on without
+    /// that has to, or what was given up stays counted.
+    pub fn settle(&mut self) {
         for key in std::mem::take(&mut self.unsettled) {
             let Some(tensor) = self.slot(key).and_then(|slot| slot.tensor.as_ref()) else { continue };
             // While the loader still holds the tensor its bytes are in flight, or it is just letting go.

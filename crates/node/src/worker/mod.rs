@@ -281,6 +281,7 @@ impl Worker {
                 self.tell_worth();
             }
             if !advanced {
+                self.pool.settle();
                 self.prefetch();
             }
             self.publish(!advanced);
