@@ -307,7 +307,8 @@ async fn limits() {
     let (status, error) =
         error_of(&server, TEXT_PATH, &json!({"model": CHAT, "prompt": "x".repeat(2000)})).await;
     assert_eq!((status, &error["code"]), (413, &json!("request_too_large")));
-    let pieces = futures::stream::iter((0..50).map(|_| Ok::<_, std::io::Error>(vec![b' '; 100])));
+    // No more than is read of it all the same, or the connection could be closed before the answer has been read.
+    let pieces = futures::stream::iter((0..30).map(|_| Ok::<_, std::io::Error>(vec![b' '; 100])));
     let request =
         server.client.post(format!("{}{TEXT_PATH}", server.url)).body(reqwest::Body::wrap_stream(pieces));
     assert_eq!(request.send().await.unwrap().status(), 413, "without a length, too");
