@@ -47,12 +47,12 @@ impl<T> Schedule<T> {
         }
     }
 
-    /// Puts a part that was taken before in front of everything of its urgency.
+    /// Puts a part that was taken before in front of the others of its load, or of everything of its urgency.
     pub(crate) fn put_back(&mut self, load: LoadId, urgency: Urgency, part: T) {
-        let turns = &mut self.turns[urgency as usize];
-        match turns.iter_mut().find(|turn| turn.load == load) {
+        // It may have been taken before its load was hastened.
+        match self.turns.iter_mut().flatten().find(|turn| turn.load == load) {
             Some(turn) => turn.parts.push_front(part),
-            None => turns.push_front(Turn { load, parts: [part].into() }),
+            None => self.turns[urgency as usize].push_front(Turn { load, parts: [part].into() }),
         }
     }
 
@@ -163,12 +163,15 @@ mod tests {
                         }
                         // Its turns among its new rivals are counted from here.
                         model.since.retain(|&(a, b), _| a != load && b != load);
-                        last = None;
                     }
                     Step::PutBack => {
                         if let Some((load, urgency, part)) = last.take() {
                             schedule.put_back(LoadId(load), urgency, (load, part));
-                            model.waiting.get_mut(&load).unwrap().1.push_front(part);
+                            let (now, parts) = model.waiting.get_mut(&load).unwrap();
+                            if parts.is_empty() {
+                                *now = urgency;
+                            }
+                            parts.push_front(part);
                             model.since.retain(|&(a, b), _| a != load && b != load);
                         }
                     }
