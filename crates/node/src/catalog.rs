@@ -537,7 +537,11 @@ impl Catalog {
                 tracing::warn!(%checkpoint, %error, "could not remove a checkpoint; the next start will");
             }
         }
-        tangram_store::drop_removed();
+        let in_place = self.models.values().flat_map(|deployment| &deployment.manifest.in_place);
+        let users: BTreeSet<&Path> =
+            in_place.flat_map(|in_place| &in_place.files).map(|file| file.path.as_path()).collect();
+        // What lies here and is not used any more has just been removed.
+        tangram_store::drop_unused(|path| path.starts_with(&self.root) || users.contains(path));
         let live: BTreeSet<(&str, u64)> = self
             .models
             .values()

@@ -1,7 +1,7 @@
 //! Data files, opened for reading through the page cache and past it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, AtFlags, Mode, OFlags, StatxFlags, fadvise, statx};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::mapping::{Mapping, mapping_of};
 use crate::plan::Alignment;
@@ -16,12 +17,14 @@ use crate::ring::cached_bytes;
 
 /// What direct reads are aligned to where the kernel does not say what they need: it suits every disk.
 const SAFE_ALIGNMENT: usize = 4096;
+/// The page cache may have so many bytes in one piece, which it drops as a whole or not at all.
+const CACHED_PIECE: u64 = 2 << 20;
 
 /// An open data file.
 pub(crate) struct DataFile {
     path: PathBuf,
     disk: u64,
-    number: u64,
+    identity: (u64, i64),
     cached: Arc<File>,
     direct: Option<(Arc<File>, Alignment)>,
     /// From the first copy out of the page cache on; `None` where it cannot be mapped.
@@ -37,7 +40,8 @@ impl DataFile {
     pub(crate) fn open(path: &Path) -> io::Result<DataFile> {
         let cached = File::open(path)?;
         let metadata = cached.metadata()?;
-        let (disk, number) = (metadata.dev(), metadata.ino());
+        let changed = metadata.mtime().wrapping_mul(1_000_000_000).wrapping_add(metadata.mtime_nsec());
+        let (disk, identity) = (metadata.dev(), (metadata.ino(), changed));
         let direct = alignment(&cached).and_then(|alignment| {
             let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
             let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
@@ -46,7 +50,7 @@ impl DataFile {
         Ok(DataFile {
             path: path.to_owned(),
             disk,
-            number,
+            identity,
             cached: Arc::new(cached),
             direct,
             mapping: OnceLock::new(),
@@ -64,9 +68,10 @@ impl DataFile {
         self.disk
     }
 
-    /// Its number on that file system.
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    /// What no other file on that file system has, nor one that takes this one's number later: its number, and when it
+    /// was last changed in nanoseconds since 1970.
+    pub(crate) fn identity(&self) -> (u64, i64) {
+        self.identity
     }
 
     /// The file for reads through the page cache.
@@ -105,12 +110,31 @@ impl DataFile {
         self.cached_so_far.store(false, Ordering::Relaxed);
     }
 
-    /// Takes a range out of the page cache, so that it is next read from the disk.
-    pub(crate) fn drop_from_cache(&self, offset: u64, len: usize) {
-        if let Some(mapping) = self.mapping() {
-            mapping.let_go(offset, len);
+    /// Copies from the page cache by reads that never wait for the disk; `false` if not all of it is there.
+    pub(crate) fn read_cached(&self, mut at: u64, mut into: &mut [u8]) -> bool {
+        while !into.is_empty() {
+            match preadv2(&*self.cached, &mut [IoSliceMut::new(into)], at, ReadWriteFlags::NOWAIT) {
+                Ok(0) => return false,
+                Ok(read) => {
+                    at += read as u64;
+                    into = into.get_mut(read..).unwrap_or_default();
+                }
+                Err(Errno::INTR) => {}
+                Err(_) => return false,
+            }
         }
-        let _ = fadvise(&*self.cached, offset, NonZeroU64::new(len as u64), Advice::DontNeed);
+        true
+    }
+
+    /// Takes a range out of the page cache, so that it is next read from the disk; and what lies around it, for the page
+    /// cache drops nothing in part.
+    pub(crate) fn drop_from_cache(&self, offset: u64, len: usize) {
+        let start = offset / CACHED_PIECE * CACHED_PIECE;
+        let end = offset.saturating_add(len as u64).next_multiple_of(CACHED_PIECE);
+        if let Some(mapping) = self.mapping() {
+            mapping.let_go(start, end);
+        }
+        let _ = fadvise(&*self.cached, start, NonZeroU64::new(end - start), Advice::DontNeed);
     }
 }
 

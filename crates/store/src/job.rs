@@ -1,11 +1,11 @@
 //! One part of a tensor on its way: how the bytes that were read become the bytes of the part, checked while they are hot.
 //!
 //! This is the seam for everything that lies between a file's bytes and a tensor's. That is nothing (they were read to
-//! their place), or a copy out of an aligned buffer; then the chunk's checksum, computed over what the copy has just left in
-//! the cache. Of a compressed chunk the stored bytes stay in the buffer, are verified there and decoded to their place.
+//! their place), or a copy out of an aligned buffer or the page cache, with the chunk's checksum computed while its bytes are
+//! in the processor's cache. Of a compressed chunk the stored bytes stay in the buffer, are verified there and decoded to their place.
 //! Nobody can read a part before [`Job::finish`].
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,7 +13,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::io::{Errno, ReadWriteFlags};
 use tangram_checkpoint::Checksum;
 use tangram_codec::Format;
 use tangram_pool::{LoadFailure, Part};
@@ -219,19 +218,10 @@ impl Job {
     fn copy_read(&mut self, sum: Option<Checksum>) -> Option<bool> {
         let mut run = sum.map(|sum| sum.run());
         let step = if run.is_some() { HOT_BYTES } else { self.len };
-        let (file, mut offset) = (self.file.cached().clone(), self.offset);
+        let (file, mut offset) = (self.file.clone(), self.offset);
         for piece in self.stored()?.chunks_mut(step) {
-            let mut done = 0;
-            while let Some(rest) = piece.get_mut(done..).filter(|rest| !rest.is_empty()) {
-                let at = offset + done as u64;
-                let read =
-                    rustix::io::preadv2(&*file, &mut [IoSliceMut::new(rest)], at, ReadWriteFlags::NOWAIT);
-                match read {
-                    Ok(0) => return None,
-                    Ok(read) => done += read,
-                    Err(Errno::INTR) => {}
-                    Err(_) => return None,
-                }
+            if !file.read_cached(offset, piece) {
+                return None;
             }
             offset += piece.len() as u64;
             if let Some(run) = &mut run {

@@ -73,7 +73,7 @@ impl Landings {
                 let _next = next;
                 let mut over = Over { source, buffer: None, found: None };
                 let cached = matches!(arrival, Arrival::Cached);
-                let found = cached.then(|| ((job.file.number(), job.offset), job.len as u64));
+                let found = cached.then(|| ((job.file.identity(), job.offset), job.len as u64));
                 match job.land(arrival) {
                     Landed::Over(buffer) => (over.buffer, over.found) = (buffer, found),
                     Landed::Again(job) => over.source.put_back(*job),

@@ -40,7 +40,7 @@ use tangram_device::Memory;
 use tangram_pool::{LoadFailure, Vacancy};
 
 pub use job::Damage;
-pub use mapping::{drop_removed, unmap};
+pub use mapping::{drop_unused, unmap};
 pub use probe::{Measured, Tuning, disk_of, measure};
 pub use rows::{RowRead, RowSource};
 pub use schedule::LoadId;

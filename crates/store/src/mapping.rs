@@ -1,14 +1,17 @@
 //! Files as the page cache has them, mapped: copying out of it at the speed of memory.
 //!
 //! `read` takes twice the time for the same bytes. A mapping is made when a file is first loaded, its page tables chunk by
-//! chunk as chunks are loaded out of the page cache, and both are kept for the next load; a file that is gone is let go
-//! ([`drop_removed`]), or its room on the disk would stay taken. Nothing here ever waits for the disk: what the page cache
-//! does not have is not touched. (Were it dropped between the question and the copy, the copy would bring it back.)
+//! chunk as chunks are loaded out of the page cache, and both are kept for the next load; a file that is gone or that no
+//! model has any more is let go ([`drop_unused`]), or its room on the disk would stay taken. Nothing here waits for the disk:
+//! what the page cache does not have, or is still reading, is not touched. (Were it dropped between the question and the
+//! copy, the copy would bring it back. And of a file that it may only read the kernel does not say what is still being
+//! read.)
 //!
 //! Memory behind a mapping can vanish: somebody cuts the file short, or the disk cannot give a dropped page again. The
-//! kernel then sends SIGBUS to whoever copies. While a copy goes on it is entered in [`COPIES`], and the handler puts zeros
-//! where the bytes were and marks the mapping as broken; a copy from a broken mapping has failed. (Wayland's compositors
-//! guard themselves so against their clients.) No other access is made to mapped bytes, and none without that entry.
+//! kernel then sends SIGBUS to whoever copies. While a copy goes on it is entered in [`COPIES`], and the handler, which looks
+//! at its own thread's entry only, puts zeros where the bytes were and marks the mapping as broken; a copy from a broken
+//! mapping has failed. (Wayland's compositors guard themselves so against their clients.) No other access is made to mapped
+//! bytes, and none without that entry.
 
 #![allow(unsafe_code)]
 
@@ -19,7 +22,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicUsize, Ordering, compiler_fence};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tangram_checkpoint::ChecksumRun;
@@ -38,6 +41,8 @@ const MOST_COPIES: usize = 64;
 /// A copy that goes on.
 struct Copy {
     taken: AtomicBool,
+    /// The thread that copies; 0 while the rest does not hold. Nobody else looks at the rest.
+    thread: AtomicI32,
     /// Addresses, in whole pages.
     start: AtomicUsize,
     end: AtomicUsize,
@@ -48,6 +53,7 @@ struct Copy {
 static COPIES: [Copy; MOST_COPIES] = [const {
     Copy {
         taken: AtomicBool::new(false),
+        thread: AtomicI32::new(0),
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
         broken: AtomicPtr::new(std::ptr::null_mut()),
@@ -68,9 +74,10 @@ fn mapped() -> MutexGuard<'static, Mapped> {
 
 /// The mapping of the file at `path`, open as `file`, made if there is none; `None` where there can be none.
 pub(crate) fn mapping_of(path: &Path, file: &File) -> Option<Arc<Mapping>> {
+    let mut mapped = mapped();
+    // Asked under the lock: what was removed before `drop_unused` looked is not entered after it.
     let metadata = file.metadata().ok()?;
     let (key, bytes) = ((metadata.dev(), metadata.ino()), metadata.len());
-    let mut mapped = mapped();
     if let Some(known) = mapped.get(&key)
         && known.bytes as u64 == bytes
         && !known.is_broken()
@@ -78,23 +85,38 @@ pub(crate) fn mapping_of(path: &Path, file: &File) -> Option<Arc<Mapping>> {
         return Some(known.clone());
     }
     let mapping = Arc::new(Mapping::new(path, file).ok()?);
-    mapped.insert(key, mapping.clone());
+    let replaced = if metadata.nlink() > 0 { mapped.insert(key, mapping.clone()) } else { None };
+    drop(mapped);
+    drop(replaced);
     Some(mapping)
 }
 
-/// Lets go of files that were removed or replaced: their room is free once nobody loads from them.
-pub fn drop_removed() {
-    let is_there = |path: &Path, key| {
-        std::fs::metadata(path).is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == key)
+/// Lets go of files that no model has any more, by their paths when they were mapped, and of those that were removed or
+/// replaced: their room is free once nobody loads from them.
+pub fn drop_unused(is_used: impl Fn(&Path) -> bool) {
+    let known: Vec<_> = mapped().iter().map(|(&key, mapping)| (key, mapping.clone())).collect();
+    // Nobody waits while the file systems are asked, nor while the last reference to a large file goes.
+    let stays = |path: &Path, key| {
+        let is_there =
+            || std::fs::metadata(path).is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == key);
+        is_used(path) && is_there()
     };
-    mapped().retain(|key, mapping| is_there(&mapping.path, *key));
+    for (key, mapping) in known {
+        if !stays(&mapping.path, key) {
+            let mut mapped = mapped();
+            let is_same = mapped.get(&key).is_some_and(|other| Arc::ptr_eq(other, &mapping));
+            let dropped = if is_same { mapped.remove(&key) } else { None };
+            drop(mapped);
+            drop(dropped);
+        }
+    }
 }
 
 /// Lets go of a file, if it is mapped: what the page cache has of it can be dropped from there then.
 pub fn unmap(file: &File) {
-    if let Ok(status) = rustix::fs::fstat(file) {
-        mapped().remove(&(status.st_dev, status.st_ino));
-    }
+    let Ok(status) = rustix::fs::fstat(file) else { return };
+    let dropped = mapped().remove(&(status.st_dev, status.st_ino));
+    drop(dropped);
 }
 
 /// A file in the address space.
@@ -180,6 +202,15 @@ impl Mapping {
             let is_whole = cached(&whole)?;
             let part = if is_whole { whole } else { whole.start.max(pages.start)..end.min(pages.end) };
             let at = (self.address + part.start) as *mut libc::c_void;
+            // What is being read counts as cached, and making page tables would wait for it.
+            let mut there = vec![0u8; part.len() / rustix::param::page_size()];
+            // SAFETY: the pages lie in the mapping, and there is a byte for each.
+            if unsafe { libc::mincore(at, part.len(), there.as_mut_ptr()) } != 0 {
+                return None;
+            }
+            if there.contains(&0) {
+                return Some(false);
+            }
             // SAFETY: makes page tables within the mapping, of which `part` is whole pages; no byte changes.
             if unsafe { libc::madvise(at, part.len(), libc::MADV_POPULATE_READ) } != 0 {
                 return None;
@@ -211,12 +242,15 @@ impl Mapping {
                 }
             }
         }
+        // The handler runs on this thread, so it is the compiler alone that could look too early.
+        compiler_fence(Ordering::SeqCst);
         !self.is_broken()
     }
 
-    /// Takes pages out of the address space, without which they cannot be taken out of the page cache.
-    pub(crate) fn let_go(&self, offset: u64, len: usize) {
-        let Some(pages) = self.pages(offset, len) else { return };
+    /// Takes what there is of these bytes out of the address space, without which it cannot be taken out of the page cache.
+    pub(crate) fn let_go(&self, start: u64, end: u64) {
+        let len = end.min(self.bytes as u64).saturating_sub(start);
+        let Some(pages) = self.pages(start, len as usize) else { return };
         let blocks = pages.start / BLOCK..pages.end.div_ceil(BLOCK);
         self.populated
             .get(blocks)
@@ -251,17 +285,28 @@ impl<'a> Guard<'a> {
         let copy = COPIES.iter().find(free)?;
         copy.broken.store((&raw const mapping.broken).cast_mut(), Ordering::Relaxed);
         copy.start.store(mapping.address + pages.start, Ordering::Relaxed);
-        // The handler looks for an end beyond the address, so this comes last; it runs on the thread that copies.
-        copy.end.store(mapping.address + pages.end, Ordering::Release);
+        copy.end.store(mapping.address + pages.end, Ordering::Relaxed);
+        // The handler looks at entries of its own thread, so there is only the compiler to be kept from changing the order:
+        // this comes after the rest and before the copy.
+        compiler_fence(Ordering::SeqCst);
+        copy.thread.store(thread_id(), Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
         Some(Guard { copy, _mapping: mapping })
     }
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        self.copy.end.store(0, Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
+        self.copy.thread.store(0, Ordering::Relaxed);
         self.copy.taken.store(false, Ordering::Release);
     }
+}
+
+/// The number of the calling thread, which is never 0. May be called in a signal handler.
+fn thread_id() -> i32 {
+    // SAFETY: has no arguments and always succeeds.
+    unsafe { libc::syscall(libc::SYS_gettid) as i32 }
 }
 
 /// Sets the handler for all of the process; gives what was there before.
@@ -282,19 +327,24 @@ fn handle_bus_errors() -> Option<libc::sigaction> {
 extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid structure, and SIGBUS has an address.
     let address = unsafe { (*info).si_addr() } as usize;
+    let thread = thread_id();
     for copy in &COPIES {
-        let (end, start) = (copy.end.load(Ordering::Acquire), copy.start.load(Ordering::Relaxed));
+        // What is this thread's does not change while it is here.
+        if copy.thread.load(Ordering::Relaxed) != thread {
+            continue;
+        }
+        let (end, start) = (copy.end.load(Ordering::Relaxed), copy.start.load(Ordering::Relaxed));
         if !(start..end).contains(&address) {
             continue;
         }
         let broken = copy.broken.load(Ordering::Relaxed);
-        // SAFETY: the entry is there as long as its guard, which borrows the mapping with that mark.
+        // SAFETY: the entry is this thread's, which is in the middle of that copy: its guard borrows the mapping with that mark.
         unsafe { (*broken).store(true, Ordering::Release) };
         // SAFETY: always valid, it is the calling thread's own.
         let errno = unsafe { *libc::__errno_location() };
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        // SAFETY: the pages are a part of that mapping, which only copies read: they see zeros from here on, and that the
-        // mapping is broken, for it was marked before.
+        // SAFETY: the pages are a part of that mapping, which the guard keeps and only copies read: they see zeros from here
+        // on, and that the mapping is broken, for it was marked before.
         let zeros =
             unsafe { libc::mmap(start as *mut libc::c_void, end - start, libc::PROT_READ, flags, -1, 0) };
         // SAFETY: as above.
@@ -426,7 +476,7 @@ mod tests {
         };
         assert!(ready);
         assert_eq!(mapping.is_ready(&file, 5, 3 * BLOCK), None, "beyond the end");
-        mapping.let_go(0, 2 * BLOCK + 100);
+        mapping.let_go(0, 3 * BLOCK as u64);
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         if cached_bytes(&file, 0, bytes.len() as u64) != Some(0) {
             println!("skipped: this file system keeps what it is told to drop");
@@ -439,14 +489,22 @@ mod tests {
     }
 
     #[test]
-    fn removed_files_are_let_go() {
+    fn removed_and_unused_files_are_let_go() {
         let (dir, file) = written(&random(5000));
         let mapped = Arc::downgrade(&mapping(&dir, &file));
-        drop_removed();
+        drop_unused(|_| true);
+        assert!(mapped.upgrade().is_some());
+        // Other tests' files stay.
+        drop_unused(|path| !path.starts_with(dir.path()));
+        assert!(mapped.upgrade().is_none());
+        let mapped = Arc::downgrade(&mapping(&dir, &file));
         assert!(mapped.upgrade().is_some());
         dir.close().unwrap();
-        drop_removed();
+        assert!(mapping_of(Path::new("gone"), &file).is_some(), "whoever loads from it still can");
+        drop_unused(|_| true);
         assert!(mapped.upgrade().is_none());
+        let late = Arc::downgrade(&mapping_of(Path::new("gone"), &file).unwrap());
+        assert!(late.upgrade().is_none(), "it is not kept for the next load");
         let (dir, file) = written(&random(5000));
         let mapped = Arc::downgrade(&mapping(&dir, &file));
         unmap(&file);

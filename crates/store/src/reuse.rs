@@ -10,8 +10,8 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-/// A file (its number on its disk) and the offset of a part in it.
-pub(crate) type Key = (u64, u64);
+/// A file (as [`crate::file::DataFile::identity`] has it) and the offset of a part in it.
+pub(crate) type Key = ((u64, i64), u64);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Known {
@@ -88,13 +88,17 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashSet;
 
+    fn key(offset: u64) -> Key {
+        ((1, 2), offset)
+    }
+
     #[test]
     fn the_second_read_goes_through_the_cache_once() {
         let mut reuse = Reuse::new(10);
-        let reads: Vec<bool> = (0..5).map(|_| reuse.read((1, 0), 10)).collect();
+        let reads: Vec<bool> = (0..5).map(|_| reuse.read(key(0), 10)).collect();
         assert_eq!(reads, [false, true, false, false, false], "then it was not kept, so memory is short");
         assert_eq!(
-            [reuse.read((1, 10), 10), reuse.read((1, 10), 10)],
+            [reuse.read(key(10), 10), reuse.read(key(10), 10)],
             [false, true],
             "its room is free again"
         );
@@ -104,7 +108,7 @@ mod tests {
     #[test]
     fn when_one_is_gone_none_is_counted_on() {
         let mut reuse = Reuse::new(20);
-        let read = |reuse: &mut Reuse, part| reuse.read((1, part), 10);
+        let read = |reuse: &mut Reuse, part| reuse.read(key(part), 10);
         for part in [0, 10, 20] {
             assert!(!read(&mut reuse, part));
         }
@@ -124,14 +128,14 @@ mod tests {
     #[test]
     fn what_was_read_ahead_is_kept_too() {
         let mut reuse = Reuse::new(20);
-        assert!(!reuse.read((1, 0), 10) && !reuse.read((1, 10), 10));
-        assert!(reuse.read((1, 0), 10));
-        reuse.found((1, 10), 10);
+        assert!(!reuse.read(key(0), 10) && !reuse.read(key(10), 10));
+        assert!(reuse.read(key(0), 10));
+        reuse.found(key(10), 10);
         assert_eq!(reuse.kept, 20);
-        assert!(!reuse.read((1, 0), 10));
-        assert!(!reuse.read((1, 10), 10), "not tried again");
-        reuse.found((1, 20), 10);
-        assert!(!reuse.read((1, 20), 10), "what an import left there was not brought in by loads");
+        assert!(!reuse.read(key(0), 10));
+        assert!(!reuse.read(key(10), 10), "not tried again");
+        reuse.found(key(20), 10);
+        assert!(!reuse.read(key(20), 10), "what an import left there was not brought in by loads");
     }
 
     proptest! {
@@ -142,7 +146,7 @@ mod tests {
             for part in reads {
                 // A part always has the same length.
                 let len = part % 7 + 1;
-                if reuse.read((0, part), len) {
+                if reuse.read(key(part), len) {
                     prop_assert!(tried.insert(part), "read through the cache once");
                     kept.insert(part, len);
                 } else if kept.contains_key(&part) {

@@ -34,8 +34,8 @@ pub(crate) unsafe trait Target: Send {
     fn memory(&mut self, place: Place) -> &mut [u8];
 }
 
-// SAFETY: a part's bytes are those of the extent that it owns, which is mapped at its address until it is dropped and
-// has no other owner; a buffer's are memory of its own that stays where it is.
+// SAFETY: a part's bytes are those of the extent that it owns, or of the pinned or host memory that it was given on its way
+// there: mapped at its address until the part gives it up, and without another owner; a buffer's are memory of its own that stays where it is.
 unsafe impl Target for crate::job::Job {
     fn memory(&mut self, place: Place) -> &mut [u8] {
         match place {

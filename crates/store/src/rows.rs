@@ -3,13 +3,11 @@
 //! Stands beside the queues of the disks and of host memory: so few bytes, wanted at once, are not worth a turn. What it
 //! reads of a file is compared with no checksum; whoever uses it must compare it with the matrix when that is there.
 
-use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::io::{Errno, ReadWriteFlags};
 use tangram_device::HostBytes;
 
 use crate::buffer::Buffer;
@@ -68,29 +66,13 @@ impl RowRead {
                 let file = DataFile::open(path)?;
                 let missing: Vec<(u64, &mut [u8])> = rows
                     .map(|(at, into)| (offset + at, into))
-                    .filter_map(|(at, into)| (!read_cached(file.cached(), at, into)).then_some((at, into)))
+                    .filter_map(|(at, into)| (!file.read_cached(at, into)).then_some((at, into)))
                     .collect();
                 read_missing(&file, missing)?;
             }
         }
         Ok(())
     }
-}
-
-/// Reads from the page cache what is there; `false` if it is not.
-fn read_cached(file: &File, mut at: u64, mut into: &mut [u8]) -> bool {
-    while !into.is_empty() {
-        match rustix::io::preadv2(file, &mut [IoSliceMut::new(into)], at, ReadWriteFlags::NOWAIT) {
-            Ok(0) => return false,
-            Ok(read) => {
-                at += read as u64;
-                into = into.get_mut(read..).unwrap_or_default();
-            }
-            Err(Errno::INTR) => {}
-            Err(_) => return false,
-        }
-    }
-    true
 }
 
 /// Reads from the disk: all rows at a time where there is io_uring, else one after the other.
@@ -159,7 +141,7 @@ mod tests {
             let bytes: Vec<u8> = (0..offset + 40 * row_bytes as u64).map(|i| (i * 31 + i / 253) as u8).collect();
             std::fs::write(&path, &bytes).unwrap();
             if !cached {
-                File::open(&path).unwrap().sync_all().unwrap();
+                std::fs::File::open(&path).unwrap().sync_all().unwrap();
                 DataFile::open(&path).unwrap().drop_from_cache(0, bytes.len());
             }
             let read = RowRead { from: RowSource::File { path, offset }, row_bytes, rows: rows.clone() };

@@ -238,7 +238,7 @@ impl Source {
         let mut direct = false;
         let mut state = self.lock();
         let block = state.control.tuning().block;
-        let cached = state.reuse.read((job.file.number(), offset), len as u64);
+        let cached = state.reuse.read((job.file.identity(), offset), len as u64);
         drop(state);
         let (file, plan) = match job.file.direct() {
             Some((file, alignment)) if !cached => {

@@ -346,6 +346,36 @@ fn what_the_cache_gives_again_is_not_hashed_again_but_what_the_disk_gives_is() {
     }
 }
 
+/// The page cache has files in pieces, and parts begin and end within them.
+#[test]
+fn what_is_read_again_comes_from_the_disk() {
+    const BLOCK: usize = 2 << 20;
+    let dir = tempfile::tempdir_in(BESIDE).unwrap();
+    let path = dir.path().join("data.bin");
+    let mut written = std::fs::File::create(&path).unwrap();
+    (0..3).for_each(|_| written.write_all(&vec![1; BLOCK]).unwrap());
+    written.sync_all().unwrap();
+    let (file, reading) = (DataFile::open(&path).unwrap(), std::fs::File::open(&path).unwrap());
+    let cached = |offset, bytes| ring::cached_bytes(&reading, offset, bytes);
+    if cached(0, 4096) != Some(4096) {
+        println!("skipped: the page cache cannot be looked into here");
+        return;
+    }
+    // As after a load through the mapping.
+    let mut to = vec![0; 3 * BLOCK];
+    let mapping = file.mapping().unwrap();
+    assert_eq!(mapping.is_ready(&reading, 0, 3 * BLOCK), Some(true));
+    assert!(mapping.copy(0, &mut to, false, None));
+    file.drop_from_cache(BLOCK as u64 / 2 + 256, 300);
+    if cached(0, 3 * BLOCK as u64) == Some(3 * BLOCK as u64) {
+        println!("skipped: this file system keeps what it is told to drop");
+        return;
+    }
+    assert_eq!(cached(BLOCK as u64 / 2, 4096), Some(0), "a small tensor");
+    file.drop_from_cache(BLOCK as u64 + 4096, BLOCK);
+    assert_eq!(cached(BLOCK as u64 + 4096, BLOCK as u64), Some(0), "a chunk that lies in two pieces");
+}
+
 #[test]
 fn what_is_partly_cached_arrives_whole() {
     let mut world = world(&[5 * CHUNK + 777]);
