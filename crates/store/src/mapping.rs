@@ -201,23 +201,31 @@ impl Mapping {
             let whole = block * BLOCK..end;
             let is_whole = cached(&whole)?;
             let part = if is_whole { whole } else { whole.start.max(pages.start)..end.min(pages.end) };
-            let at = (self.address + part.start) as *mut libc::c_void;
-            // What is being read counts as cached, and making page tables would wait for it.
-            let mut there = vec![0u8; part.len() / rustix::param::page_size()];
-            // SAFETY: the pages lie in the mapping, and there is a byte for each.
-            if unsafe { libc::mincore(at, part.len(), there.as_mut_ptr()) } != 0 {
-                return None;
-            }
-            if there.contains(&0) {
+            // Its first page alone at first: where one entry of the page tables covers the block, this makes it, and the
+            // rest is answered by a look at that.
+            let first = part.start..part.start + rustix::param::page_size();
+            if !self.populate(first)? || !self.populate(part)? {
                 return Some(false);
-            }
-            // SAFETY: makes page tables within the mapping, of which `part` is whole pages; no byte changes.
-            if unsafe { libc::madvise(at, part.len(), libc::MADV_POPULATE_READ) } != 0 {
-                return None;
             }
             populated.store(is_whole, Ordering::Relaxed);
         }
         Some(true)
+    }
+
+    /// Makes page tables for whole pages of the mapping, unless some are not there or still being read, which counts as
+    /// cached; `None` where the kernel cannot do that.
+    fn populate(&self, pages: Range<usize>) -> Option<bool> {
+        let at = (self.address + pages.start) as *mut libc::c_void;
+        let mut there = vec![0u8; pages.len() / rustix::param::page_size()];
+        // SAFETY: the pages lie in the mapping, and there is a byte for each.
+        if unsafe { libc::mincore(at, pages.len(), there.as_mut_ptr()) } != 0 {
+            return None;
+        }
+        if there.contains(&0) {
+            return Some(false);
+        }
+        // SAFETY: makes page tables within the mapping; no byte changes.
+        (unsafe { libc::madvise(at, pages.len(), libc::MADV_POPULATE_READ) } == 0).then_some(true)
     }
 
     /// Copies what lies from `offset` on, past the caches if the copy is not used soon, and takes it into a checksum.
