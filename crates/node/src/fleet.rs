@@ -2,7 +2,7 @@
 //!
 //! Deployments are announced to all of them; a request goes to one, which policy chooses ([`Dispatch`]) from what the
 //! workers publish and from what was sent to them. Never touches device memory and never waits for a worker that computes,
-//! but where a deployment is announced.
+//! but where a deployment is announced, or its tensors get their own identities.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -44,6 +44,8 @@ pub(crate) struct Fleet {
     members: Vec<Member>,
     page_bytes: u64,
     dispatch: Mutex<Dispatch>,
+    /// Held from when the deployed models are listed until dispatch knows them, so that no older list comes last.
+    listing: Mutex<()>,
     epoch: Instant,
 }
 
@@ -75,7 +77,7 @@ impl Fleet {
     /// Of these workers, at least one, whose pools have pages of `page_bytes` bytes.
     pub(crate) fn new(members: Vec<Member>, page_bytes: u64) -> Fleet {
         let dispatch = Mutex::new(Dispatch::new(members.len()));
-        Fleet { members, page_bytes, dispatch, epoch: Instant::now() }
+        Fleet { members, page_bytes, dispatch, listing: Mutex::new(()), epoch: Instant::now() }
     }
 
     /// The worker of a device.
@@ -195,26 +197,31 @@ impl Fleet {
         self.tell_all(|| Command::Wake);
     }
 
-    /// These models are deployed now.
-    pub(crate) fn set_models(&self, models: &[Arc<DeployedModel>]) {
+    /// The deployed models are others now; `list` gives them.
+    pub(crate) fn set_models(&self, list: impl FnOnce() -> Vec<Arc<DeployedModel>>) {
         if self.members.len() > 1 {
-            let tensors = models.iter().map(|model| (model.index as u32, &model.tensors[..]));
-            lock(&self.dispatch).set_models(charges(tensors));
+            let _listing = lock(&self.listing);
+            let models = list();
+            let charged = charges(models.iter().map(|model| (model.index as u32, &model.tensors[..])));
+            lock(&self.dispatch).set_models(charged);
         }
     }
 
-    /// The device for a request of `sequences` sequences, the longest of which has `prompt` tokens and needs room for
-    /// `longest`. `None` if that fits nowhere.
+    /// The device for a request of sequences with so many tokens each, the longest of which needs room for `longest`. `None`
+    /// if that fits nowhere.
     pub(crate) fn choose(
         &self,
         model: &DeployedModel,
-        sequences: usize,
-        prompt: usize,
+        prompts: impl Iterator<Item = usize>,
         longest: usize,
     ) -> Option<usize> {
         if self.members.len() == 1 {
             return Some(0);
         }
+        let (sequences, tokens, prompt) =
+            prompts.fold((0, 0, 0), |(count, sum, most), tokens| (count + 1, sum + tokens, most.max(tokens)));
+        // The others are computed beside it or after it.
+        let times = tokens as f64 / prompt.max(1) as f64;
         let forecast = model.forecast();
         let bytes_per_second = forecast.load_bytes_per_second().unwrap_or(DISK_RATE);
         let cold = forecast.first_token(prompt, forecast.bytes_by_stage());
@@ -224,15 +231,15 @@ impl Fleet {
         let request = Coming {
             model: model.index as u32,
             sequences,
-            compute_seconds: cold.map_or(0.0, |cold| cold.compute),
+            compute_seconds: cold.map_or(0.0, |cold| cold.compute * times),
             hidden_seconds: cold.map_or(0.0, |cold| (cold.load - cold.stall).max(0.0)),
             bytes_per_second,
         };
         let mut dispatch = lock(&self.dispatch);
         let before = dispatch.home(request.model);
         let device = dispatch.send(&request, &seen, self.epoch.elapsed().as_secs_f64())?;
-        drop(dispatch);
-        // What the one before has of it is a second copy from now on.
+        // What the one before has of it is a second copy from now on. Told before the next is chosen, or it could be the
+        // other way round when the messages come.
         for (other, elsewhere) in before
             .filter(|&before| before != device)
             .into_iter()
@@ -256,9 +263,15 @@ impl Fleet {
         mut sequence: Box<Sequence>,
     ) -> Result<(), Box<Sequence>> {
         let tokens = sequence.tokens.len();
-        let device = self.choose(model, 1, tokens, tokens + sequence.left());
-        let works = |&device: &usize| !self.members[device].shared.lost.load(Ordering::Acquire);
-        let Some(device) = device.filter(works) else { return Err(sequence) };
+        let longest = tokens + sequence.left();
+        let works = |device: usize| !self.members[device].shared.lost.load(Ordering::Acquire);
+        // Asked first: what is chosen is written down as sent.
+        let is_place = |device| works(device) && self.context(device, model) >= longest;
+        if !(0..self.members.len()).any(is_place) {
+            return Err(sequence);
+        }
+        let device = self.choose(model, std::iter::once(tokens), longest);
+        let Some(device) = device.filter(|&device| works(device)) else { return Err(sequence) };
         sequence.swapped = None;
         // Where a loop has ended all will, and clients see that.
         let _ = self.send(device, model, sequence);
@@ -268,13 +281,13 @@ impl Fleet {
     /// What is known of a device just now, for a request of a model.
     fn see(&self, device: usize, model: &DeployedModel, longest: usize, bytes_per_second: f64) -> Seen {
         let Member { shared, pages, .. } = &self.members[device];
-        let (free_bytes, published, at, resident, hosted, host_rate) = {
+        let (free_bytes, published, started, at, resident, hosted, host_rate) = {
             let status = lock(&shared.status);
             let found = status.models.binary_search_by(|other| other.name.as_str().cmp(&model.name));
             let found = found.ok().and_then(|place| status.models.get(place));
             let (resident, hosted) = found.map_or((0, 0), |found| (found.resident_bytes, found.hosted_bytes));
-            let Published { node, at, host_bytes_per_second, .. } = &*status;
-            (node.free_bytes, node.waiting, *at, resident, hosted, *host_bytes_per_second)
+            let Published { node, at, started, host_bytes_per_second, .. } = &*status;
+            (node.free_bytes, node.waiting, *started, *at, resident, hosted, *host_bytes_per_second)
         };
         let missing = model.weight_bytes.saturating_sub(resident);
         let hosted = hosted.min(missing);
@@ -282,13 +295,15 @@ impl Fleet {
         let sent = model.sent.get(device).map_or(0, |sent| sent.load(Ordering::Acquire));
         // The status is of the loop's last turn: some of those that waited then may have gone since.
         let waiting = published.min(shared.waiting.load(Ordering::Acquire));
+        let in_flight = shared.in_flight.load(Ordering::Acquire);
         Seen {
             usable: !shared.lost.load(Ordering::Acquire),
             fits: self.context(device, model) >= longest,
             pool_bytes: pages * self.page_bytes,
             free_bytes,
-            in_flight: shared.in_flight.load(Ordering::Acquire),
+            in_flight,
             waiting: waiting.max(sent.saturating_sub(MAX_BATCH)),
+            unstarted: in_flight.saturating_sub(started),
             as_of: at.map_or(0.0, |at| at.saturating_duration_since(self.epoch).as_secs_f64()),
             load_seconds: from_disk + hosted as f64 / host_rate.unwrap_or(HOST_RATE),
         }

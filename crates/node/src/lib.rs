@@ -309,7 +309,7 @@ impl Node {
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         models.insert(name.to_owned(), model.clone());
         drop(models);
-        self.fleet.set_models(&self.models());
+        self.fleet.set_models(|| self.models());
     }
 
     /// What the layers above see of a model. Gives it a key.
@@ -578,7 +578,7 @@ impl Node {
         catalog.remove(name)?;
         drop(catalog);
         let removed = self.models.write().unwrap_or_else(PoisonError::into_inner).remove(name);
-        self.fleet.set_models(&self.models());
+        self.fleet.set_models(|| self.models());
         // A model that could not be announced has no key: its files can go at once.
         self.retire(removed.map_or(usize::MAX, |model| model.index), &deployment);
         Ok(())

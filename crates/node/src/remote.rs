@@ -220,7 +220,7 @@ impl Node {
             models.remove(name);
         }
         drop(models);
-        self.fleet.set_models(&self.models());
+        self.fleet.set_models(|| self.models());
         self.fleet.withdraw(early.model.index, reason, self.cleaning(&early.deployment));
     }
 }

@@ -133,9 +133,8 @@ impl Node {
         if waiting >= self.max_waiting {
             return Err(RequestError::QueueFull { waiting });
         }
-        let prompt = sequences.iter().map(|(tokens, ..)| tokens.len()).max().unwrap_or(0);
         // Whether it fits on the largest was asked before.
-        let device = self.fleet.choose(model, sequences.len(), prompt, needs);
+        let device = self.fleet.choose(model, sequences.iter().map(|(tokens, ..)| tokens.len()), needs);
         let device = device.ok_or_else(|| too_long(model, needs, None))?;
         let cancel = Cancel::new(&self.fleet.member(device).commands);
         let context = self.fleet.context(device, model);

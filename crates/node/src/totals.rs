@@ -100,8 +100,11 @@ pub(crate) fn models(mut devices: Vec<Vec<ModelStatus>>) -> Vec<ModelStatus> {
 }
 
 fn merge(total: &mut ModelStatus, other: &ModelStatus) {
-    total.resident_bytes = total.resident_bytes.max(other.resident_bytes);
-    total.hosted_bytes = total.hosted_bytes.max(other.hosted_bytes);
+    // Both of the same device: where most of it is.
+    let there = |of: &ModelStatus| (of.resident_bytes, of.hosted_bytes);
+    if there(other) > there(total) {
+        (total.resident_bytes, total.hosted_bytes) = there(other);
+    }
     total.running += other.running;
     total.waiting += other.waiting;
     let fit = &mut total.forecast.tokens_beside_weights;

@@ -5,13 +5,13 @@
 //! Unlike a simulated device a real one serves many requests at once, so nobody is held back for a busy one: a request is
 //! sent off at once, and what was sent is written down, because a device says only later what has become of it. Loads
 //! follow each other on a device's link and prefills on its multiprocessors; a request for a model that is on its way
-//! joins its load. What a device does not say is foretold; whenever it has nothing to do, what was foretold of it is
-//! forgotten, so errors do not add up.
+//! joins its load. What a device does not say is foretold; what was foretold for a request is forgotten when the request
+//! has its first result, so errors do not add up.
 //!
 //! Pure: time is an argument, in seconds from any moment.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use crate::placement::{Candidate, Popularity, Tenant, crowding};
 
@@ -34,7 +34,7 @@ pub struct Coming {
     pub model: u32,
     /// Sequences that it consists of, which all go to the same device.
     pub sequences: usize,
-    /// Seconds that its prompt takes to compute; 0 if that is not known.
+    /// Seconds that its prompts take to compute, all of them; 0 if that is not known.
     pub compute_seconds: f64,
     /// Seconds of a load that its own computing hides.
     pub hidden_seconds: f64,
@@ -57,6 +57,8 @@ pub struct Seen {
     pub in_flight: usize,
     /// Of these, sequences that wait because there is no room for them.
     pub waiting: usize,
+    /// Of these, sequences that have no first result yet.
+    pub unstarted: usize,
     /// Seconds that its link takes for what it lacks of the model's weights; 0 if all are there or on their way.
     pub load_seconds: f64,
     /// When it said how much is free, waits and is lacked.
@@ -81,6 +83,9 @@ struct Ledger {
     link_until: f64,
     /// When it will have computed the prompts.
     compute_until: f64,
+    /// When sequences without a result were sent and how many seconds each computes. The first that was sent is taken to be
+    /// the first to have one.
+    prompts: VecDeque<(f64, f64)>,
     /// When models that were sent for will be there, and when that was. Kept until the device itself can tell.
     arrivals: HashMap<u32, (f64, f64)>,
     sent: u64,
@@ -94,16 +99,24 @@ struct Ledger {
 }
 
 impl Ledger {
-    /// Sees how many sequences are left there, and of when the device's word is.
-    fn look(&mut self, in_flight: usize, as_of: f64, now: f64) {
+    /// Sees how many sequences are left there, how many of them without a result, and of when the device's word is.
+    fn look(&mut self, &Seen { in_flight, unstarted, as_of, .. }: &Seen, now: f64) {
         let seconds = (now - self.looked).max(0.0);
         let fade = (-seconds / RATE_SECONDS).exp2();
         let ended = self.sent.saturating_sub(in_flight as u64).max(self.ended);
         let busy = if self.was_busy { seconds } else { 0.0 };
         self.lately = (self.lately.0 * fade + (ended - self.ended) as f64, self.lately.1 * fade + busy);
         (self.ended, self.looked, self.was_busy) = (ended, now, in_flight > 0);
-        if in_flight == 0 && now - self.last_sent > UNDER_WAY_SECONDS {
-            (self.link_until, self.compute_until) = (now, now);
+        let mut over = self.prompts.len().saturating_sub(unstarted);
+        while over > 0 && self.prompts.front().is_some_and(|&(sent, _)| now - sent > UNDER_WAY_SECONDS) {
+            self.prompts.pop_front();
+            over -= 1;
+        }
+        let left: f64 = self.prompts.iter().map(|(_, seconds)| seconds).sum();
+        self.compute_until = self.compute_until.min(now + left);
+        if self.prompts.is_empty() {
+            // Whatever was loaded is there: a request has its first result only then.
+            self.link_until = now;
             self.arrivals.values_mut().for_each(|(at, _)| *at = at.min(now));
         }
         self.arrivals.retain(|_, (at, sent)| as_of < at.max(*sent + SETTLED_SECONDS));
@@ -131,6 +144,8 @@ impl Ledger {
         }
         self.arrivals.insert(request.model, (arrival, now));
         self.compute_until = self.compute_until.max(now) + request.compute_seconds;
+        let each = request.compute_seconds / request.sequences.max(1) as f64;
+        self.prompts.extend(std::iter::repeat_n((now, each), request.sequences));
         self.sent += request.sequences as u64;
         self.last_sent = now;
         self.was_busy = true;
@@ -174,7 +189,7 @@ impl Dispatch {
     /// does not work is taken only where the request fits on no other. `None` if it fits nowhere.
     pub fn send(&mut self, request: &Coming, seen: &[Seen], now: f64) -> Option<usize> {
         for (ledger, seen) in self.ledgers.iter_mut().zip(seen) {
-            ledger.look(seen.in_flight, seen.as_of, now);
+            ledger.look(seen, now);
             if !seen.usable {
                 ledger.arrivals.clear();
             }
@@ -268,6 +283,7 @@ mod tests {
             free_bytes: 10 * GB,
             in_flight: 0,
             waiting: 0,
+            unstarted: 0,
             load_seconds: 0.0,
             as_of: f64::INFINITY,
         }
@@ -327,14 +343,12 @@ mod tests {
         assert_eq!(dispatch.send(&coming(0), &[cold(3.0), cold(3.0)], 0.0), Some(0));
         // The device has not said yet that it loads; the prompts before this one are short.
         for count in 1..20 {
-            let loading = Seen { in_flight: count, as_of: 0.0, ..cold(3.0) };
+            let loading = Seen { in_flight: count, unstarted: count, as_of: 0.0, ..cold(3.0) };
             assert_eq!(dispatch.send(&coming(0), &[loading, cold(3.0)], 0.01 * count as f64), Some(0));
         }
         // Another model's load would come behind it.
-        assert_eq!(
-            dispatch.send(&coming(1), &[Seen { in_flight: 20, as_of: 0.0, ..cold(3.0) }, cold(3.0)], 0.5),
-            Some(1)
-        );
+        let loading = Seen { in_flight: 20, unstarted: 20, as_of: 0.0, ..cold(3.0) };
+        assert_eq!(dispatch.send(&coming(1), &[loading, cold(3.0)], 0.5), Some(1));
     }
 
     #[test]
@@ -344,8 +358,8 @@ mod tests {
         let mut sent = [0, 0];
         for _ in 0..20 {
             let lacking = if sent[1] == 0 { 5.0 } else { 0.0 };
-            let devices =
-                [Seen { in_flight: sent[0], ..seen() }, Seen { in_flight: sent[1], ..cold(lacking) }];
+            let busy = |sent, of| Seen { in_flight: sent, unstarted: sent, ..of };
+            let devices = [busy(sent[0], seen()), busy(sent[1], cold(lacking))];
             sent[dispatch.send(&long, &devices, 0.0).unwrap()] += 1;
         }
         // Five seconds of prompts are as long as the load; from then on they take turns.
@@ -378,6 +392,27 @@ mod tests {
         assert_eq!(dispatch.send(&coming(0), &[cold(100.0), cold(200.0)], 0.0), Some(0));
         // It took no time at all.
         assert_eq!(dispatch.send(&coming(0), &[cold(1.0), cold(1.5)], 1.0), Some(0));
+    }
+
+    /// A device that computes faster than foretold and always has something to decode.
+    #[test]
+    fn errors_do_not_add_up_on_a_device_that_is_never_idle() {
+        let mut dispatch = two();
+        let slow = Coming { compute_seconds: 1.0, ..coming(0) };
+        for turn in 0..1000 {
+            let busy = Seen { in_flight: 20, unstarted: 1, ..seen() };
+            assert_eq!(dispatch.send(&slow, &[busy, cold(5.0)], 0.1 * f64::from(turn)), Some(0), "{turn}");
+        }
+        // Only what has no result yet is waited for.
+        let busy = |unstarted| Seen { in_flight: 20, unstarted, ..seen() };
+        for unstarted in 1..5 {
+            assert_eq!(dispatch.send(&slow, &[busy(unstarted), cold(5.0)], 100.0), Some(0));
+        }
+        let crowded = (0..9).find(|unstarted| {
+            dispatch.send(&slow, &[busy(5 + unstarted), cold(5.0)], 100.0 + 1e-4 * *unstarted as f64)
+                == Some(1)
+        });
+        assert!(crowded.is_some_and(|after| after < 4), "{crowded:?}");
     }
 
     #[test]
@@ -439,7 +474,7 @@ mod tests {
                 let devices: Vec<Seen> = devices
                     .into_iter()
                     .map(|(usable, fits, in_flight, waiting, load_seconds)| Seen {
-                        usable, fits, in_flight, waiting, load_seconds, ..seen()
+                        usable, fits, in_flight, waiting, unstarted: in_flight / 2, load_seconds, ..seen()
                     })
                     .collect();
                 let sent = dispatch.send(&coming(model), &devices, now);

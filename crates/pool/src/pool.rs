@@ -250,6 +250,17 @@ impl Pool {
         self.stats
     }
 
+    /// Takes the place of another pool with these accounts, whose totals go on.
+    pub fn succeed(&mut self, other: PoolStats) {
+        let stats = &mut self.stats;
+        stats.loaded_total += other.loaded_total;
+        stats.fetched_total += other.fetched_total;
+        stats.from_host_total += other.from_host_total;
+        stats.reused_total += other.reused_total;
+        stats.evicted_total += other.evicted_total;
+        stats.moved_total += other.moved_total;
+    }
+
     /// How it is laid out.
     pub fn backend(&self) -> Backend {
         match &self.room {

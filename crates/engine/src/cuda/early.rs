@@ -1,8 +1,9 @@
 //! Rows of the token embedding that come before the embedding does: the first stage reads them in its place.
 //!
 //! They lie in a buffer, one after the other, and behind them a table of which of them each row of the batch is; so the
-//! kernel reads them as it reads the embedding. On their way there they lie in pinned memory that a pass has to lend. What came from a file unverified is compared with the embedding in the last
-//! stage, whose result is given to nobody where the two differ.
+//! kernel reads them as it reads the embedding. On their way there they lie in pinned memory that a pass has to lend. What
+//! came from a file unverified is compared with the embedding in the last stage, whose result is given to nobody where the
+//! two differ.
 
 use super::executor::{CudaPass, ExecuteError};
 use super::forward::Step;

@@ -86,6 +86,8 @@ pub(crate) struct Published {
     pub(crate) node: NodeStatus,
     /// By name.
     pub(crate) models: Vec<ModelStatus>,
+    /// Sequences that have a first result.
+    pub(crate) started: usize,
     /// When that was.
     pub(crate) at: Option<Instant>,
     /// Rate at which weights come from host memory, once that was seen.
@@ -192,6 +194,9 @@ pub(crate) struct Worker {
     swaps: u64,
     activations: u64,
     cached_tokens: u64,
+    /// Of executors before this one.
+    replays: u64,
+    rows_copied: u64,
     published: Instant,
     told: Instant,
     stopping: bool,
@@ -243,6 +248,8 @@ impl Worker {
             swaps: 0,
             activations: 0,
             cached_tokens: 0,
+            replays: 0,
+            rows_copied: 0,
             published: now,
             told: now,
             stopping: false,
@@ -264,7 +271,9 @@ impl Worker {
             self.drop_cancelled();
             if !self.has_device() {
                 self.publish(true);
-                self.wait();
+                let now = Instant::now();
+                let retry = self.outage.as_ref().map(|outage| outage.retry.saturating_duration_since(now));
+                self.wait(retry.unwrap_or_default().min(IDLE_WAIT));
                 continue;
             }
             self.start_arrived();
@@ -286,7 +295,7 @@ impl Worker {
             }
             self.publish(!advanced);
             if !advanced && !self.stopping {
-                self.wait();
+                self.wait(IDLE_WAIT);
             }
         }
         self.end_prefetch();
@@ -307,8 +316,8 @@ impl Worker {
         }
     }
 
-    fn wait(&mut self) {
-        match self.commands.recv_timeout(IDLE_WAIT) {
+    fn wait(&mut self, at_most: Duration) {
+        match self.commands.recv_timeout(at_most) {
             Ok(command) => self.handle(command),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => self.stopping = true,

@@ -58,10 +58,13 @@ impl Worker {
             activations_total: self.activations,
             device_rebuilds_total: self.rebuilds,
             graphs: counts.graphs,
-            replayed_steps_total: counts.replays,
-            copied_rows_total: counts.rows_copied,
+            replayed_steps_total: self.replays + counts.replays,
+            copied_rows_total: self.rows_copied + counts.rows_copied,
             scratch_bytes: self.executor.scratch_bytes() as u64,
         };
+        let running = self.models.iter().flatten().filter_map(|entry| entry.active.as_ref());
+        let running = running.flat_map(|active| &active.sequences);
+        let started = running.filter(|sequence| sequence.first_token.is_some()).count();
         let mut models: Vec<ModelStatus> = Vec::new();
         for entry in self.models.iter().flatten().filter(|entry| entry.retire.is_none()) {
             node.running += entry.running;
@@ -98,7 +101,7 @@ impl Worker {
         models.sort_by(|a, b| a.name.cmp(&b.name));
         let host_bytes_per_second = self.store.host_rate();
         *self.shared.status.lock().unwrap_or_else(PoisonError::into_inner) =
-            Published { node, models, at: Some(self.published), host_bytes_per_second };
+            Published { node, models, started, at: Some(self.published), host_bytes_per_second };
     }
 }
 
