@@ -346,7 +346,8 @@ extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
             continue;
         }
         let broken = copy.broken.load(Ordering::Relaxed);
-        // SAFETY: the entry is this thread's, which is in the middle of that copy: its guard borrows the mapping with that mark.
+        // SAFETY: the entry is this thread's, which is in the middle of that copy: its guard borrows the mapping with
+        // that mark.
         unsafe { (*broken).store(true, Ordering::Release) };
         // SAFETY: always valid, it is the calling thread's own.
         let errno = unsafe { *libc::__errno_location() };
